@@ -1,0 +1,327 @@
+"""python -m tav_core: edit a video with one sentence (Tune-A-Video, arXiv 2212.11565)."""
+
+import argparse
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import pipeline
+from .checkpoint import Checkpoint, load_checkpoint
+from .cli import Progress, add_preset_arguments, preset_of, run
+from .ddim import ddim_timesteps
+from .errors import Cancelled, TavError
+from .files import atomic_path
+from .inflate import inflate
+from .metrics import frame_difference, psnr
+from .tuned import load_tuned, read_tuned, save_tuned
+from .video import Clip, load_video, save_video
+from .visuals import loss_curve, side_by_side, strip
+
+NOISE_FORMAT = "tune-a-video-noise-1"
+
+
+# ------------------------------------------------------------------------------------------------ the stages
+
+
+def _checkpoint(args) -> Checkpoint:
+    checkpoint = load_checkpoint(args.checkpoint, device=args.device)
+    preset = preset_of(args)
+    ddim_timesteps(checkpoint.scheduler, preset.sampling_steps)  # a wrong count should not surface after tuning
+    return checkpoint
+
+
+def _clip(args, checkpoint: Checkpoint) -> Clip:
+    width, height = args.size or (checkpoint.size, checkpoint.size)
+    pipeline.check_size(checkpoint, width=width, height=height)
+    return load_video(args.video, start=args.start, stride=args.stride, count=args.frames, width=width, height=height,
+                      fit=args.fit)  # fmt: skip
+
+
+def _tune(args, checkpoint: Checkpoint, source: pipeline.Source, progress: Progress):
+    """Tunes with the state kept in the output folder; the tuned weights and the loss curve are written there."""
+    preset, state_path = preset_of(args), args.output / "tuning-state.safetensors"
+    if state_path.exists() and not args.resume:
+        raise TavError(f"--output {args.output} holds an unfinished tuning; add --resume to go on with it, or delete "
+                       f"{state_path.name} to start over")  # fmt: skip
+    try:
+        unet, result = pipeline.tune_on(checkpoint, source, preset, attention=args.attention,
+                                        temporal_causal=args.temporal_causal, norm=args.norm, state_path=state_path,
+                                        resume=args.resume, callback=progress)  # fmt: skip
+    except Cancelled as stop:
+        raise Cancelled(f"{stop}; add --resume to go on") from None
+    height, width = (n * pipeline.size_multiple(checkpoint) for n in source.latents.shape[-2:])
+    save_tuned(args.output / "tuned.safetensors", unet, prompt=source.prompt, num_frames=source.latents.shape[2],
+               width=width, height=height, config=_plain(preset.tuning), base_name=checkpoint.name)  # fmt: skip
+    loss_curve(result.losses, result.probe_losses, args.output / "loss.png")
+    return unet, result
+
+
+def _plain(config) -> dict[str, Any]:
+    return json.loads(json.dumps(config.__dict__))
+
+
+def _load_tuned_unet(args, checkpoint: Checkpoint):
+    """The inflated U-Net with the weights of --tuned, and what the file says of them."""
+    info = read_tuned(args.tuned)
+    unet = inflate(checkpoint.unet, **info.inflation)
+    load_tuned(args.tuned, unet)
+    return unet, info
+
+
+def _save_noise(path: Path, noise: Tensor, prompt: str, steps: int):
+    metadata = {"format": NOISE_FORMAT, "prompt": prompt, "steps": str(steps)}
+    with atomic_path(path) as temporary:
+        save_file({"latents": noise.cpu().contiguous()}, temporary, metadata)
+
+
+def _read_noise(path: Path) -> tuple[Tensor, int]:
+    """Inverted noise `1 c f h w` and the number of steps that it was inverted with."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != NOISE_FORMAT:
+                raise TavError(f"--noise {path} is not a file of `invert`; make one with python -m tav_core invert")
+            return file.get_tensor("latents"), int(metadata["steps"])
+    except (OSError, SafetensorError) as error:
+        raise TavError(f"--noise {path} can't be read ({error}); make one with python -m tav_core invert") from error
+
+
+def _name(number: int, prompt: str) -> str:
+    return f"edit-{number}-{re.sub('[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60]}"
+
+
+def _write_json(path: Path, content: dict):
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def run_edit(args, checkpoint: Checkpoint, clip: Clip, progress: Progress) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Tune, invert, reconstruct, edit; writes everything to --output.
+
+    Returns: the summary, and the videos by label (uint8 `f h w c`).
+    """
+    preset, seconds = preset_of(args), {}
+
+    def timed(stage: str, function, *rest, **named):
+        started = time.monotonic()
+        value = function(*rest, **named)
+        seconds[stage] = round(seconds.get(stage, 0) + time.monotonic() - started, 2)
+        return value
+
+    for edit in args.edit:
+        if not edit.strip():
+            raise TavError("--edit is empty; describe the edited clip in one sentence")
+    source = timed("encode", pipeline.prepare, checkpoint, clip.frames, args.prompt)
+    args.output.mkdir(parents=True, exist_ok=True)
+    unet, result = timed("tune", _tune, args, checkpoint, source, progress)
+    noise = timed("invert", pipeline.invert, checkpoint, unet, source, preset, callback=progress)
+    _save_noise(args.output / "noise.safetensors", noise, args.prompt, preset.sampling_steps)
+    save_video(clip.frames, args.output / "source.mp4", clip.fps)
+    videos = {"source": clip.frames}
+    files = {}
+    for number, prompt in enumerate([args.prompt, *args.edit]):
+        label = "reconstruction" if number == 0 else prompt
+        print(f"{label} ...", flush=True)
+        videos[label] = timed("sample", pipeline.sample, checkpoint, unet, noise, prompt, preset,
+                              negative_prompt=args.negative_prompt, callback=progress)  # fmt: skip
+        files[label] = f"{_name(number, prompt) if number else 'reconstruction'}.mp4"
+        save_video(videos[label], args.output / files[label], clip.fps)
+    strip(list(videos.values()), list(videos), args.output / "strip.png")
+    save_video(side_by_side(list(videos.values()), list(videos)), args.output / "comparison.mp4", clip.fps)
+    summary = {
+        "prompt": args.prompt, "checkpoint": checkpoint.name, "frames": len(clip.frames), "fps": round(clip.fps, 3),
+        "size": [clip.frames.shape[2], clip.frames.shape[1]], "preset": args.preset, "steps": result.steps,
+        "probe_loss": {"before": result.probe_losses[0][1], "after": result.probe_losses[-1][1]},
+        "reconstruction_psnr": round(psnr(videos["reconstruction"], clip.frames), 2),
+        "frame_difference": {label: round(frame_difference(video), 4) for label, video in videos.items()},
+        "files": files, "seconds": seconds,
+    }  # fmt: skip
+    _write_json(args.output / "summary.json", summary)
+    (args.output / "tuning-state.safetensors").unlink(missing_ok=True)  # all that it was for is written
+    return summary, videos
+
+
+# ---------------------------------------------------------------------------------------------- the commands
+
+
+def _edit(args):
+    progress = Progress().stop_at_interrupt()
+    checkpoint = _checkpoint(args)
+    summary, _ = run_edit(args, checkpoint, _clip(args, checkpoint), progress)
+    _report(args.output, summary)
+
+
+def _demo(args):
+    from .mini.demo import CLIP, EDITS, PROMPT, score  # the world is needed here alone
+
+    args.video, args.prompt, args.edit = CLIP, PROMPT, list(EDITS.values())
+    progress = Progress().stop_at_interrupt()
+    checkpoint = _checkpoint(args)
+    summary, videos = run_edit(args, checkpoint, _clip(args, checkpoint), progress)
+    summary["judged"] = {kind: score(kind, videos[prompt].numpy()) for kind, prompt in EDITS.items()}
+    _write_json(args.output / "summary.json", summary)
+    _report(args.output, summary)
+    print("judged by the classifier that ships with the mini checkpoint (1 is best):")
+    for kind, figures in summary["judged"].items():
+        print(f"  {kind:<10} " + "  ".join(f"{name} {value:.2f}" for name, value in figures.items()))
+
+
+def _report(output: Path, summary: dict[str, Any]):
+    loss, seconds = summary["probe_loss"], summary["seconds"]
+    print(f"probe loss {loss['before']:.4f} -> {loss['after']:.4f}, reconstruction {summary['reconstruction_psnr']} dB")
+    print(", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
+    print(f"{output}: strip.png, comparison.mp4, " + ", ".join(summary["files"].values()))
+
+
+def _tune_command(args):
+    progress = Progress().stop_at_interrupt()
+    checkpoint = _checkpoint(args)
+    source = pipeline.prepare(checkpoint, _clip(args, checkpoint).frames, args.prompt)
+    _, result = _tune(args, checkpoint, source, progress)
+    (args.output / "tuning-state.safetensors").unlink(missing_ok=True)
+    print(f"probe loss {result.probe_losses[0][1]:.4f} -> {result.probe_losses[-1][1]:.4f}")
+    print(args.output / "tuned.safetensors")
+
+
+def _invert_command(args):
+    progress = Progress().stop_at_interrupt()
+    checkpoint = _checkpoint(args)
+    unet, info = _load_tuned_unet(args, checkpoint)
+    args.frames, args.size = args.frames or info.num_frames, args.size or (info.width, info.height)
+    preset = preset_of(args)
+    source = pipeline.prepare(checkpoint, _clip(args, checkpoint).frames, info.prompt)
+    noise = pipeline.invert(checkpoint, unet, source, preset, callback=progress)
+    _save_noise(args.output, noise, info.prompt, preset.sampling_steps)
+    print(args.output)
+
+
+def _sample_command(args):
+    progress = Progress().stop_at_interrupt()
+    checkpoint = _checkpoint(args)
+    unet, info = _load_tuned_unet(args, checkpoint)
+    preset = preset_of(args)
+    if args.noise:
+        noise, steps = _read_noise(args.noise)
+        if steps != preset.sampling_steps:
+            raise TavError(f"--sampling-steps is {preset.sampling_steps}, but {args.noise} was inverted with {steps}; "
+                           f"use --sampling-steps {steps}")  # fmt: skip
+    else:
+        factor = pipeline.size_multiple(checkpoint)
+        shape = (1, checkpoint.unet.config.in_channels, info.num_frames, info.height // factor, info.width // factor)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(preset.tuning.seed))
+    for number, prompt in enumerate(args.edit, 1):
+        video = pipeline.sample(checkpoint, unet, noise, prompt, preset, negative_prompt=args.negative_prompt,
+                                callback=progress)  # fmt: skip
+        path = args.output / f"{_name(number, prompt)}.mp4"
+        save_video(video, path, args.fps)
+        print(path)
+
+
+# ---------------------------------------------------------------------------------------------- the arguments
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give 512 or 512x320 (width x height)")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _model_arguments(parser):
+    group = parser.add_argument_group("model")
+    group.add_argument("--checkpoint", default="mini", metavar="PATH",
+                       help='a diffusers folder, a .safetensors file of SD 1.x or 2.x, or "mini" (the default)')  # fmt: skip
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return group
+
+
+def _video_arguments(parser, frames: int | None = 8):
+    group = parser.add_argument_group("video")
+    group.add_argument("--video", required=True, type=Path, metavar="FILE", help="mp4, webm or gif, or a folder of images")
+    group.add_argument("--start", type=int, default=0, metavar="N", help="first frame to take (0)")
+    group.add_argument("--stride", type=int, default=1, metavar="N", help="take every N-th frame (1)")
+    group.add_argument("--frames", type=int, metavar="N", default=frames,
+                       help=f"how many frames ({frames or 'as tuned'}; 8 to 32 are usual)")  # fmt: skip
+    group.add_argument("--size", type=_size, metavar="WxH",
+                       help=f"size to work at ({'the size of the checkpoint' if frames else 'as tuned'})")  # fmt: skip
+    group.add_argument("--fit", choices=("crop", "pad", "stretch"), default="crop",
+                       help="how a clip of another shape is brought to --size (crop)")  # fmt: skip
+
+
+def _tuning_arguments(parser):
+    group = parser.add_argument_group("tuning")
+    group.add_argument("--attention", choices=("sparse-causal", "first", "full"), default="sparse-causal",
+                       help="frames that each frame looks at (sparse-causal: the first and the previous)")  # fmt: skip
+    group.add_argument("--temporal-causal", action="store_true", help="temporal attention sees no later frames")
+    group.add_argument("--norm", choices=("video", "frame"), default="video", help="statistics of the group norms")
+    group.add_argument("--resume", action="store_true", help="go on with the unfinished tuning in --output")
+
+
+def _edit_arguments(parser, required: bool):
+    group = parser.add_argument_group("edits")
+    group.add_argument("--edit", action="append", required=required, metavar="TEXT",
+                       help="an edited sentence; give the option several times for several edits")  # fmt: skip
+    group.add_argument("--negative-prompt", default="", metavar="TEXT", help="what guidance steers away from")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tav_core", description=__doc__.split(": ", 1)[1])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, function, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        sub.set_defaults(run=function)
+        return sub
+
+    demo = command("demo", _demo, "tune, invert and edit the clip that ships with the pack, on its small checkpoint")
+    demo.add_argument("--output", type=Path, default=Path("tav-demo"), metavar="DIR", help="(tav-demo)")
+    demo.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_preset_arguments(demo)
+    demo.set_defaults(checkpoint="mini", start=0, stride=1, frames=8, size=None, fit="crop", attention="sparse-causal",
+                      temporal_causal=False, norm="video", resume=True, negative_prompt="")  # fmt: skip
+
+    edit = command("edit", _edit, "tune on a clip, invert it, and sample edited versions of it")
+    edit.add_argument("--prompt", required=True, metavar="TEXT", help="one sentence that describes the clip")
+    _edit_arguments(edit, required=True)
+    edit.add_argument("--output", required=True, type=Path, metavar="DIR")
+    _video_arguments(edit)
+    _model_arguments(edit)
+    _tuning_arguments(edit)
+    add_preset_arguments(edit)
+
+    tune = command("tune", _tune_command, "tune on a clip and write DIR/tuned.safetensors")
+    tune.add_argument("--prompt", required=True, metavar="TEXT", help="one sentence that describes the clip")
+    tune.add_argument("--output", required=True, type=Path, metavar="DIR")
+    _video_arguments(tune)
+    _model_arguments(tune)
+    _tuning_arguments(tune)
+    add_preset_arguments(tune)
+
+    invert = command("invert", _invert_command, "invert a clip with tuned weights to the noise it would come from")
+    invert.add_argument("--tuned", required=True, type=Path, metavar="FILE", help="tuned.safetensors of `tune` or `edit`")
+    invert.add_argument("--output", required=True, type=Path, metavar="FILE", help="a .safetensors file for the noise")
+    _video_arguments(invert, frames=None)
+    _model_arguments(invert)
+    add_preset_arguments(invert)
+
+    sample = command("sample", _sample_command, "sample edited clips from inverted (or random) noise")
+    _edit_arguments(sample, required=True)
+    sample.add_argument("--tuned", required=True, type=Path, metavar="FILE", help="tuned.safetensors of `tune` or `edit`")
+    sample.add_argument("--noise", type=Path, metavar="FILE", help="noise of `invert` or `edit`; random without it")
+    sample.add_argument("--fps", type=float, default=8.0, help="frame rate of the written videos (8)")
+    sample.add_argument("--output", required=True, type=Path, metavar="DIR")
+    _model_arguments(sample)
+    add_preset_arguments(sample)
+
+    run(parser)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What the command lines share: options, presets, progress bars, one-line errors, stopping with Ctrl-C."""
+
+import argparse
+import logging
+import signal
+import sys
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .errors import Cancelled, TavError
+from .pipeline import PRESETS, Preset, with_settings
+from .tuning import DTYPES
+
+STAGES = {"tune": "tuning", "invert": "inversion", "sample": "sampling"}
+
+
+class Progress:
+    """Draws one bar a stage from the callbacks' dicts, and stops the stage after the step at which Ctrl-C came."""
+
+    def __init__(self):
+        self.bar = None
+        self.stopped = False
+
+    def __call__(self, state: dict[str, Any]):
+        if self.bar is None or self.bar.desc != STAGES[state["stage"]]:
+            self.close()
+            self.bar = tqdm(total=state["total"], desc=STAGES[state["stage"]], unit="step", initial=state["step"] - 1)
+        self.bar.update(state["step"] - self.bar.n)
+        if "loss" in state:
+            self.bar.set_postfix(loss=f"{state['loss']:.4f}", probe=f"{state['probe_loss']:.4f}", refresh=False)
+        if state["step"] == state["total"]:
+            self.close()
+        if self.stopped:
+            self.close()
+            raise Cancelled(f"stopped in {STAGES[state['stage']]} after step {state['step']} of {state['total']}")
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def stop_at_interrupt(self) -> "Progress":
+        """The first Ctrl-C waits for the running step and keeps the state; a second one ends at once."""
+
+        def handler(number, frame):
+            self.stopped = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        signal.signal(signal.SIGINT, handler)
+        return self
+
+
+def add_preset_arguments(parser: argparse.ArgumentParser):
+    """--preset and what overrides it."""
+    group = parser.add_argument_group("method", "a preset, and single settings that replace the preset's")
+    summary = "; ".join(
+        f"{name}: {p.tuning.steps} steps at {p.tuning.learning_rate:g}, {p.sampling_steps} sampling steps, "
+        f"guidance {p.guidance_scale:g}" for name, p in PRESETS.items()
+    )  # fmt: skip
+    group.add_argument("--preset", choices=PRESETS, default="default", help=summary)
+    group.add_argument("--steps", type=int, metavar="N", help="tuning steps")
+    group.add_argument("--learning-rate", type=float, metavar="X", help="tuning's learning rate (AdamW)")
+    group.add_argument("--seed", type=int, metavar="N", help="seed of every random draw (0)")
+    group.add_argument("--dtype", choices=DTYPES, help="precision of the computation; tuned weights stay fp32")
+    group.add_argument("--gradient-checkpointing", action="store_true", default=None,
+                       help="a quarter of the memory for a third more time")  # fmt: skip
+    group.add_argument("--sampling-steps", type=int, metavar="N", help="DDIM steps of inversion and of sampling")
+    group.add_argument("--guidance-scale", type=float, metavar="X", help="classifier-free guidance of the edits")
+
+
+def preset_of(args: argparse.Namespace) -> Preset:
+    """The preset that the arguments of `add_preset_arguments` describe."""
+    return with_settings(
+        PRESETS[args.preset], steps=args.steps, learning_rate=args.learning_rate, seed=args.seed, dtype=args.dtype,
+        gradient_checkpointing=args.gradient_checkpointing, sampling_steps=args.sampling_steps,
+        guidance_scale=args.guidance_scale,
+    )  # fmt: skip
+
+
+def run(parser: argparse.ArgumentParser):
+    """Parses the arguments and calls `args.run(args)`. What a user can mend ends in one line and exit code 2."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    args = parser.parse_args()
+    try:
+        args.run(args)
+    except TavError as error:
+        sys.exit(_fail(f"error: {error}", 2))
+    except torch.OutOfMemoryError:
+        remedy = "fewer --frames, a smaller --size, --gradient-checkpointing or --dtype bf16"
+        sys.exit(_fail(f"error: the device ran out of memory; try {remedy}", 2))
+    except Cancelled as stop:
+        sys.exit(_fail(str(stop), 130))
+    except KeyboardInterrupt:
+        sys.exit(_fail("stopped", 130))
+
+
+def _fail(line: str, code: int) -> int:
+    print(line, file=sys.stderr)
+    return code

@@ -1,0 +1,42 @@
+"""Writing files so that a reader never sees half of one."""
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .errors import TavError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is synced and takes the place of `path`.
+
+    The temporary name keeps the suffix of `path`, because writers choose the format by it. Missing parent
+    folders are made. On failure the temporary file is removed and `path` is as it was before.
+
+    Raises:
+        TavError: the operating system refused to write (disk full, no permission, a folder in the way).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    # safetensors writes from Rust and reports I/O errors under a class of its own
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        full = getattr(error, "errno", None) in _FULL or "os error 28" in reason
+        remedy = "free space or choose another --output" if full else "choose another --output"
+        raise TavError(f"cannot write {path}: {reason}; {remedy}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,260 @@
+"""Inflation: a 2D diffusion U-Net becomes a video U-Net (Tune-A-Video, arXiv 2212.11565, section 3.2).
+
+Nothing of the U-Net is rewritten. The modules of the installed diffusers model keep their places and names;
+transformer blocks, resnets and group norms change class, attention modules change processor, and every
+transformer block receives `norm_temp` and `attn_temp`.
+"""
+
+import copy
+import re
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import MODES, FrameAttnProcessor, FrameContext, temporal_attention
+from .errors import TavError
+
+NORMS = ("video", "frame")
+_TRAINABLE = re.compile(r"\.(attn1\.to_q|attn2\.to_q|attn_temp)\.")
+
+
+class Recomputed:
+    """Mixin: under gradient checkpointing, recompute this module with the frame count of its own forward."""
+
+    frame_context: FrameContext
+
+    def forward(self, *args, **kwargs):
+        context, forward = self.frame_context, super().forward
+        if not (context.checkpointing and torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+        frames = context.frames  # another forward may run before the backward of this one
+
+        def run(*args, **kwargs):
+            with context.running(frames):
+                return forward(*args, **kwargs)
+
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+
+class OverFrames:
+    """Mixin for a GroupNorm: statistics over group, frames, height and width of each video."""
+
+    frame_context: FrameContext
+
+    def forward(self, x: Tensor) -> Tensor:  # (b f) c h w
+        frames = self.frame_context.frames
+        x = super().forward(rearrange(x, "(b f) c h w -> b c f h w", f=frames))
+        return rearrange(x, "b c f h w -> (b f) c h w")
+
+
+class TemporalTail:
+    """Mixin for a transformer block: `x + attn_temp(norm_temp(x))` over frames after its feed-forward."""
+
+    frame_context: FrameContext
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        x, context = super().forward(*args, **kwargs), self.frame_context  # (b f) n c
+        y = rearrange(x, "(b f) n c -> (b n) f c", f=context.frames)
+        y = temporal_attention(self.attn_temp, self.norm_temp(y), self.temporal_causal, context.attention_fn)
+        return x + rearrange(y, "(b n) f c -> (b f) n c", n=x.shape[1])
+
+
+class VideoGroupNorm(OverFrames, nn.GroupNorm):
+    pass
+
+
+class VideoResnetBlock(Recomputed, ResnetBlock2D):
+    pass
+
+
+class VideoTransformerBlock(Recomputed, TemporalTail, BasicTransformerBlock):
+    pass
+
+
+class VideoUNet(UNet2DConditionModel):
+    """A U-Net over videos, made by `inflate`.
+
+    Attributes:
+        frame_context: shared by all modules; set its `attention_fn` to compute attention another way.
+        inflation: the options given to `inflate`.
+    """
+
+    frame_context: FrameContext
+    inflation: dict[str, Any]
+
+    def forward(
+        self, latents: Tensor, timesteps: Tensor | float | int, encoder_hidden_states: Tensor, **kwargs
+    ) -> Tensor:
+        """Predict noise (or v, or the sample, as the base model does) for whole videos.
+
+        Args:
+            latents: `b c f h w`.
+            timesteps: a number, a 0-d or 1-element tensor, or one per video (`b`).
+            encoder_hidden_states: text per video `b n d`, for all videos `1 n d`, or per frame `(b f) n d`.
+            kwargs: those of `UNet2DConditionModel.forward`; tensors come per video or per frame and
+                residuals (`down_block_additional_residuals` and so on) as `(b f) c h w`.
+
+        Returns:
+            `b c f h w`.
+
+        Raises:
+            TavError: wrong rank, or a batch that fits neither the videos nor their frames.
+        """
+        if latents.ndim != 5:
+            raise TavError(f"latents must have 5 axes b c f h w, got shape {tuple(latents.shape)}; add the missing ones")
+        b, _, f, _, _ = latents.shape
+        t = torch.as_tensor(timesteps, device=latents.device).reshape(-1)
+        if len(t) not in (1, b):
+            raise TavError(f"timesteps has {len(t)} entries for {b} videos; give one, or one per video")
+        if encoder_hidden_states.ndim != 3:
+            shape = tuple(encoder_hidden_states.shape)
+            raise TavError(f"encoder_hidden_states must have 3 axes b n d, got shape {shape}; add the missing ones")
+        kwargs = {
+            name: value if name == "cross_attention_kwargs" else per_frame(name, value, b, f)
+            for name, value in kwargs.items()
+        }
+        with self.frame_context.running(f):
+            (out,) = super().forward(
+                rearrange(latents, "b c f h w -> (b f) c h w"),
+                t.expand(b).repeat_interleave(f),
+                per_frame("encoder_hidden_states", encoder_hidden_states, b, f),
+                return_dict=False,
+                **kwargs,
+            )
+        return rearrange(out, "(b f) c h w -> b c f h w", f=f)
+
+    # diffusers would recompute its blocks without their frame count; see Recomputed
+    def enable_gradient_checkpointing(self) -> None:
+        """Save memory in training by recomputing resnets and transformer blocks in the backward pass."""
+        self.frame_context.checkpointing = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        self.frame_context.checkpointing = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.frame_context.checkpointing
+
+
+def per_frame(name: str, value: Any, b: int, f: int) -> Any:
+    """Repeat tensors that come once for all (`1 ...`) or per video (`b ...`) to one per frame (`(b f) ...`).
+
+    Dictionaries, lists and tuples are walked (and copied: diffusers pops from the lists it is given).
+    """
+    if isinstance(value, dict):
+        return {key: per_frame(f"{name}[{key!r}]", entry, b, f) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [per_frame(name, entry, b, f) for entry in value]
+    if not isinstance(value, Tensor) or value.ndim == 0 or len(value) == b * f:
+        return value
+    if len(value) == b:
+        return value.repeat_interleave(f, dim=0)
+    if len(value) == 1:
+        return value.expand(b * f, *value.shape[1:])
+    wanted = f"1, {b} (one per video) or {b * f} (one per frame)"
+    raise TavError(f"{name} has a batch of {len(value)} for {b} videos of {f} frames; give {wanted}")
+
+
+def inflate(
+    unet: UNet2DConditionModel,
+    *,
+    attention: str = "sparse-causal",
+    temporal_causal: bool = False,
+    norm: str = "video",
+) -> VideoUNet:
+    """Return a video U-Net made from a copy of `unet`; for a still video it computes what `unet` computes.
+
+    Its state dict is that of `unet` plus `attn_temp.*` and `norm_temp.*` in every transformer block. The new
+    modules take the dtype and device of their block; queries, keys and values start at fixed random weights,
+    the output projection at zero. Only `trainable_parameters` require a gradient.
+
+    Args:
+        unet: any `UNet2DConditionModel` with transformer blocks, whatever its layout.
+        attention: frames that spatial self-attention looks at: "sparse-causal" (frame 0 and the previous
+            one, as in the paper), "first" or "full".
+        temporal_causal: temporal attention sees no later frame (the paper: False).
+        norm: statistics of the resnets' group norms over the whole "video" (as the reference
+            implementation) or each "frame". Those at the entrance of transformers are always per frame.
+
+    Raises:
+        TavError: an unknown option, a model that is inflated already or has no transformer block.
+    """
+    if attention not in MODES:
+        raise TavError(f"attention={attention!r} is unknown; choose one of {', '.join(MODES)}")
+    if norm not in NORMS:
+        raise TavError(f"norm={norm!r} is unknown; choose one of {', '.join(NORMS)}")
+    if isinstance(unet, VideoUNet):
+        raise TavError("unet is inflated already; pass the 2D model")
+    if not isinstance(unet, UNet2DConditionModel):
+        raise TavError(f"unet is a {type(unet).__name__}; pass a diffusers UNet2DConditionModel")
+    if not any(isinstance(module, BasicTransformerBlock) for module in unet.modules()):
+        raise TavError("unet has no transformer block to inflate; pass a text-to-image model such as SD 1.5")
+
+    unet = copy.deepcopy(unet)
+    context = FrameContext(checkpointing=unet.is_gradient_checkpointing)
+    unet.disable_gradient_checkpointing()
+    unet.__class__ = VideoUNet
+    unet.frame_context = context
+    unet.inflation = {"attention": attention, "temporal_causal": temporal_causal, "norm": norm}
+
+    group_norms = [unet.conv_norm_out]
+    generator = torch.Generator().manual_seed(0)  # so that inflating is a function of its arguments alone
+    for module in list(unet.modules()):
+        if isinstance(module, ResnetBlock2D):
+            module.__class__, module.frame_context = VideoResnetBlock, context
+            group_norms += [module.norm1, module.norm2]
+        elif isinstance(module, BasicTransformerBlock):
+            _inflate_block(module, context, attention, generator)
+            module.temporal_causal = temporal_causal
+    if norm == "video":
+        for module in group_norms:
+            if isinstance(module, nn.GroupNorm):  # conv_norm_out may be None
+                module.__class__, module.frame_context = VideoGroupNorm, context
+
+    unet.requires_grad_(False)
+    for parameter in trainable_parameters(unet).values():
+        parameter.requires_grad_(True)
+    return unet
+
+
+def trainable_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
+    """Name to parameter of what the method tunes: `attn1.to_q`, `attn2.to_q` and all of `attn_temp`."""
+    return {name: parameter for name, parameter in unet.named_parameters() if _TRAINABLE.search(name)}
+
+
+def _inflate_block(
+    block: BasicTransformerBlock, context: FrameContext, attention: str, generator: torch.Generator
+) -> None:
+    spatial = block.attn1
+    block.__class__, block.frame_context = VideoTransformerBlock, context
+    spatial.set_processor(FrameAttnProcessor(context, attention))
+    # a processor that somebody chose for the text (an adapter's) stays
+    if block.attn2 is not None and isinstance(block.attn2.processor, (AttnProcessor, AttnProcessor2_0)):
+        block.attn2.set_processor(FrameAttnProcessor(context, None))
+
+    with torch.random.fork_rng(devices=[]):  # the default initialisation draws from the global generator
+        temporal = Attention(
+            spatial.query_dim,
+            heads=spatial.heads,
+            dim_head=spatial.inner_dim // spatial.heads,
+            dropout=spatial.dropout,
+            upcast_attention=spatial.upcast_attention,
+        )
+    with torch.no_grad():
+        for proj in (temporal.to_q, temporal.to_k, temporal.to_v):
+            bound = proj.in_features**-0.5  # that of nn.Linear
+            proj.weight.uniform_(-bound, bound, generator=generator)
+        nn.init.zeros_(temporal.to_out[0].weight)
+        nn.init.zeros_(temporal.to_out[0].bias)
+    like = spatial.to_q.weight
+    block.attn_temp = temporal.to(device=like.device, dtype=like.dtype)
+    block.norm_temp = nn.LayerNorm(spatial.query_dim, device=like.device, dtype=like.dtype)
+    block.attn_temp.train(block.training)
+    block.norm_temp.train(block.training)

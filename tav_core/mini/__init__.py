@@ -1,0 +1,1 @@
+"""The small checkpoint that ships with the pack: its rendered world, its training and its measurements."""

@@ -1,0 +1,108 @@
+"""python -m tav_core.mini: render, train, evaluate and benchmark the small checkpoint."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..checkpoint import load_checkpoint
+from ..cli import add_preset_arguments, preset_of, run
+from . import world
+from .judge import JUDGE, load_judge
+
+
+def _train(args):
+    from . import train  # training needs more of transformers and tokenizers than using the checkpoint does
+
+    device = torch.device(args.device)
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.stage in ("vae", "all"):
+        train.train_vae(args.work, device, args.vae_steps, 16, 1.5e-3)
+    if args.stage in ("unet", "all"):
+        train.train_unet(args.work, device, args.unet_steps, 64, 1e-3)
+    if args.stage in ("judge", "all"):
+        train.train_judge(args.work, device, args.judge_steps, 48, 2e-3)
+    if args.stage in ("export", "all"):
+        train.export(args.work, args.output)
+
+
+def _render(args):
+    scene = world.Scene(args.shape, args.colour, args.background, args.style, layout=args.layout, pattern=args.pattern)
+    from ..video import save_video
+
+    save_video(torch.from_numpy(world.render_clip(world.clip_scenes(scene, args.motion, args.frames))), args.output, fps=8)
+    print(f"{args.output}: {world.caption(scene, args.motion)}")
+
+
+def _evaluate(args):
+    from .evaluate import contact_sheet, evaluate
+
+    figures, images, _ = evaluate(load_checkpoint(args.checkpoint), load_judge(), count=args.count,
+                                  guidance_scale=args.guidance_scale, steps=args.sampling_steps, seed=args.seed)  # fmt: skip
+    if args.sheet:
+        contact_sheet(images).save(args.sheet)
+    print(json.dumps(figures, indent=2))
+
+
+def _benchmark(args):
+    from ..video import save_video
+    from .benchmark import benchmark, benchmark_clips
+
+    def keep(name: str, video: np.ndarray):
+        save_video(torch.from_numpy(video), args.videos / f"{name}.mp4", fps=8)
+
+    clips = benchmark_clips()
+    clips = [clips[i] for i in args.clips] if args.clips else clips
+    figures = benchmark(load_checkpoint(args.checkpoint), load_judge(), preset_of(args), seeds=args.seeds, clips=clips,
+                        on_video=keep if args.videos else None,
+                        progress=lambda line: print(line, file=sys.stderr, flush=True))  # fmt: skip
+    print(json.dumps(figures, indent=2))
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tav_core.mini", description=__doc__,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, function, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, formatter_class=parser.formatter_class)
+        sub.set_defaults(run=function)
+        return sub
+
+    train = command("train", _train, "train the checkpoint, or one stage of it; starts again where it stopped")
+    train.add_argument("stage", choices=["vae", "unet", "judge", "export", "all"])
+    train.add_argument("--work", type=Path, required=True, help="folder for renders, latents and states")
+    train.add_argument("--output", type=Path, default=Path(__file__).parent, help="where checkpoint/ and the judge go")
+    train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    train.add_argument("--vae-steps", type=int, default=3600, help="batches of 16")
+    train.add_argument("--unet-steps", type=int, default=3000, help="batches of 64")
+    train.add_argument("--judge-steps", type=int, default=1600, help="batches of 48")
+
+    render = command("render", _render, "render a clip of the world")
+    for name, choices in (("shape", [*world.SHAPES, *world.UNKNOWN_SHAPES]), ("colour", [*world.COLOURS]),
+                          ("background", [*world.BACKGROUNDS, *world.UNKNOWN_BACKGROUNDS]), ("style", [*world.STYLES]),
+                          ("pattern", [*world.PATTERNS]), ("motion", [*world.MOTIONS])):  # fmt: skip
+        render.add_argument(f"--{name}", choices=choices, default=choices[0])
+    render.add_argument("--frames", type=int, default=8)
+    render.add_argument("--layout", type=int, default=0, help="seed of the background's details")
+    render.add_argument("--output", type=Path, required=True, help="an .mp4, .webm or .gif file")
+
+    evaluate = command("evaluate", _evaluate, "text-to-image accuracy, judged by a classifier; prints JSON")
+    evaluate.add_argument("--checkpoint", default="mini")
+    evaluate.add_argument("--count", type=int, default=256, help="prompts, a third of them unseen combinations")
+    evaluate.add_argument("--guidance-scale", type=float, default=3.0)
+    evaluate.add_argument("--sampling-steps", type=int, default=50)
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--sheet", type=Path, help="write the pictures here as one PNG")
+
+    benchmark = command("benchmark", _benchmark, "tune, invert and edit clips of known truth; prints JSON")
+    benchmark.add_argument("--checkpoint", default="mini")
+    benchmark.add_argument("--seeds", type=int, default=2, help="runs of every clip")
+    benchmark.add_argument("--clips", type=int, nargs="*", help="numbers of the clips to run; all without it")
+    benchmark.add_argument("--videos", type=Path, help="write every video into this folder")
+    add_preset_arguments(benchmark)
+
+    run(parser)

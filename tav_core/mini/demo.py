@@ -1,0 +1,23 @@
+"""The clip of `python -m tav_core demo`: content that the checkpoint has never seen, and four kinds of edit."""
+
+from pathlib import Path
+
+import numpy as np
+
+from . import world
+from .benchmark import KINDS, BenchmarkClip, score_edit
+from .judge import load_judge
+
+CLIP = Path(__file__).parent / "demo.mp4"
+DEMO = BenchmarkClip(
+    world.Scene("ball", "red", "grass", pattern="dots", second_colour="yellow", layout=5), "slide",
+    {"subject": "star", "colour": "blue", "background": "snow", "style": "sketch"},
+)  # fmt: skip
+PROMPT = DEMO.caption()
+EDITS = {kind: DEMO.caption(**{KINDS[kind]: value}) for kind, value in DEMO.edits.items()}
+
+
+def score(kind: str, video: np.ndarray) -> dict[str, float]:
+    """How well a video (uint8 `f h w 3`) shows an edit: shares of right attributes and agreement of the motion."""
+    figures = score_edit(load_judge(), video, DEMO, kind)
+    return {name: round(figures[name], 3) for name in ("edited", "kept", "trajectory_corr")}

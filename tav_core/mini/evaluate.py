@@ -1,0 +1,84 @@
+"""Measures the mini checkpoint as an image model: does a picture show what its prompt says?"""
+
+import random
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from tqdm import tqdm
+
+from ..checkpoint import Checkpoint, decode_video, encode_prompt
+from ..ddim import ddim_sample
+from ..inflate import inflate
+from . import world
+from .judge import Judge, verdict
+
+ATTRIBUTES = ("shape", "colour", "background", "style")
+
+
+def accuracy(judge: Judge, images: np.ndarray, scenes: list[world.Scene], batch: int = 32) -> np.ndarray:
+    """Which attributes of pictures (uint8 `n h w 3`) the judge finds as in `scenes`: bool `n 4`."""
+    right = []
+    for at in range(0, len(images), batch):
+        pixels = torch.from_numpy(np.ascontiguousarray(images[at : at + batch])).float() / 127.5 - 1
+        seen = verdict(judge, rearrange(pixels, "b h w c -> b c h w"))
+        for i, scene in enumerate(scenes[at : at + batch]):
+            right.append([getattr(seen, a)[i] == getattr(scene, a) for a in ATTRIBUTES])
+    return np.array(right)
+
+
+def _shares(right: np.ndarray) -> dict[str, float]:
+    shares = {a: round(float(right[:, k].mean()), 4) for k, a in enumerate(ATTRIBUTES)}
+    return {**shares, "all": round(float(right.all(1).mean()), 4)}
+
+
+def prompts(count: int, seed: int) -> tuple[list[world.Scene], list[bool]]:
+    """`count` scenes, a third of them combinations that training never saw, and which those are."""
+    rng = random.Random(seed)
+    held_out = sorted(world.held_out())
+    seen = sorted(set(world.combinations()) - world.held_out())
+    unseen_count = -(-count // 3)
+    chosen = rng.choices(held_out, k=unseen_count) + rng.sample(seen, count - unseen_count)
+    return [world.Scene(*c) for c in chosen], [i < unseen_count for i in range(count)]
+
+
+def generate(checkpoint: Checkpoint, captions: list[str], *, guidance_scale: float, steps: int, seed: int,
+             batch: int = 16, progress: bool = True) -> np.ndarray:  # fmt: skip
+    """One picture a caption, uint8 `n h w 3`; picture i comes from seed + i."""
+    unet = inflate(checkpoint.unet)
+    side = checkpoint.unet.config.sample_size
+    images = []
+    empty = encode_prompt(checkpoint, "")
+    for at in tqdm(range(0, len(captions), batch), desc="generate", disable=not progress):
+        part = captions[at : at + batch]
+        noise = torch.cat([torch.randn(1, 4, 1, side, side, generator=torch.Generator().manual_seed(seed + at + i))
+                           for i in range(len(part))])  # fmt: skip
+        latents = ddim_sample(unet, noise, encode_prompt(checkpoint, part), checkpoint.scheduler, steps,
+                              guidance_scale=guidance_scale, negative_hidden_states=empty.expand(len(part), -1, -1))  # fmt: skip
+        images.append(decode_video(checkpoint, rearrange(latents, "b c 1 h w -> 1 c b h w")).numpy())
+    return np.concatenate(images)
+
+
+def evaluate(checkpoint: Checkpoint, judge: Judge, *, count: int = 256, guidance_scale: float = 3.0, steps: int = 50,
+             seed: int = 0) -> tuple[dict, np.ndarray, list[world.Scene]]:  # fmt: skip
+    """Accuracy of each attribute over `count` prompts, over the unseen ones, and of the judge on fresh renders.
+
+    Returns: the figures (shares, 0..1), the pictures `n h w 3`, their scenes.
+    """
+    rng = random.Random(seed + 1_000_003)
+    fresh = [world.random_scene(rng) for _ in range(1024)]
+    own = accuracy(judge, np.stack([world.render(s) for s in fresh]), fresh)
+    scenes, unseen = prompts(count, seed)
+    images = generate(checkpoint, [world.caption(s) for s in scenes], guidance_scale=guidance_scale, steps=steps, seed=seed)
+    right = accuracy(judge, images, scenes)
+    figures = {**_shares(right), "unseen": _shares(right[np.array(unseen)]), "classifier": _shares(own),
+               "prompts": count, "guidance_scale": guidance_scale, "steps": steps, "seed": seed}  # fmt: skip
+    return figures, images, scenes
+
+
+def contact_sheet(images: np.ndarray, columns: int = 16) -> Image.Image:
+    """The pictures in rows."""
+    rows = -(-len(images) // columns)
+    blank = np.zeros((rows * columns - len(images), *images.shape[1:]), np.uint8)
+    return Image.fromarray(rearrange(np.concatenate([images, blank]), "(r k) h w c -> (r h) (k w) c", k=columns))

@@ -1,0 +1,145 @@
+"""The state file of a tuning run: one safetensors file, weights and moments as tensors, the rest as JSON.
+
+Tensors: `param.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` (float32), `optimizer_step`, `losses` (float64).
+Metadata: format, step, config, fingerprint, probe_losses, loss_scale.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .errors import TavError
+from .files import atomic_path
+
+FORMAT = "tune-a-video-state-1"
+
+
+@dataclass
+class TuneState:
+    """A tuning run after `step` steps.
+
+    Attributes:
+        fingerprint: what must be equal for the run to go on: name to hash or value.
+        losses: one per step.
+        probe_losses: pairs of step and loss.
+        loss_scale: factor of the fp16 loss, and the number of steps since it changed.
+    """
+
+    fingerprint: dict[str, Any]
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    probe_losses: list[tuple[int, float]] = field(default_factory=list)
+    loss_scale: tuple[float, int] = (1.0, 0)
+
+
+def save_state(
+    path: Path,
+    state: TuneState,
+    config: dict[str, Any],
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Write the state atomically: after a crash there is the old file or the new one.
+
+    Raises:
+        TavError: the file cannot be written.
+    """
+    tensors = {"losses": torch.tensor(state.losses, dtype=torch.float64)}
+    for name, parameter in parameters.items():
+        moments = optimizer.state.get(parameter)
+        tensors[f"param.{name}"] = parameter.detach()
+        if moments:  # none before the first step
+            tensors[f"exp_avg.{name}"] = moments["exp_avg"]
+            tensors[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
+            tensors["optimizer_step"] = moments["step"].reshape(1).clone()
+    metadata = {
+        "format": FORMAT,
+        "step": state.step,
+        "config": config,
+        "fingerprint": state.fingerprint,
+        "probe_losses": state.probe_losses,
+        "loss_scale": state.loss_scale,
+    }
+    metadata = {key: value if key == "format" else json.dumps(value) for key, value in metadata.items()}
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+
+
+def read_state(path: Path) -> tuple[TuneState, dict[str, Tensor]]:
+    """The state and its tensors (on the CPU).
+
+    Raises:
+        TavError: not a state file, or an unreadable one.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise TavError(f"cannot read state file {path}: {error}; delete it or choose another one") from error
+    if metadata.get("format") != FORMAT:
+        raise TavError(f"state file {path} is not one of a tuning run ({FORMAT}); choose another one")
+    step, fingerprint, probe_losses, loss_scale = (
+        json.loads(metadata[key]) for key in ("step", "fingerprint", "probe_losses", "loss_scale")
+    )
+    state = TuneState(
+        fingerprint,
+        step,
+        tensors.pop("losses").tolist(),
+        [(at, value) for at, value in probe_losses],
+        (loss_scale[0], loss_scale[1]),
+    )
+    return state, tensors
+
+
+def restore(
+    tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Put stored weights and moments back in place."""
+    for name, parameter in parameters.items():
+        with torch.no_grad():
+            parameter.copy_(tensors[f"param.{name}"])
+        if "optimizer_step" in tensors:
+            optimizer.state[parameter] = {
+                "step": tensors["optimizer_step"][0].clone(),
+                "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device),
+                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device),
+            }
+
+
+def check_same_run(
+    path: Path, stored: dict[str, Any], current: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    """Compare fingerprints of the run in the file and of the one about to start.
+
+    Raises:
+        TavError: they differ; names in what.
+    """
+    different = [name for name in current if stored.get(name) != current[name]]
+    if different == ["initial weights"]:  # a model that holds the weights of this very state goes on, too
+        weights = [tensors[f"param.{name}"] for name in current["trainable parameters"]]
+        if hash_tensors(weights) == current["initial weights"]:
+            return
+    if different:
+        raise TavError(
+            f"state file {path} belongs to another run ({', '.join(different)} changed); "
+            "choose another state file, or start over with resume=False"
+        )
+
+
+def hash_tensors(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 (hex) of shapes, dtypes and values."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype};".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,294 @@
+"""One-shot tuning of a video U-Net on a single clip (Tune-A-Video, arXiv 2212.11565, section 3.3)."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor, nn
+
+from .errors import TavError
+from .inflate import VideoUNet, trainable_parameters
+from .objective import draw_timesteps, generator_for, tuning_loss
+from .state import TuneState, check_same_run, hash_tensors, read_state, restore, save_state
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SCALE_INTERVAL = 2000  # good steps before the fp16 loss scale doubles
+_NOT_IN_FINGERPRINT = ("steps", "save_every", "probe_every")  # may change between the parts of a run
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """How to tune; the defaults are the paper's.
+
+    Attributes:
+        steps: optimisation steps, at least 1 (the paper: 300 to 500).
+        learning_rate: of AdamW, 0 < lr <= 1; constant after `warmup_steps` of linear rise.
+        max_grad_norm: gradients are scaled down to this L2 norm.
+        seed: of every random draw, 0 or more.
+        dtype: "fp32", "bf16" or "fp16" computation; the tuned weights stay float32.
+        gradient_checkpointing: less memory for about a third more time.
+        probe_every: steps between measurements of the loss on `probe_size` fixed draws.
+        save_every: steps between writes of the state file.
+        timestep_sampling: "uniform", or "stratified": consecutive draws cover the range evenly.
+        loss_weighting: "none", or "min_snr" (gamma 5, arXiv 2303.09556).
+    """
+
+    steps: int = 500
+    learning_rate: float = 3e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-2
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    warmup_steps: int = 0
+    seed: int = 0
+    dtype: str = "fp32"
+    gradient_checkpointing: bool = False
+    probe_every: int = 25
+    probe_size: int = 4
+    save_every: int = 100
+    timestep_sampling: str = "uniform"
+    loss_weighting: str = "none"
+
+    def __post_init__(self):
+        for name, least in {
+            "steps": 1, "warmup_steps": 0, "seed": 0, "probe_every": 1, "probe_size": 1, "save_every": 1,
+        }.items():  # fmt: skip
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise TavError(f"{name}={value!r} is out of range; give an integer of at least {least}")
+        for name, good, remedy in (
+            ("learning_rate", lambda x: 0 < x <= 1, "give a number above 0 and up to 1, such as 3e-5"),
+            ("weight_decay", lambda x: 0 <= x < math.inf, "give 0 or a positive number, such as 1e-2"),
+            ("eps", lambda x: 0 < x < math.inf, "give a positive number, such as 1e-8"),
+            ("max_grad_norm", lambda x: x > 0, "give a positive number, such as 1.0"),
+            ("betas", lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x), "give two in [0, 1)"),
+            ("dtype", lambda x: x in DTYPES, "choose one of fp32, bf16, fp16"),
+            ("timestep_sampling", lambda x: x in ("uniform", "stratified"), "choose uniform or stratified"),
+            ("loss_weighting", lambda x: x in ("none", "min_snr"), "choose none or min_snr"),
+        ):
+            if not good(getattr(self, name)):
+                raise TavError(f"{name}={getattr(self, name)!r} is out of range; {remedy}")
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """A finished run.
+
+    Attributes:
+        losses: training loss of every step.
+        probe_losses: (step, loss on the fixed draws) at step 0, every `probe_every` and the end.
+        steps: steps that the weights have seen.
+        seconds: time of this call.
+        weights: the tuned weights by name, float32 on the CPU, whatever the dtype of the U-Net.
+    """
+
+    losses: list[float]
+    probe_losses: list[tuple[int, float]]
+    steps: int
+    seconds: float
+    weights: dict[str, Tensor]
+
+
+def make_optimizer(unet: nn.Module, config: TuneConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters alone."""
+    return torch.optim.AdamW(
+        trainable_parameters(unet).values(),
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        eps=config.eps,
+    )
+
+
+def tune(
+    unet: VideoUNet,
+    scheduler: SchedulerMixin,
+    latents: Tensor,
+    encoder_hidden_states: Tensor,
+    config: TuneConfig,
+    *,
+    latents_std: Tensor | None = None,
+    state_path: str | Path | None = None,
+    resume: bool = True,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+) -> TuneResult:
+    """Fit `unet`, in place, to one clip and its caption.
+
+    A run that was stopped, by an exception of the callback or by force, goes on from its state file and ends
+    in the very weights of an uninterrupted one: every draw depends on the seed and the step alone.
+
+    Args:
+        unet: from `inflate`; its parameters come back in the dtype they had.
+        scheduler: gives alphas_cumprod and the prediction type.
+        latents: the clip, mean of the VAE posterior times the scaling factor, `b c f h w`.
+        encoder_hidden_states: embedding of the caption, `1 n d`, `b n d` or `(b f) n d`.
+        latents_std: standard deviation of the posterior in the scale of `latents`; it is sampled anew at
+            every step. Without it the mean is used.
+        state_path: state file (safetensors), read if it exists and `resume`, written on the way.
+        callback: called after every step with a dict of stage "tune", step (from 1), total, loss,
+            grad_norm, probe_loss (the latest or None), lr and seconds; raises to stop.
+
+    Raises:
+        TavError: the state file belongs to another run or cannot be written; a loss or gradient that is
+            not finite, after which the weights are those of the last save (or of the start).
+    """
+    if latents.ndim != 5:
+        raise TavError(f"latents must have 5 axes b c f h w, got shape {tuple(latents.shape)}; add the missing ones")
+    if latents_std is not None and latents_std.shape != latents.shape:
+        raise TavError(f"latents_std has shape {tuple(latents_std.shape)}; give that of latents, {tuple(latents.shape)}")
+    if not isinstance(unet, VideoUNet):
+        raise TavError(f"unet is a {type(unet).__name__}, which has nothing to tune; inflate it first")
+    started = time.monotonic()
+    state_path = Path(state_path) if state_path is not None else None
+    parameters = trainable_parameters(unet)
+    device = next(iter(parameters.values())).device
+    latents, text = latents.to(device, torch.float32), encoder_hidden_states.to(device, torch.float32)
+    std = latents_std.to(device, torch.float32) if latents_std is not None else None
+
+    total = len(scheduler.alphas_cumprod)
+
+    def loss_at(mean_or_sample: Tensor, noise: Tensor, t: Tensor, weighting: str) -> Tensor:
+        dtype = DTYPES[config.dtype]
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return tuning_loss(unet, scheduler, mean_or_sample, noise, t.to(device), text, weighting)
+
+    @torch.no_grad()
+    def probe() -> float:
+        draws = config.probe_size
+        generator = generator_for(config.seed, "probe", 0)
+        levels = (torch.arange(draws) + 0.5) / draws * total
+        losses = []
+        for t in levels.long():
+            noise = torch.randn(latents.shape, generator=generator).to(device)
+            losses.append(loss_at(latents, noise, t.expand(len(latents)), "none").item())
+        return sum(losses) / draws
+
+    with _computing(unet, parameters, config), torch.enable_grad():
+        optimizer = make_optimizer(unet, config)
+        fingerprint = _fingerprint(unet, scheduler, latents, std, text, config)
+        state = TuneState(fingerprint, loss_scale=(2.0**16 if config.dtype == "fp16" else 1.0, 0))
+        if state_path is not None and resume and state_path.exists():
+            state, tensors = read_state(state_path)
+            check_same_run(state_path, state.fingerprint, fingerprint, tensors)
+            restore(tensors, parameters, optimizer)
+        good = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+        def save() -> None:
+            for name, parameter in parameters.items():
+                good[name].copy_(parameter.detach())
+            if state_path is not None:
+                save_state(state_path, state, dataclasses.asdict(config), parameters, optimizer)
+
+        def fail(what: str, step: int) -> TavError:
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(good[name])
+            remedy = f"lower learning_rate (now {config.learning_rate:g})"
+            remedy += "" if config.dtype == "fp32" else f" or set dtype to fp32 (now {config.dtype})"
+            return TavError(f"{what} at step {step + 1} is not finite; {remedy}")
+
+        if not state.probe_losses:
+            state.probe_losses.append((0, probe()))
+        for step in range(state.step, config.steps):
+            generator = generator_for(config.seed, "step", step)
+            noise = torch.randn(latents.shape, generator=generator).to(device)
+            posterior = torch.randn(latents.shape, generator=generator).to(device)
+            t = draw_timesteps(config.timestep_sampling, config.seed, step, len(latents), total)
+            sample = latents if std is None else latents + std * posterior
+            lr = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
+            optimizer.param_groups[0]["lr"] = lr
+
+            loss = loss_at(sample, noise, t, config.loss_weighting)
+            if not torch.isfinite(loss):
+                raise fail("loss", step)
+            scale, age = state.loss_scale
+            optimizer.zero_grad(set_to_none=True)
+            (loss * scale).backward()
+            for parameter in parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale)
+            grad_norm = nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm).item()
+            if math.isfinite(grad_norm):
+                optimizer.step()
+            elif config.dtype != "fp16" or scale <= 1:
+                raise fail("gradient", step)
+            if config.dtype == "fp16":  # dynamic loss scaling: a step that overflows is left out
+                state.loss_scale = _next_scale(scale, age, math.isfinite(grad_norm))
+
+            state.step = step + 1
+            state.losses.append(loss.item())
+            if state.step % config.probe_every == 0 or state.step == config.steps:
+                state.probe_losses.append((state.step, probe()))
+            try:
+                if callback is not None:
+                    callback({
+                        "stage": "tune", "step": state.step, "total": config.steps, "loss": state.losses[-1],
+                        "grad_norm": grad_norm, "probe_loss": state.probe_losses[-1][1], "lr": lr,
+                        "seconds": time.monotonic() - started,
+                    })  # fmt: skip
+            except BaseException:
+                save()
+                raise
+            if state.step % config.save_every == 0 or state.step == config.steps:
+                save()
+        weights = {name: parameter.detach().float().cpu().clone() for name, parameter in parameters.items()}
+    return TuneResult(state.losses, state.probe_losses, state.step, time.monotonic() - started, weights)
+
+
+def _next_scale(scale: float, age: int, finite: bool) -> tuple[float, int]:
+    if not finite:
+        return scale / 2, 0
+    return (scale * 2, 0) if age + 1 == _SCALE_INTERVAL else (scale, age + 1)
+
+
+@contextmanager
+def _computing(unet: VideoUNet, parameters: dict[str, nn.Parameter], config: TuneConfig) -> Iterator[None]:
+    """Frozen weights in the computing dtype, trainable ones in float32; all as they were on leaving."""
+    tuned, dtype = set(map(id, parameters.values())), DTYPES[config.dtype]
+    # originals wait on the CPU, or computing in half precision would not save device memory
+    cast = [(p, p.device, p.data.cpu()) for p in unet.parameters() if id(p) not in tuned and p.dtype != dtype]
+    dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
+    checkpointing = unet.is_gradient_checkpointing
+    try:
+        for parameter, _, _ in cast:
+            parameter.data = parameter.data.to(dtype)
+        for parameter in parameters.values():
+            parameter.data = parameter.data.float()
+        unet.frame_context.checkpointing = checkpointing or config.gradient_checkpointing
+        yield
+    finally:
+        for parameter, device, original in cast:
+            parameter.data = original.to(device)
+        for name, parameter in parameters.items():
+            parameter.data, parameter.grad = parameter.data.to(dtypes[name]), None
+        unet.frame_context.checkpointing = checkpointing
+
+
+def _fingerprint(
+    unet: VideoUNet,
+    scheduler: SchedulerMixin,
+    latents: Tensor,
+    std: Tensor | None,
+    text: Tensor,
+    config: TuneConfig,
+) -> dict[str, Any]:
+    parameters = trainable_parameters(unet)
+    options = dataclasses.asdict(config) | {"betas": list(config.betas)}  # as JSON has it
+    return {
+        "latents": hash_tensors([latents]),
+        "latents_std": hash_tensors([std] if std is not None else []),
+        "encoder_hidden_states": hash_tensors([text]),
+        "noise schedule": hash_tensors([scheduler.alphas_cumprod]),
+        "prediction_type": scheduler.config.prediction_type,
+        "inflation": unet.inflation,
+        "trainable parameters": {name: list(parameter.shape) for name, parameter in parameters.items()},
+        "initial weights": hash_tensors(parameters.values()),
+        **{name: value for name, value in options.items() if name not in _NOT_IN_FINGERPRINT},
+    }

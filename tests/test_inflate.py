@@ -1,0 +1,282 @@
+"""The video U-Net against the 2D model it was made from, over block layouts and options."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from einops import rearrange
+
+from tav_core.attention import FrameAttnProcessor, frame_attention, sdpa, temporal_attention
+from tav_core.errors import TavError
+from tav_core.inflate import VideoUNet, inflate, trainable_parameters
+
+CROSS_DOWN, DOWN, CROSS_UP, UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
+TINY = dict(
+    sample_size=8,
+    block_out_channels=(16, 32),
+    layers_per_block=1,
+    down_block_types=(CROSS_DOWN, DOWN),
+    up_block_types=(UP, CROSS_UP),
+    cross_attention_dim=24,
+    attention_head_dim=4,
+    norm_num_groups=4,
+)
+LAYOUTS = {
+    "sd1": {},
+    "sd2": dict(use_linear_projection=True, attention_head_dim=(2, 8), upcast_attention=True),
+    "attention at the bottom": dict(down_block_types=(DOWN, CROSS_DOWN), up_block_types=(CROSS_UP, UP)),
+    "attention only in down blocks": dict(up_block_types=(UP, UP), mid_block_type=None),
+    "two layers": dict(layers_per_block=2, transformer_layers_per_block=(1, 2)),
+    "scale_shift": dict(resnet_time_scale_shift="scale_shift"),
+    "three levels": dict(
+        block_out_channels=(16, 16, 32),
+        down_block_types=(DOWN, CROSS_DOWN, CROSS_DOWN),
+        up_block_types=(CROSS_UP, CROSS_UP, UP),
+    ),
+    "only cross-attention": dict(only_cross_attention=(True, False)),
+    "dual cross-attention": dict(dual_cross_attention=True),
+    "resnet resampling": dict(
+        down_block_types=(CROSS_DOWN, "ResnetDownsampleBlock2D"),
+        up_block_types=("ResnetUpsampleBlock2D", CROSS_UP),
+    ),
+    "class labels": dict(num_class_embeds=5),
+}
+
+
+def make_unet(**changes):
+    torch.manual_seed(0)
+    return UNet2DConditionModel(**{**TINY, **changes}).eval()
+
+
+def stir(unet):
+    """Give the temporal output projections, zero at the start, weight."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in unet.named_parameters():
+        if "attn_temp.to_out" in name:
+            parameter.data.normal_(0, 0.3, generator=generator)
+    return unet
+
+
+def inputs(b=1, f=3, tokens=5, size=8):
+    generator = torch.Generator().manual_seed(2)
+    return (
+        torch.randn(b, 4, f, size, size, generator=generator),
+        torch.arange(b) * 300 + 100,
+        torch.randn(b, tokens, 24, generator=generator),
+    )
+
+
+def difference(a, b):
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+@pytest.mark.parametrize("norm", ["video", "frame"])
+@pytest.mark.parametrize("attention", ["sparse-causal", "first", "full"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_still_video_is_the_2d_model(layout, attention, norm):
+    base = make_unet(**LAYOUTS[layout])
+    unet = inflate(base, attention=attention, norm=norm)
+    labels = {"class_labels": torch.tensor([1, 3])} if layout == "class labels" else {}
+    x, t, text = inputs(b=2, f=1)
+    expected = base(x[:, :, 0], t, text, **labels).sample
+    assert difference(unet(x, t, text, **labels)[:, :, 0], expected) <= 5e-6
+    still = unet(x.expand(-1, -1, 3, -1, -1), t, text, **labels)
+    assert difference(still, expected[:, :, None].expand_as(still)) <= 5e-6
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_names_and_trainables(layout):
+    base = make_unet(**LAYOUTS[layout])
+    before = copy.deepcopy(base.state_dict())
+    unet = inflate(base)
+    blocks = [name for name, module in base.named_modules() if isinstance(module, BasicTransformerBlock)]
+    new = [f"attn_temp.{p}" for p in ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias")]
+    new += ["norm_temp.weight", "norm_temp.bias"]
+    assert set(unet.state_dict()) == set(before) | {f"{block}.{name}" for block in blocks for name in new}
+    assert set(dict(unet.named_parameters())) == set(unet.state_dict())
+    trainable = {name for name, parameter in unet.named_parameters() if parameter.requires_grad}
+    assert trainable == set(trainable_parameters(unet))
+    assert len(trainable) == 7 * len(blocks)
+    # the given model is as it was
+    assert type(base) is UNet2DConditionModel and set(base.state_dict()) == set(before)
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    assert not any(isinstance(p, FrameAttnProcessor) for p in base.attn_processors.values())
+
+
+def test_inflation_is_deterministic_and_leaves_the_generator_alone():
+    base = make_unet()
+    torch.manual_seed(7)
+    first, drawn = inflate(base), torch.rand(1)
+    torch.manual_seed(7)
+    assert torch.equal(drawn, torch.rand(1))
+    second = inflate(base)
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+
+
+@torch.no_grad()
+def test_frame_attention_modes():
+    torch.manual_seed(0)
+    attn = make_unet().down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    x = torch.randn(2 * 4, 9, 16)
+    q, k, v = (rearrange(p(x), "(b f) n (h d) -> b f h n d", b=2, h=4) for p in (attn.to_q, attn.to_k, attn.to_v))
+    looked_at = {
+        "sparse-causal": lambda i: [0, max(i - 1, 0)],
+        "first": lambda i: [0],
+        "full": lambda i: range(4),
+    }
+    for mode, frames in looked_at.items():
+        out = [
+            sdpa(q[:, i], *(torch.cat([y[:, j] for j in frames(i)], dim=2) for y in (k, v))) for i in range(4)
+        ]
+        expected = attn.to_out[0](rearrange(torch.stack(out, 1), "b f h n d -> (b f) n (h d)"))
+        assert difference(frame_attention(attn, x, 4, mode), expected) <= 1e-6
+
+
+@torch.no_grad()
+def test_causal_temporal_attention_sees_no_later_frame():
+    unet = stir(inflate(make_unet(), temporal_causal=True, norm="frame"))
+    x, t, text = inputs(f=4)
+    changed = x.clone()
+    changed[:, :, 3] += 1
+    assert difference(unet(x, t, text)[:, :, :3], unet(changed, t, text)[:, :, :3]) <= 1e-6
+    attn = unet.mid_block.attentions[0].transformer_blocks[0].attn_temp
+    y = torch.randn(2, 4, 32)
+    assert difference(temporal_attention(attn, y, causal=True)[:, -1], temporal_attention(attn, y)[:, -1]) <= 1e-6
+
+
+@torch.no_grad()
+def test_timesteps_and_text_come_in_many_forms():
+    unet = stir(inflate(make_unet()))
+    x, t, text = inputs(b=2)
+    text[1] = text[0]
+    expected = unet(x, torch.tensor([100, 100]), text)
+    for same in (100, 100.0, torch.tensor(100), torch.tensor([100]), torch.tensor(100.0)):
+        assert torch.equal(unet(x, same, text), expected)
+    assert torch.equal(unet(x, 100, text[:1]), expected)
+    assert torch.equal(unet(x, 100, text.repeat_interleave(3, 0)), expected)
+    alone = torch.cat([unet(x[i : i + 1], t[i], text[:1]) for i in range(2)])
+    assert difference(unet(x, t, text), alone) <= 5e-6
+    odd = torch.randn(1, 4, 2, 9, 7)
+    assert unet(odd, 5, text[:1]).shape == odd.shape
+
+
+@torch.no_grad()
+def test_conditioning_and_residuals_go_through():
+    conditioned = dict(
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=12 + 6 * 8
+    )
+    base = make_unet(**conditioned)
+    unet = inflate(base)
+    x, t, text = inputs(b=2, f=1)
+    added = {"text_embeds": torch.randn(2, 12), "time_ids": torch.randn(2, 6)}
+    down = [torch.randn(2, c, s, s) for c, s in ((16, 8), (16, 8), (16, 4), (32, 4))]
+    mid, adapter = torch.randn(2, 32, 4, 4), [torch.randn(2, 16, 8, 8), torch.randn(2, 32, 4, 4)]
+    for residuals in (
+        {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": mid},
+        {"down_intrablock_additional_residuals": adapter},
+    ):
+        lists = {k: list(v) if isinstance(v, list) else v for k, v in residuals.items()}
+        expected = base(x[:, :, 0], t, text, added_cond_kwargs=added, **lists).sample
+        assert difference(unet(x, t, text, added_cond_kwargs=added, **residuals)[:, :, 0], expected) <= 5e-6
+        repeated = {
+            k: [r.repeat_interleave(3, 0) for r in v] if isinstance(v, (list, tuple)) else v.repeat_interleave(3, 0)
+            for k, v in residuals.items()
+        }
+        still = unet(x.expand(-1, -1, 3, -1, -1), t, text, added_cond_kwargs=added, **repeated)
+        assert difference(still, expected[:, :, None].expand_as(still)) <= 1e-5
+    assert len(adapter) == 2  # diffusers pops from the list it gets
+
+
+@torch.no_grad()
+def test_text_mask_goes_through():
+    base = make_unet()
+    x, t, text = inputs(f=1)
+    mask = torch.tensor([[1, 1, 1, 0, 0]])
+    expected = base(x[:, :, 0], t, text, encoder_attention_mask=mask).sample
+    assert difference(inflate(base)(x, t, text, encoder_attention_mask=mask)[:, :, 0], expected) <= 5e-6
+
+
+@torch.no_grad()
+def test_attention_can_be_replaced_and_copies_are_independent():
+    unet = stir(inflate(make_unet()))
+    x, t, text = inputs()
+    expected, calls = unet(x, t, text), []
+
+    def counted(q, k, v, mask=None):
+        calls.append(q.shape)
+        return sdpa(q, k, v, mask)
+
+    twin = copy.deepcopy(unet)
+    twin.frame_context.attention_fn = counted
+    assert torch.equal(unet(x, t, text), expected) and not calls
+    assert torch.equal(twin(x, t, text), expected)
+    assert len(calls) == 3 * 4  # spatial, text and temporal attention of four blocks
+
+
+def gradients(unet, out):
+    for parameter in unet.parameters():
+        parameter.grad = None
+    out.square().mean().backward()
+    return {name: parameter.grad for name, parameter in unet.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_checkpointing(layout):
+    unet = stir(inflate(make_unet(**LAYOUTS[layout])))
+    labels = {"class_labels": torch.tensor([1])} if layout == "class labels" else {}
+    x, t, text = inputs()
+    plain = gradients(unet, unet(x, t, text, **labels))
+    assert set(plain) == set(trainable_parameters(unet))
+    unet.enable_gradient_checkpointing()
+    out = unet(x, t, text, **labels)
+    unet(x[:, :, :2], t, text, **labels)  # the recomputation must not take this frame count
+    checkpointed = gradients(unet, out)
+    assert set(checkpointed) == set(plain)
+    assert all(difference(plain[name], checkpointed[name]) <= 1e-7 for name in plain)
+    unet.disable_gradient_checkpointing()
+    assert not unet.is_gradient_checkpointing
+
+
+def test_gradient_checkpointing_of_the_2d_model_is_kept():
+    base = make_unet()
+    base.enable_gradient_checkpointing()
+    assert inflate(base).is_gradient_checkpointing and base.is_gradient_checkpointing
+
+
+def test_half_precision_and_dtype():
+    unet = inflate(make_unet().to(torch.bfloat16))
+    assert {parameter.dtype for parameter in unet.parameters()} == {torch.bfloat16}
+    x, t, text = inputs()
+    assert unet(x.bfloat16(), t, text.bfloat16()).dtype == torch.bfloat16
+
+
+def test_mistakes_are_named():
+    base = make_unet()
+    unet = inflate(base)
+    x, t, text = inputs(b=2)
+    for call, message in (
+        (lambda: inflate(base, attention="causal"), "attention='causal'"),
+        (lambda: inflate(base, norm="layer"), "norm='layer'"),
+        (lambda: inflate(unet), "inflated already"),
+        (lambda: inflate(torch.nn.Linear(1, 1)), "Linear"),
+        (lambda: inflate(make_unet(down_block_types=(DOWN, DOWN), up_block_types=(UP, UP), mid_block_type=None)),
+         "no transformer block"),
+        (lambda: unet(x[:, :, 0], t, text), "5 axes"),
+        (lambda: unet(x, torch.arange(3), text), "timesteps"),
+        (lambda: unet(x, t, text[0]), "encoder_hidden_states must have 3 axes"),
+        (lambda: unet(x, t, text.repeat(2, 1, 1)), "encoder_hidden_states has a batch of 4"),
+        (lambda: unet(x, t, text, attention_mask=torch.ones(2, 64)), "attention_mask"),
+    ):  # fmt: skip
+        with pytest.raises(TavError, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_class_swap_keeps_the_type():
+    unet = inflate(make_unet())
+    assert isinstance(unet, VideoUNet) and isinstance(unet, UNet2DConditionModel)
+    assert unet.config.cross_attention_dim == 24
