@@ -56,7 +56,7 @@ def _tune(args, checkpoint: Checkpoint, source: pipeline.Source, progress: Progr
                                         resume=args.resume, callback=progress)  # fmt: skip
     except Cancelled as stop:
         raise Cancelled(f"{stop}; add --resume to go on") from None
-    height, width = (n * pipeline.size_multiple(checkpoint) for n in source.latents.shape[-2:])
+    height, width = (n * checkpoint.downscale for n in source.latents.shape[-2:])
     save_tuned(args.output / "tuned.safetensors", unet, prompt=source.prompt, num_frames=source.latents.shape[2],
                width=width, height=height, config=_plain(preset.tuning), base_name=checkpoint.name)  # fmt: skip
     loss_curve(result.losses, result.probe_losses, args.output / "loss.png")
@@ -213,7 +213,7 @@ def _sample_command(args):
             raise TavError(f"--sampling-steps is {preset.sampling_steps}, but {args.noise} was inverted with {steps}; "
                            f"use --sampling-steps {steps}")  # fmt: skip
     else:
-        factor = pipeline.size_multiple(checkpoint)
+        factor = checkpoint.downscale
         shape = (1, checkpoint.unet.config.in_channels, info.num_frames, info.height // factor, info.width // factor)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(preset.tuning.seed))
     for number, prompt in enumerate(args.edit, 1):

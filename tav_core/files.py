@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,15 +29,17 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    # safetensors writes from Rust and reports I/O errors under a class of its own
+        try:
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        full = getattr(error, "errno", None) in _FULL or "os error 28" in reason
-        remedy = "free space or choose another --output" if full else "choose another --output"
+        # safetensors writes from Rust and tells the number of an I/O error in its text alone
+        told = re.search(r"os error (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        reason = os.strerror(number) if number is not None else str(error)
+        remedy = "free space or choose another --output" if number in _FULL else "choose another --output"
         raise TavError(f"cannot write {path}: {reason}; {remedy}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video
@@ -58,20 +57,15 @@ def prepare(checkpoint: Checkpoint, frames: Tensor, prompt: str) -> Source:
         TavError: an empty prompt, or a size that the model can't halve as often as it must.
     """
     if not prompt.strip():
-        raise TavError("--prompt is empty; describe the clip in one sentence, e.g. \"a man is skiing\"")
+        raise TavError('--prompt is empty; describe the clip in one sentence, e.g. "a man is skiing"')
     check_size(checkpoint, width=frames.shape[2], height=frames.shape[1])
     mean, std = encode_video(checkpoint, to_pixels(frames))
     return Source(prompt, mean, std, encode_prompt(checkpoint, prompt))
 
 
-def size_multiple(checkpoint: Checkpoint) -> int:
-    """Width and height must be a multiple of this: the VAE's downscale factor."""
-    return 2 ** (len(checkpoint.vae.config.block_out_channels) - 1)
-
-
 def check_size(checkpoint: Checkpoint, *, width: int, height: int):
     """Raises a TavError if the checkpoint can't take frames of this size."""
-    multiple = size_multiple(checkpoint)
+    multiple = checkpoint.downscale  # the U-Net itself takes any size
     for name, value in (("width", width), ("height", height)):
         if value % multiple or value <= 0:
             nearest = max(multiple, round(value / multiple) * multiple)

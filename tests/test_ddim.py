@@ -15,6 +15,7 @@ from diffusers import (
 
 from tav_core.ddim import ddim_invert, ddim_sample, ddim_step, ddim_timesteps, to_eps_x0
 from tav_core.errors import Cancelled, TavError
+from tav_core.inflate import per_frame
 
 SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1)
 DDIM = DDIMScheduler(**SD, clip_sample=False, set_alpha_to_one=False)
@@ -30,7 +31,7 @@ class Model:
 
     def __call__(self, x, t, text):
         self.batches.append(len(x))
-        text = text.mean(dim=(1, 2)).reshape(len(x), -1, 1, 1, 1).mean(dim=1, keepdim=True)
+        text = per_frame("text", text, len(x), x.shape[2]).mean(dim=(1, 2)).reshape(len(x), 1, -1, 1, 1)
         eps = 0.9 * torch.tanh(x + text) + 0.0002 * t
         alpha = self.alphas[t]
         x0 = (x - (1 - alpha).sqrt() * eps) / alpha.sqrt()

@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from einops import rearrange
 
-from tav_core.attention import FrameAttnProcessor, frame_attention, sdpa, temporal_attention
+from tav_core.attention import FrameAttnProcessor, FrameContext, frame_attention, sdpa, temporal_attention
 from tav_core.errors import TavError
 from tav_core.inflate import VideoUNet, inflate, trainable_parameters
 
@@ -36,7 +36,6 @@ LAYOUTS = {
         up_block_types=(CROSS_UP, CROSS_UP, UP),
     ),
     "only cross-attention": dict(only_cross_attention=(True, False)),
-    "dual cross-attention": dict(dual_cross_attention=True),
     "resnet resampling": dict(
         down_block_types=(CROSS_DOWN, "ResnetDownsampleBlock2D"),
         up_block_types=("ResnetUpsampleBlock2D", CROSS_UP),
@@ -115,6 +114,26 @@ def test_inflation_is_deterministic_and_leaves_the_generator_alone():
     assert torch.equal(drawn, torch.rand(1))
     second = inflate(base)
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+
+
+@torch.no_grad()
+def test_blocks_without_cross_attention():
+    base = make_unet()
+    for module in base.modules():
+        if isinstance(module, BasicTransformerBlock):
+            module.attn2 = module.norm2 = None
+    unet = inflate(base)
+    assert not any("attn2" in name for name in trainable_parameters(unet))
+    x, t, text = inputs(f=1)
+    assert difference(unet(x, t, text)[:, :, 0], base(x[:, :, 0], t, text).sample) <= 5e-6
+
+
+@torch.no_grad()
+def test_only_cross_attention_looks_at_the_text():
+    block = make_unet(only_cross_attention=True).down_blocks[0].attentions[0].transformer_blocks[0]
+    processor = FrameAttnProcessor(FrameContext(frames=3), "sparse-causal")
+    x, text = torch.randn(3, 9, 16), torch.randn(3, 5, 24)
+    assert difference(processor(block.attn1, x, text), block.attn1(x, text)) <= 1e-6
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from ..checkpoint import load_checkpoint
 from ..cli import add_preset_arguments, preset_of, run
 from . import world
-from .judge import JUDGE, load_judge
+from .judge import load_judge
 
 
 def _train(args):

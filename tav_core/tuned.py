@@ -1,0 +1,110 @@
+"""Tuned weights: one safetensors file with the tuned parameters alone and what is needed to use them again."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .errors import TavError
+from .files import atomic_path
+from .inflate import VideoUNet, trainable_parameters
+
+FORMAT = "tune-a-video-1"
+_SAMPLES = 1024  # values of each parameter that go into the fingerprint
+
+
+@dataclass(frozen=True)
+class TunedInfo:
+    """What a tuned-weights file says of itself; width and height in pixels."""
+
+    base: str
+    base_name: str
+    prompt: str
+    num_frames: int
+    width: int
+    height: int
+    inflation: dict[str, Any]
+    config: dict[str, Any]
+    versions: dict[str, str]
+
+
+def base_fingerprint(unet: nn.Module) -> str:
+    """SHA-256 (hex) of what tuning never changes: names, shapes and up to 1024 even samples of each parameter.
+
+    The same for a 2D U-Net, for the inflated one before and after tuning, and in fp16 or fp32 if the file was fp16.
+    """
+    tuned = ("attn1.to_q.", "attn2.to_q.", "attn_temp.", "norm_temp.")
+    digest = hashlib.sha256()
+    for name, parameter in sorted(unet.named_parameters()):
+        if any(part in name for part in tuned):
+            continue
+        values = parameter.detach().flatten()
+        values = values[:: max(1, len(values) // _SAMPLES)][:_SAMPLES].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)};".encode())
+        digest.update(values.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_tuned(path: str | Path, unet: VideoUNet, *, prompt: str, num_frames: int, width: int, height: int,
+               config: dict[str, Any], base_name: str = ""):  # fmt: skip
+    """Writes the tuned parameters (float32) and their metadata atomically.
+
+    Raises:
+        TavError: the file can't be written.
+    """
+    info = TunedInfo(base_fingerprint(unet), base_name, prompt, num_frames, width, height, unet.inflation, config,
+                     {"torch": torch.__version__, "diffusers": diffusers.__version__})  # fmt: skip
+    metadata = {"format": FORMAT, **{name: json.dumps(value) for name, value in info.__dict__.items()}}
+    tensors = {n: p.detach().float().cpu().contiguous() for n, p in trainable_parameters(unet).items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def read_tuned(path: str | Path) -> TunedInfo:
+    """The metadata of a tuned-weights file.
+
+    Raises:
+        TavError: missing, unreadable, or not such a file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise TavError(f"tuned weights {path} do not exist; make them with tune")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise TavError(f"tuned weights {path} can't be read ({error}); give a .safetensors file made by tune") from error
+    if metadata.get("format") != FORMAT:
+        raise TavError(f"{path} holds no tuned weights (its format is {metadata.get('format')!r}); give a file made by tune")
+    return TunedInfo(**{name: json.loads(metadata[name]) for name in TunedInfo.__dataclass_fields__})
+
+
+def load_tuned(path: str | Path, unet: VideoUNet) -> TunedInfo:
+    """Loads tuned weights into an inflated U-Net, in place.
+
+    Raises:
+        TavError: not a tuned-weights file, another base model, or a U-Net that is inflated otherwise or not at all.
+    """
+    info = read_tuned(path)
+    if not isinstance(unet, VideoUNet):
+        raise TavError(f"unet is a {type(unet).__name__}; inflate it before loading tuned weights")
+    if info.base != base_fingerprint(unet):
+        raise TavError(f"tuned weights {path} belong to the base model {info.base_name or info.base[:12]!r}, and this is "
+                       "another one; load that checkpoint, or tune on this one")  # fmt: skip
+    if info.inflation != unet.inflation:
+        raise TavError(f"tuned weights {path} were made with {info.inflation}, the U-Net is inflated with "
+                       f"{unet.inflation}; inflate it the same way")  # fmt: skip
+    parameters, tensors = trainable_parameters(unet), load_file(path)
+    if tensors.keys() != parameters.keys():
+        raise TavError(f"tuned weights {path} do not name the parameters of this U-Net; the file is damaged, tune again")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+    return info

@@ -1,0 +1,353 @@
+"""Tuning: determinism, resuming, cancelling, failures and the state file."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
+
+from tav_core.errors import Cancelled, TavError
+from tav_core.files import atomic_path
+from tav_core.inflate import inflate, trainable_parameters
+from tav_core.objective import draw_timesteps
+from tav_core.tuning import TuneConfig, tune, tuning_loss
+
+ROOT = Path(__file__).parents[1]
+SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, set_alpha_to_one=False)
+SCHEDULER = DDIMScheduler(**SD)
+CONFIG = TuneConfig(steps=6, learning_rate=1e-3, probe_every=2, probe_size=2, save_every=2, seed=5)
+
+
+def make_unet():
+    torch.manual_seed(0)
+    return inflate(
+        UNet2DConditionModel(
+            sample_size=4,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=24,
+            attention_head_dim=4,
+            norm_num_groups=4,
+        )
+    )
+
+
+def clip():
+    generator = torch.Generator().manual_seed(0)
+    latents, text = (torch.randn(*shape, generator=generator) for shape in ((1, 4, 3, 4, 4), (1, 5, 24)))
+    return {"latents": latents, "encoder_hidden_states": text, "latents_std": torch.full_like(latents, 0.1)}
+
+
+def run(unet, config=CONFIG, scheduler=SCHEDULER, **kwargs):
+    kwargs = clip() | kwargs
+    return tune(unet, scheduler, kwargs.pop("latents"), kwargs.pop("encoder_hidden_states"), config, **kwargs)
+
+
+def weights(unet):
+    return {name: parameter.detach().clone() for name, parameter in trainable_parameters(unet).items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def stop_at(step, error=Cancelled):
+    def callback(progress):
+        if progress["step"] == step:
+            raise error
+
+    return callback
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    unet = make_unet()
+    return run(unet), weights(unet)
+
+
+def test_result_and_progress(uninterrupted):
+    result, tuned = uninterrupted
+    seen, unet = [], make_unet()
+    start, frozen = weights(unet), {n: p.clone() for n, p in unet.named_parameters() if not p.requires_grad}
+    again = run(unet, callback=seen.append)
+    assert again.losses == result.losses and equal(weights(unet), tuned) and equal(again.weights, tuned)
+    assert not any(torch.equal(start[name], tuned[name]) for name in start)
+    assert all(torch.equal(p, frozen[n]) for n, p in unet.named_parameters() if n in frozen)
+    assert [step for step, _ in result.probe_losses] == [0, 2, 4, 6] and result.steps == len(result.losses) == 6
+    assert [p["step"] for p in seen] == [1, 2, 3, 4, 5, 6] and [p["loss"] for p in seen] == result.losses
+    assert seen[0].keys() == {"stage", "step", "total", "loss", "grad_norm", "probe_loss", "lr", "seconds"}
+    assert all(parameter.grad is None for parameter in unet.parameters())
+
+
+def test_tuning_lowers_the_probe_loss():
+    losses = [value for _, value in run(make_unet(), replace(CONFIG, steps=60, learning_rate=2e-2)).probe_losses]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("error", [Cancelled, KeyboardInterrupt, RuntimeError])
+def test_cancelled_and_resumed(uninterrupted, tmp_path, error):
+    result, tuned = uninterrupted
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(error):
+        run(make_unet(), state_path=path, callback=stop_at(3, error))
+    unet, seen = make_unet(), []
+    resumed = run(unet, state_path=path, callback=seen.append)
+    assert [progress["step"] for progress in seen] == [4, 5, 6]
+    assert equal(weights(unet), tuned)
+    assert (resumed.losses, resumed.probe_losses) == (result.losses, result.probe_losses)
+
+
+def test_the_cancelled_model_goes_on_too(uninterrupted, tmp_path):
+    path, unet = tmp_path / "run.safetensors", make_unet()
+    with pytest.raises(Cancelled):
+        run(unet, state_path=path, callback=stop_at(3))
+    run(unet, state_path=path)
+    assert equal(weights(unet), uninterrupted[1])
+
+
+def test_killed_and_resumed(uninterrupted, tmp_path):
+    path = tmp_path / "run.safetensors"
+    script = f"""
+        import os, signal, sys
+        sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+        from test_tuning import make_unet, run
+
+        def kill(progress):
+            if progress["step"] == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        run(make_unet(), state_path={str(path)!r}, callback=kill)
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    with safe_open(path, framework="pt") as file:
+        assert json.loads(file.metadata()["step"]) == 4
+    unet = make_unet()
+    resumed = run(unet, state_path=path)
+    assert equal(weights(unet), uninterrupted[1]) and resumed.losses == uninterrupted[0].losses
+    assert [file.name for file in tmp_path.iterdir()] == ["run.safetensors"]
+
+
+def test_finished_state_returns_at_once_and_can_be_prolonged(uninterrupted, tmp_path):
+    path = tmp_path / "run.safetensors"
+    run(make_unet(), replace(CONFIG, steps=4, save_every=3, probe_every=1), state_path=path)
+    unet, seen = make_unet(), []
+    result = run(unet, replace(CONFIG, steps=4), state_path=path, callback=seen.append)
+    assert not seen and result.steps == 4 and len(result.losses) == 4
+    run(unet := make_unet(), state_path=path)
+    assert equal(weights(unet), uninterrupted[1])
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"config": replace(CONFIG, seed=6)}, "seed"),
+    ({"config": replace(CONFIG, learning_rate=2e-3)}, "learning_rate"),
+    ({"latents": clip()["latents"] + 1}, "latents"),
+    ({"latents_std": None}, "latents_std"),
+    ({"encoder_hidden_states": clip()["encoder_hidden_states"] + 1}, "encoder_hidden_states"),
+    ({"scheduler": DDIMScheduler(**SD, prediction_type="v_prediction")}, "prediction_type"),
+])  # fmt: skip
+def test_state_of_another_run(uninterrupted, tmp_path, change, named):
+    path = tmp_path / "run.safetensors"
+    run(make_unet(), replace(CONFIG, steps=1), state_path=path)
+    before = path.read_bytes()
+    with pytest.raises(TavError, match=rf"another run \({named} changed\)"):
+        run(make_unet(), state_path=path, **change)
+    assert path.read_bytes() == before
+    run(make_unet(), state_path=path, resume=False, **change)
+    assert path.read_bytes() != before
+
+
+def test_state_of_another_model(tmp_path):
+    path, unet = tmp_path / "run.safetensors", make_unet()
+    run(unet, replace(CONFIG, steps=1), state_path=path)
+    next(iter(trainable_parameters(unet).values())).data += 1
+    with pytest.raises(TavError, match="initial weights changed"):
+        run(unet, state_path=path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a state file at all"])
+def test_damaged_state(tmp_path, content):
+    path = tmp_path / "run.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(TavError, match="cannot read state file"):
+        run(make_unet(), state_path=path)
+
+
+@pytest.mark.parametrize("save_every, kept", [(2, 2), (100, 0)])
+def test_not_finite(monkeypatch, tmp_path, save_every, kept):
+    path, unet, config = tmp_path / "run.safetensors", make_unet(), replace(CONFIG, save_every=save_every)
+    with pytest.raises(Cancelled):
+        run(reference := make_unet(), callback=stop_at(2))
+    expected = weights(reference if kept else make_unet())
+
+    def spoiled(unet, scheduler, latents, noise, *args):
+        broken = torch.nan if len(calls) == 5 else 0  # after two probes (of two draws) and two steps
+        return tuning_loss(unet, scheduler, latents, noise + broken, *args)
+
+    calls = []
+    monkeypatch.setattr(
+        "tav_core.tuning.tuning_loss", lambda *args: (spoiled(*args), calls.append(1))[0]
+    )
+    config = replace(config, probe_every=50)
+    with pytest.raises(TavError, match=r"loss at step 4 .* lower learning_rate \(now 0.001\)"):
+        run(unet, config, state_path=path)
+    assert equal(weights(unet), expected)
+    assert path.exists() == bool(kept)
+    if kept:
+        with safe_open(path, framework="pt") as file:
+            assert all(torch.isfinite(file.get_tensor(name)).all() for name in file.keys())
+            assert json.loads(file.metadata()["step"]) == kept
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_disk_full(monkeypatch, tmp_path, function):
+    path = tmp_path / "run.safetensors"
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, function, full)
+    with pytest.raises(TavError, match="cannot write .*: No space left on device; free space or") as caught:
+        run(make_unet(), state_path=path)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_atomic_path(tmp_path):
+    path = tmp_path / "new" / "clip.mp4"
+    with atomic_path(path) as temporary:
+        assert temporary.parent == path.parent and temporary.suffix == ".mp4"
+        temporary.write_text("first")
+    with pytest.raises(KeyError), atomic_path(path) as temporary:
+        temporary.write_text("second")
+        raise KeyError
+    assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
+    with pytest.raises(TavError, match="cannot write"), atomic_path(path / "below"):
+        pass
+
+
+def test_gradient_checkpointing_changes_nothing(uninterrupted):
+    unet = make_unet()
+    result = run(unet, replace(CONFIG, gradient_checkpointing=True))
+    assert not unet.is_gradient_checkpointing
+    assert max(abs(a - b) for a, b in zip(result.losses, uninterrupted[0].losses)) <= 1e-6
+    assert all((a - uninterrupted[1][name]).abs().max() <= 1e-6 for name, a in weights(unet).items())
+
+
+def test_loss_of_each_prediction_type():
+    torch.manual_seed(0)
+    x0, noise, output = torch.randn(3, 2, 4, 2, 3, 3)
+    t, text = torch.tensor([10, 900]), torch.zeros(1, 5, 24)
+    for prediction_type in ("epsilon", "v_prediction", "sample"):
+        scheduler = DDIMScheduler(**SD, prediction_type=prediction_type)
+        noisy = scheduler.add_noise(x0, noise, t)
+        target = {
+            "epsilon": noise, "v_prediction": scheduler.get_velocity(x0, noise, t), "sample": x0
+        }[prediction_type]  # fmt: skip
+        asked = []
+
+        def unet(*args, asked=asked):
+            asked.append(args)
+            return output
+
+        loss = tuning_loss(unet, scheduler, x0, noise, t, text)
+        assert torch.allclose(loss, (output - target).square().mean(), atol=1e-6)
+        assert torch.allclose(asked[0][0], noisy, atol=1e-6)
+        alpha = scheduler.alphas_cumprod[t]
+        snr = alpha / (1 - alpha)
+        divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]
+        weight = snr.clamp(max=5) / divisor
+        expected = (weight * (output - target).square().mean(dim=(1, 2, 3, 4))).mean()
+        assert torch.allclose(tuning_loss(unet, scheduler, x0, noise, t, text, "min_snr"), expected)
+
+
+def test_v_prediction_tunes():
+    scheduler = DDIMScheduler(**SD, prediction_type="v_prediction")
+    config = replace(CONFIG, steps=40, probe_every=40, loss_weighting="min_snr", timestep_sampling="stratified")
+    losses = [value for _, value in run(make_unet(), config, scheduler).probe_losses]
+    assert losses[-1] < losses[0]
+
+
+def test_timesteps_cover_the_range():
+    def draw(sampling, seed=0):
+        return torch.cat([draw_timesteps(sampling, seed, step, 1, 1600) for step in range(64)])
+
+    for sampling in ("uniform", "stratified"):
+        assert torch.equal(draw(sampling), draw(sampling)) and not torch.equal(draw(sampling), draw(sampling, 1))
+        assert draw(sampling).min() >= 0 and draw(sampling).max() < 1600
+    for block in draw("stratified").reshape(4, 16):
+        assert (block // 100).sort().values.tolist() == list(range(16))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision(dtype, uninterrupted, tmp_path):
+    unet, path = make_unet(), tmp_path / "run.safetensors"
+    config = replace(CONFIG, dtype=dtype, gradient_checkpointing=True)
+    before = {name: parameter.clone() for name, parameter in unet.named_parameters() if not parameter.requires_grad}
+    result = run(unet, config)
+    assert {parameter.dtype for parameter in unet.parameters()} == {torch.float32}
+    assert all(torch.equal(parameter, before[n]) for n, parameter in unet.named_parameters() if n in before)
+    assert max(abs(a - b) for a, b in zip(result.losses, uninterrupted[0].losses)) < 0.05
+    with pytest.raises(Cancelled):
+        run(make_unet(), config, state_path=path, callback=stop_at(3))
+    run(resumed := make_unet(), config, state_path=path)
+    assert equal(weights(resumed), weights(unet))
+
+
+def test_a_half_precision_model_comes_back_in_its_dtype():
+    unet = make_unet().to(torch.bfloat16)
+    result = run(unet, replace(CONFIG, dtype="bf16"))
+    assert {parameter.dtype for parameter in unet.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in result.weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("field, value", [
+    ("steps", 0), ("steps", 1.5), ("learning_rate", 0.0), ("learning_rate", float("nan")), ("betas", (0.9, 1.0)),
+    ("weight_decay", -1.0), ("eps", 0.0), ("max_grad_norm", 0.0), ("warmup_steps", -1), ("seed", -1),
+    ("dtype", "int8"), ("probe_every", 0), ("probe_size", 0), ("save_every", 0),
+    ("timestep_sampling", "cosine"), ("loss_weighting", "snr"),
+])  # fmt: skip
+def test_config_mistakes_are_named(field, value):
+    with pytest.raises(TavError, match=f"{field}="):
+        TuneConfig(**{field: value})
+
+
+def test_warmup():
+    rates = []
+    run(make_unet(), replace(CONFIG, warmup_steps=4), callback=lambda progress: rates.append(progress["lr"]))
+    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
+
+
+def test_inputs_that_do_not_fit():
+    unet = make_unet()
+    for change, message in (
+        ({"latents": clip()["latents"][0]}, "5 axes"),
+        ({"latents_std": torch.ones(1)}, "latents_std"),
+        ({"encoder_hidden_states": torch.zeros(2, 5, 24)}, "encoder_hidden_states has a batch of 2"),
+    ):
+        with pytest.raises(TavError, match=message):
+            run(unet, **change)
+    with pytest.raises(TavError, match="inflate it first"):
+        run(torch.nn.Linear(1, 1))
+
+
+def test_disk_full_in_safetensors(monkeypatch, tmp_path):
+    path = tmp_path / "run.safetensors"
+
+    def full(*args):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("tav_core.state.save_file", full)
+    with pytest.raises(TavError, match="run.safetensors: No space left on device; free space or"):
+        run(make_unet(), state_path=path)
