@@ -20,7 +20,7 @@ MODES = ("sparse-causal", "first", "full")
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention on `b heads n d`; mask: bool (True = look) or additive, broadcast to `b heads n m`."""
+    """Softmax attention on `b heads n d`; mask: bool (True: look) or additive, of shape `b heads n m`."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

@@ -1,7 +1,7 @@
 """DDIM sampling and its inversion (Song et al., arXiv 2010.02502) on videos.
 
-A schedule is a list of timesteps t_1 < ... < t_N with signal levels alpha(t_i) = alphas_cumprod[t_i]; below t_1
-lies the clean end, with `final_alpha_cumprod`. Arithmetic runs in float32, the model in its own dtype.
+A schedule is a list of timesteps t_1 < ... < t_N with signal levels alpha(t_i) = alphas_cumprod[t_i]; below
+t_1 lies the clean end, with `final_alpha_cumprod`. Arithmetic runs in float32, the model in its own dtype.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def ddim_timesteps(scheduler: SchedulerMixin, num_steps: int) -> Tensor:
 def _ddim(scheduler: SchedulerMixin, num_steps: int) -> DDIMScheduler:
     """A DDIM scheduler with the betas, spacing and prediction type of `scheduler`, set to `num_steps`."""
     if not hasattr(scheduler, "alphas_cumprod"):
-        raise TavError(f"scheduler={type(scheduler).__name__} has no alphas_cumprod; use a DDIM-compatible one")
+        raise TavError(f"scheduler={type(scheduler).__name__} has no alphas_cumprod; use one such as DDIM")
     if scheduler.config.prediction_type not in PREDICTION_TYPES:
         known = ", ".join(PREDICTION_TYPES)
         raise TavError(f"prediction_type={scheduler.config.prediction_type!r} is unknown; use one of {known}")
@@ -166,7 +166,7 @@ def ddim_sample(
     timesteps, levels, prediction_type = _schedule(scheduler, num_steps)
     guided = guidance_scale > 1
     if guided and negative_hidden_states is None:
-        raise TavError(f"guidance_scale={guidance_scale} needs negative_hidden_states; pass it or set the scale to 1")
+        raise TavError(f"guidance_scale={guidance_scale} needs negative_hidden_states; pass it or set 1")
     if not 0 <= eta <= 1:
         raise TavError(f"eta={eta} is out of range; give a number from 0 to 1")
     text = encoder_hidden_states
@@ -187,7 +187,7 @@ def ddim_sample(
         else:
             output = _predict(unet, x, t, text)
         eps, x0 = to_eps_x0(output, x, levels[i + 1], prediction_type)
-        noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype) if eta > 0 else None
+        noise = randn_tensor(x.shape, generator, x.device, x.dtype) if eta > 0 else None
         x = ddim_step(x0, eps, levels[i + 1], levels[i], eta, noise)
         if callback is not None:
             callback(_progress("sample", num_steps - i, num_steps, t, x, x0))

@@ -15,6 +15,12 @@ from .errors import TavError
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and takes the place of `path`.
@@ -33,6 +39,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())  # safetensors lets only the owner read its files
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -108,14 +108,14 @@ class VideoUNet(UNet2DConditionModel):
             TavError: wrong rank, or a batch that fits neither the videos nor their frames.
         """
         if latents.ndim != 5:
-            raise TavError(f"latents must have 5 axes b c f h w, got shape {tuple(latents.shape)}; add the missing ones")
+            raise TavError(f"latents must be b c f h w, got shape {tuple(latents.shape)}; reshape them")
         b, _, f, _, _ = latents.shape
         t = torch.as_tensor(timesteps, device=latents.device).reshape(-1)
         if len(t) not in (1, b):
             raise TavError(f"timesteps has {len(t)} entries for {b} videos; give one, or one per video")
         if encoder_hidden_states.ndim != 3:
             shape = tuple(encoder_hidden_states.shape)
-            raise TavError(f"encoder_hidden_states must have 3 axes b n d, got shape {shape}; add the missing ones")
+            raise TavError(f"encoder_hidden_states must be b n d, got shape {shape}; reshape them")
         kwargs = {
             name: value if name == "cross_attention_kwargs" else per_frame(name, value, b, f)
             for name, value in kwargs.items()

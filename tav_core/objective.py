@@ -46,7 +46,7 @@ def tuning_loss(
     elif prediction_type == "sample":
         target, weight = latents, snr.clamp(max=_MIN_SNR_GAMMA)
     else:
-        raise TavError(f"prediction_type={prediction_type!r} cannot be tuned; use epsilon, v_prediction or sample")
+        raise TavError(f"prediction_type={prediction_type!r} is unknown; use epsilon, v_prediction or sample")
     predicted = unet(noisy, timesteps, encoder_hidden_states).float()
     if loss_weighting == "none":
         return F.mse_loss(predicted, target)

@@ -140,9 +140,10 @@ def tune(
             not finite, after which the weights are those of the last save (or of the start).
     """
     if latents.ndim != 5:
-        raise TavError(f"latents must have 5 axes b c f h w, got shape {tuple(latents.shape)}; add the missing ones")
+        raise TavError(f"latents must be b c f h w, got shape {tuple(latents.shape)}; reshape them")
     if latents_std is not None and latents_std.shape != latents.shape:
-        raise TavError(f"latents_std has shape {tuple(latents_std.shape)}; give that of latents, {tuple(latents.shape)}")
+        shapes = f"{tuple(latents_std.shape)}, latents {tuple(latents.shape)}"
+        raise TavError(f"latents_std has shape {shapes}; give both one shape")
     if not isinstance(unet, VideoUNet):
         raise TavError(f"unet is a {type(unet).__name__}, which has nothing to tune; inflate it first")
     started = time.monotonic()

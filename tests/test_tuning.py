@@ -84,14 +84,18 @@ def test_result_and_progress(uninterrupted):
     assert again.losses == result.losses and equal(weights(unet), tuned) and equal(again.weights, tuned)
     assert not any(torch.equal(start[name], tuned[name]) for name in start)
     assert all(torch.equal(p, frozen[n]) for n, p in unet.named_parameters() if n in frozen)
-    assert [step for step, _ in result.probe_losses] == [0, 2, 4, 6] and result.steps == len(result.losses) == 6
+    assert [step for step, _ in result.probe_losses] == [0, 2, 4, 6] and result.steps == len(
+        result.losses
+    ) == 6
     assert [p["step"] for p in seen] == [1, 2, 3, 4, 5, 6] and [p["loss"] for p in seen] == result.losses
     assert seen[0].keys() == {"stage", "step", "total", "loss", "grad_norm", "probe_loss", "lr", "seconds"}
     assert all(parameter.grad is None for parameter in unet.parameters())
 
 
 def test_tuning_lowers_the_probe_loss():
-    losses = [value for _, value in run(make_unet(), replace(CONFIG, steps=60, learning_rate=2e-2)).probe_losses]
+    losses = [
+        value for _, value in run(make_unet(), replace(CONFIG, steps=60, learning_rate=2e-2)).probe_losses
+    ]
     assert losses[-1] < 0.9 * losses[0]
 
 
@@ -197,9 +201,7 @@ def test_not_finite(monkeypatch, tmp_path, save_every, kept):
         return tuning_loss(unet, scheduler, latents, noise + broken, *args)
 
     calls = []
-    monkeypatch.setattr(
-        "tav_core.tuning.tuning_loss", lambda *args: (spoiled(*args), calls.append(1))[0]
-    )
+    monkeypatch.setattr("tav_core.tuning.tuning_loss", lambda *args: (spoiled(*args), calls.append(1))[0])
     config = replace(config, probe_every=50)
     with pytest.raises(TavError, match=r"loss at step 4 .* lower learning_rate \(now 0.001\)"):
         run(unet, config, state_path=path)
@@ -274,7 +276,9 @@ def test_loss_of_each_prediction_type():
 
 def test_v_prediction_tunes():
     scheduler = DDIMScheduler(**SD, prediction_type="v_prediction")
-    config = replace(CONFIG, steps=40, probe_every=40, loss_weighting="min_snr", timestep_sampling="stratified")
+    config = replace(
+        CONFIG, steps=40, probe_every=40, loss_weighting="min_snr", timestep_sampling="stratified"
+    )
     losses = [value for _, value in run(make_unet(), config, scheduler).probe_losses]
     assert losses[-1] < losses[0]
 
@@ -284,7 +288,9 @@ def test_timesteps_cover_the_range():
         return torch.cat([draw_timesteps(sampling, seed, step, 1, 1600) for step in range(64)])
 
     for sampling in ("uniform", "stratified"):
-        assert torch.equal(draw(sampling), draw(sampling)) and not torch.equal(draw(sampling), draw(sampling, 1))
+        assert torch.equal(draw(sampling), draw(sampling)) and not torch.equal(
+            draw(sampling), draw(sampling, 1)
+        )
         assert draw(sampling).min() >= 0 and draw(sampling).max() < 1600
     for block in draw("stratified").reshape(4, 16):
         assert (block // 100).sort().values.tolist() == list(range(16))
@@ -294,7 +300,9 @@ def test_timesteps_cover_the_range():
 def test_half_precision(dtype, uninterrupted, tmp_path):
     unet, path = make_unet(), tmp_path / "run.safetensors"
     config = replace(CONFIG, dtype=dtype, gradient_checkpointing=True)
-    before = {name: parameter.clone() for name, parameter in unet.named_parameters() if not parameter.requires_grad}
+    before = {
+        name: parameter.clone() for name, parameter in unet.named_parameters() if not parameter.requires_grad
+    }
     result = run(unet, config)
     assert {parameter.dtype for parameter in unet.parameters()} == {torch.float32}
     assert all(torch.equal(parameter, before[n]) for n, parameter in unet.named_parameters() if n in before)
@@ -332,7 +340,7 @@ def test_warmup():
 def test_inputs_that_do_not_fit():
     unet = make_unet()
     for change, message in (
-        ({"latents": clip()["latents"][0]}, "5 axes"),
+        ({"latents": clip()["latents"][0]}, "latents must be b c f h w"),
         ({"latents_std": torch.ones(1)}, "latents_std"),
         ({"encoder_hidden_states": torch.zeros(2, 5, 24)}, "encoder_hidden_states has a batch of 2"),
     ):

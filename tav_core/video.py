@@ -1,0 +1,188 @@
+"""Clips in and out: decoding only the frames that are wanted, and writing videos that a browser plays."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from .errors import TavError
+from .files import atomic_path
+
+FITS = ("crop", "pad", "stretch")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+FOLDER_FPS = 8.0  # a folder of images says nothing of time
+
+
+@dataclass
+class Clip:
+    """Frames uint8 `f h w c` (RGB) and their rate."""
+
+    frames: Tensor
+    fps: float
+    source: str
+
+
+def load_video(path: str | Path, *, start: int = 0, stride: int = 1, count: int | None = None,
+               width: int | None = None, height: int | None = None, fit: str = "crop") -> Clip:  # fmt: skip
+    """Reads frames start, start + stride, ... of an mp4, webm or gif file or of a folder of images.
+
+    Args:
+        count: how many; all to the end without it.
+        width, height: size to bring the frames to; if one is missing it follows from the aspect ratio (even).
+        fit: "crop" covers the size and cuts the rest, "pad" fits in with black bars, "stretch" distorts.
+
+    Raises:
+        TavError: no such file, not a video, fewer frames than asked for, a value out of range.
+    """
+    path = Path(path)
+    for name, value, least in (("start", start, 0), ("stride", stride, 1), ("frames", count, 1),
+                               ("size", width, 1), ("size", height, 1)):  # fmt: skip
+        if value is not None and value < least:
+            raise TavError(f"--{name} {value} is out of range; give {least} or more")
+    if fit not in FITS:
+        raise TavError(f"--fit {fit} is unknown; choose one of {', '.join(FITS)}")
+    if not path.exists():
+        raise TavError(f"--video {path} does not exist; check the path")
+    source = _folder(path, start, stride) if path.is_dir() else _file(path, start, stride)
+    fps = next(source)
+    frames = []
+    try:
+        for frame in source:
+            frames.append(_fit(frame, width, height, fit))
+            if len(frames) == count:
+                break
+    finally:
+        source.close()  # the decoder stops here, whatever is left in the file
+    if not frames:
+        raise TavError(f"--start {start} is past the end of {path}; give a smaller number")
+    if count is not None and len(frames) < count:
+        raise TavError(f"--frames {count}: {path} has only {len(frames)} frames from --start {start} with --stride "
+                       f"{stride}; use --frames {len(frames)} or a smaller stride")  # fmt: skip
+    if len({frame.shape for frame in frames}) > 1:
+        raise TavError(f"--video {path} holds images of several sizes; give --size to bring them to one")
+    return Clip(torch.from_numpy(np.stack(frames)), fps / stride, str(path))
+
+
+def _folder(path: Path, start: int, stride: int) -> Iterator[float | np.ndarray]:
+    """The rate, then the wanted images in natural order (2 before 10)."""
+    names = [p for p in path.iterdir() if p.suffix.lower() in IMAGES]
+    names.sort(key=lambda p: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", p.name.lower())])
+    if not names:
+        raise TavError(f"--video {path} is a folder without images; it needs {', '.join(IMAGES)}")
+    yield FOLDER_FPS
+    for name in names[start::stride]:
+        try:
+            yield np.asarray(Image.open(name).convert("RGB"))
+        except (UnidentifiedImageError, OSError) as error:
+            raise TavError(f"--video {name} can't be read as an image ({error}); remove or replace it") from error
+
+
+def _file(path: Path, start: int, stride: int) -> Iterator[float | np.ndarray]:
+    """The rate, then the wanted frames, upright.
+
+    PyAV rather than OpenCV: it counts frames exactly, reads gif and webm alike, and tells the rotation of phones.
+    Frames before `start` and between strides are decoded, as codecs need, but never converted to RGB.
+    """
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise TavError(f"--video {path} has no video stream; give an mp4, webm or gif file or a folder of images")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            yield float(stream.average_rate or stream.base_rate or FOLDER_FPS)
+            for index, frame in enumerate(container.decode(stream)):
+                if index >= start and (index - start) % stride == 0:
+                    turns = round(getattr(frame, "rotation", 0) / 90) % 4
+                    yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+    except (av.FFmpegError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TavError(f"--video {path} can't be decoded ({reason}); is it a video? Convert it to mp4 again") from error
+
+
+def _fit(frame: np.ndarray, width: int | None, height: int | None, fit: str) -> np.ndarray:
+    """A frame `h w 3` at `width` x `height`."""
+    h, w = frame.shape[:2]
+    if width is None and height is None:
+        return frame
+    width = width or max(2, round(w * height / h / 2) * 2)
+    height = height or max(2, round(h * width / w / 2) * 2)
+    if fit == "stretch":
+        return _resize(frame, width, height)
+    scale = (max if fit == "crop" else min)(width / w, height / h)
+    frame = _resize(frame, max(1, round(w * scale)), max(1, round(h * scale)))
+    h, w = frame.shape[:2]
+    if fit == "crop":
+        top, left = (h - height) // 2, (w - width) // 2
+        return np.ascontiguousarray(frame[top : top + height, left : left + width])
+    canvas = np.zeros((height, width, 3), np.uint8)
+    top, left = (height - h) // 2, (width - w) // 2
+    canvas[top : top + h, left : left + w] = frame
+    return canvas
+
+
+def _resize(frame: np.ndarray, width: int, height: int) -> np.ndarray:
+    shrinks = width * height < frame.shape[0] * frame.shape[1]
+    return cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+
+
+def save_video(frames: Tensor | np.ndarray, path: str | Path, fps: float):
+    """Writes .mp4 (H.264, yuv420p, plays in browsers), .webm (VP9) or .gif, whole or not at all.
+
+    Args:
+        frames: `f h w c` RGB, uint8 or float in 0..1. Odd sizes grow by one pixel, a copy of the edge.
+        fps: frames a second, above 0.
+
+    Raises:
+        TavError: another suffix, a rate that isn't positive, or a file that can't be written.
+    """
+    path = Path(path)
+    codecs = {".mp4": ("libx264", {"crf": "17"}), ".webm": ("libvpx-vp9", {"crf": "24", "b": "0"}), ".gif": None}
+    if path.suffix.lower() not in codecs:
+        raise TavError(f"cannot write {path}: {path.suffix or 'no suffix'} is unknown; use .mp4, .webm or .gif")
+    if fps <= 0:
+        raise TavError(f"--fps {fps} is out of range; give a number above 0")
+    frames = torch.as_tensor(frames)
+    if frames.dtype != torch.uint8:
+        frames = (frames * 255).round().clamp(0, 255).to(torch.uint8)
+    frames = frames.cpu().numpy()
+    with atomic_path(path) as temporary:
+        if path.suffix.lower() == ".gif":
+            images = [Image.fromarray(frame) for frame in frames]
+            images[0].save(temporary, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+            return
+        _, h, w, _ = frames.shape
+        frames = np.pad(frames, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
+        codec, options = codecs[path.suffix.lower()]
+        flags = {"movflags": "faststart"} if path.suffix.lower() == ".mp4" else {}
+        try:
+            with av.open(str(temporary), "w", options=flags) as container:
+                stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
+                stream.height, stream.width = frames.shape[1:3]
+                stream.pix_fmt = "yuv420p"
+                for frame in frames:
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+                container.mux(stream.encode())
+        except av.FFmpegError as error:
+            if isinstance(error, OSError):
+                raise  # the disk: atomic_path says so
+            raise TavError(f"cannot encode {path} ({error}); try another --size") from error
+
+
+def to_pixels(frames: Tensor) -> Tensor:
+    """uint8 `f h w c` to float32 `1 c f h w` in -1..1, as the VAE takes them."""
+    return rearrange(frames, "f h w c -> 1 c f h w").float() / 127.5 - 1
+
+
+def to_frames(pixels: Tensor) -> Tensor:
+    """`1 c f h w` in -1..1 (clamped) to uint8 `f h w c`."""
+    pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return rearrange(pixels, "1 c f h w -> f h w c").contiguous()

@@ -1,0 +1,122 @@
+"""Pictures for people: before/after strips, side-by-side videos, loss curves."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .files import atomic_path
+
+BACKGROUND, INK, MARGIN = (24, 25, 28), (232, 232, 235), 8
+FRAME = 128  # pixels that a frame should at least measure to be read
+
+
+def strip(videos: list[Tensor], labels: list[str], path: str | Path | None = None, columns: int = 8) -> Image.Image:
+    """A labelled row a video of `columns` evenly picked frames.
+
+    Args:
+        videos: uint8 `f h w c` each, of any size and length.
+        path: also written there.
+    """
+    columns = min(columns, max(len(video) for video in videos))
+    rows = []
+    for video, label in zip(videos, labels):
+        picked = torch.linspace(0, len(video) - 1, columns).round().long()
+        row = rearrange(_enlarged(video[picked]), "f h w c -> h (f w) c")
+        rows.append(np.concatenate([_label(label, row.shape[1]), row.numpy()]))
+    width, gap = max(row.shape[1] for row in rows) + 2 * MARGIN, MARGIN
+    canvas = Image.new("RGB", (width, sum(row.shape[0] + gap for row in rows) + gap), BACKGROUND)
+    y = gap
+    for row in rows:
+        canvas.paste(Image.fromarray(row), (MARGIN, y))
+        y += row.shape[0] + gap
+    return _written(canvas, path)
+
+
+def side_by_side(videos: list[Tensor], labels: list[str]) -> Tensor:
+    """One video of several, labelled: in a row up to three, then in a grid. Shorter ones hold their last frame.
+
+    Args:
+        videos: uint8 `f h w c` each, of one size.
+
+    Returns: uint8 `f h w c`.
+    """
+    length = max(len(video) for video in videos)
+    columns = len(videos) if len(videos) <= 3 else math.ceil(math.sqrt(len(videos)))
+    tiles = []
+    for video, label in zip(videos, labels):
+        video = _enlarged(video)
+        video = torch.cat([video, video[-1:].expand(length - len(video), -1, -1, -1)])
+        caption = torch.from_numpy(_label(label, video.shape[2])).expand(length, -1, -1, -1)
+        tiles.append(_framed(torch.cat([caption, video], 1)))
+    empty = torch.tensor(BACKGROUND, dtype=torch.uint8).expand(tiles[0].shape)
+    tiles += [empty] * (-len(tiles) % columns)
+    return rearrange(torch.stack(tiles), "(r k) f h w c -> f (r h) (k w) c", k=columns).contiguous()
+
+
+def loss_curve(losses: list[float], probe_losses: list[tuple[int, float]], path: str | Path | None = None) -> Image.Image:
+    """The training loss of every step (faint: it is mostly the noise of random timesteps), its running mean, and
+    the loss on fixed draws, which shows the progress."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, needed here alone
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.6), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    steps = np.arange(1, len(losses) + 1)
+    window = max(1, len(losses) // 15)
+    mean = np.convolve(losses, np.ones(window) / window, mode="valid")
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="each step")
+    axes.plot(steps[window - 1 :], mean, color="tab:blue", label=f"mean of {window}")
+    axes.plot(*zip(*probe_losses), "o-", color="tab:orange", markersize=4, label="fixed draws")
+    axes.set(xlabel="step", ylabel="loss", xlim=(0, max(1, len(losses))))
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.2)
+    axes.legend(frameon=False)
+    canvas.draw()
+    return _written(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), path)
+
+
+def _enlarged(video: Tensor) -> Tensor:
+    """Frames `f h w c` repeated by the whole number that brings them to a readable size."""
+    factor = max(1, math.ceil(FRAME / min(video.shape[1:3])))
+    return video.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+
+
+def _framed(video: Tensor) -> Tensor:
+    """`f h w c` with a margin around."""
+    f, h, w, c = video.shape
+    framed = torch.tensor(BACKGROUND, dtype=torch.uint8).repeat(f, h + MARGIN, w + MARGIN, 1)
+    framed[:, MARGIN // 2 : MARGIN // 2 + h, MARGIN // 2 : MARGIN // 2 + w] = video
+    return framed
+
+
+def _label(text: str, width: int) -> np.ndarray:
+    """Up to two lines of text, `h w 3`, ending in an ellipsis where it doesn't fit."""
+    font = ImageFont.load_default(13)
+    lines, words = [], text.split()
+    while words and len(lines) < 2:
+        line = words.pop(0)
+        while words and font.getlength(f"{line} {words[0]}") <= width - 4:
+            line += f" {words.pop(0)}"
+        lines.append(line)
+    if words:
+        lines[-1] += " ..."
+    image = Image.new("RGB", (width, 38), BACKGROUND)
+    draw = ImageDraw.Draw(image)
+    for i, line in enumerate(lines):
+        while font.getlength(line) > width and len(line) > 4:
+            line = line[:-5] + " ..."
+        draw.text((1, 2 + 17 * i + (17 if len(lines) == 1 else 0)), line, INK, font)
+    return np.array(image)
+
+
+def _written(image: Image.Image, path: str | Path | None) -> Image.Image:
+    if path is not None:
+        with atomic_path(path) as temporary:
+            image.save(temporary)
+    return image
