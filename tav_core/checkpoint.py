@@ -1,6 +1,7 @@
 """Text-to-image checkpoints: loading them, and moving text and video in and out of their latent space."""
 
 import json
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,8 @@ def load_checkpoint(
         prediction_type: "epsilon" or "v_prediction"; by default what the folder's scheduler says. A single file
             can't tell, so there it is "v_prediction" where an SD 2.x file's metadata or name speaks of 768 pixels
             or of v ("v2-1_768-ema-pruned", "...-v.safetensors"), and "epsilon" everywhere else.
-        config: a folder of diffusers configurations for a single file of an unusual layout.
+        config: a folder of diffusers configurations (and a tokenizer, if it has one) for a single file of an
+            unusual layout.
 
     Raises:
         TavError: missing or broken files, pickled weights, or a model of another family (SDXL, SD3, Flux,
@@ -90,17 +92,29 @@ def _load_folder(path: Path) -> dict:
             pickled = any((path / part).glob("*.bin"))
             what = "only pickled weights (.bin), which can run code" if pickled else "no weights"
             raise TavError(f"--checkpoint {path}/{part} holds {what}; save the model with safe_serialization=True")
-    local = dict(local_files_only=True, use_safetensors=True)
+    for part, file in (("tokenizer", "tokenizer_config.json"), ("scheduler", "scheduler_config.json")):
+        if not (path / part / file).exists():
+            raise TavError(f"--checkpoint {path} lacks {part}/{file}; download the whole folder")
     return dict(
-        unet=UNet2DConditionModel.from_pretrained(path / "unet", low_cpu_mem_usage=False, **local),
-        vae=AutoencoderKL.from_pretrained(path / "vae", low_cpu_mem_usage=False, **local),
-        text_encoder=CLIPTextModel.from_pretrained(path / "text_encoder", **local),
+        unet=_load_part(path / "unet", UNet2DConditionModel, low_cpu_mem_usage=False),
+        vae=_load_part(path / "vae", AutoencoderKL, low_cpu_mem_usage=False),
+        text_encoder=_load_part(path / "text_encoder", CLIPTextModel),
         tokenizer=CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True),
         # whatever scheduler the folder names, its noise schedule is what counts here
         scheduler=DDIMScheduler.from_config(
             json.loads((path / "scheduler" / "scheduler_config.json").read_text()), clip_sample=False
         ),
     )
+
+
+def _load_part(path: Path, kind: type, **options):
+    """A model from a folder; the half-precision files serve where there are no others."""
+    variant = None if any("fp16" not in file.name for file in path.glob("*.safetensors")) else "fp16"
+    model, loaded = kind.from_pretrained(path, local_files_only=True, use_safetensors=True, variant=variant,
+                                         output_loading_info=True, **options)  # fmt: skip
+    if lost := sorted(loaded["missing_keys"]):  # the libraries would go on with random weights
+        raise TavError(f"--checkpoint {path} lacks {len(lost)} of its weights ({lost[0]}, ...); download it again")
+    return model
 
 
 def _load_file(path: Path, prediction_type: str | None, config: str | Path | None) -> dict:
@@ -117,17 +131,27 @@ def _load_file(path: Path, prediction_type: str | None, config: str | Path | Non
     first, text = f"{unet}input_blocks.0.0.weight", next((k for k in shapes if k.endswith("attn2.to_k.weight")), None)
     if not family and (first not in shapes or text is None):
         raise TavError(f"--checkpoint {path} is no Stable Diffusion checkpoint (it lacks {first}); give an SD 1.x or 2.x file")
-    _refuse(path, shapes[first][1] if first in shapes else 4, family)
+    _refuse(path, shapes[first][1] if first in shapes else 4, "conditioner." if text and shapes[text][1] == 2048 else family)
+    prefixes = {"unet": unet, "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
+    held = {part: sum(math.prod(shape) for key, shape in shapes.items() if key.startswith(prefix))
+            for part, prefix in prefixes.items()}  # fmt: skip
+    for part, prefix in prefixes.items():
+        if not held[part]:
+            raise TavError(f"--checkpoint {path} has no {part} ({prefix}*); give the full checkpoint, not a part of it")
     second = shapes[text][1] == 1024
     says_v = ("768" in path.stem or path.stem.endswith("-v") or metadata.get("modelspec.prediction_type") == "v"
               or "768-v" in metadata.get("modelspec.architecture", ""))  # fmt: skip
-    tokenizer = CLIPTokenizer.from_pretrained(CONFIGS / "tokenizer", local_files_only=True)
-    if second:
+    own = config is not None and (Path(config) / "tokenizer").is_dir()
+    tokenizer = CLIPTokenizer.from_pretrained(Path(config if own else CONFIGS) / "tokenizer", local_files_only=True)
+    if second and not own:
         tokenizer.pad_token = "!"  # id 0, as OpenCLIP pads
     pipeline = StableDiffusionPipeline.from_single_file(
         path, config=str(config or CONFIGS / ("sd2" if second else "sd1")), local_files_only=True, tokenizer=tokenizer,
         safety_checker=None, feature_extractor=None,
     )  # fmt: skip
+    for part in held:  # the libraries would go on with random weights in the place of lost ones
+        if held[part] < sum(parameter.numel() for parameter in getattr(pipeline, part).parameters()):
+            raise TavError(f"--checkpoint {path} lacks some weights of its {part}; download it again")
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     if second and says_v:
         scheduler.register_to_config(prediction_type="v_prediction")
@@ -139,8 +163,9 @@ def _load_file(path: Path, prediction_type: str | None, config: str | Path | Non
 def _refuse(path: Path, in_channels: int, marker: str):
     """Names the family of a model that this isn't for."""
     family = None
-    if in_channels == 9:
-        family = "an inpainting model (9 input channels)"
+    if in_channels != 4:
+        family = {9: "an inpainting model", 8: "an image-editing model", 5: "a depth model"}.get(in_channels, "unusual")
+        family += f" ({in_channels} input channels)"
     elif marker.startswith(("conditioner.", "text_encoder_2")):
         family = "SDXL"
     elif marker:

@@ -46,7 +46,9 @@ def base_fingerprint(unet: nn.Module) -> str:
         if any(part in name for part in tuned):
             continue
         values = parameter.detach().flatten()
-        values = values[:: max(1, len(values) // _SAMPLES)][:_SAMPLES].float().cpu()
+        n = len(values)
+        places = torch.arange(min(n, _SAMPLES)) * (n - 1) // max(1, min(n, _SAMPLES) - 1)  # first and last included
+        values = values[places.to(values.device)].float().cpu()
         digest.update(f"{name} {tuple(parameter.shape)};".encode())
         digest.update(values.contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -57,8 +59,9 @@ def save_tuned(path: str | Path, unet: VideoUNet, *, prompt: str, num_frames: in
     """Writes the tuned parameters (float32) and their metadata atomically.
 
     Raises:
-        TavError: the file can't be written.
+        TavError: the U-Net isn't inflated, or the file can't be written.
     """
+    _require_inflated(unet)
     info = TunedInfo(base_fingerprint(unet), base_name, prompt, num_frames, width, height, unet.inflation, config,
                      {"torch": torch.__version__, "diffusers": diffusers.__version__})  # fmt: skip
     metadata = {"format": FORMAT, **{name: json.dumps(value) for name, value in info.__dict__.items()}}
@@ -83,7 +86,10 @@ def read_tuned(path: str | Path) -> TunedInfo:
         raise TavError(f"tuned weights {path} can't be read ({error}); give a .safetensors file made by tune") from error
     if metadata.get("format") != FORMAT:
         raise TavError(f"{path} holds no tuned weights (its format is {metadata.get('format')!r}); give a file made by tune")
-    return TunedInfo(**{name: json.loads(metadata[name]) for name in TunedInfo.__dataclass_fields__})
+    try:
+        return TunedInfo(**{name: json.loads(metadata[name]) for name in TunedInfo.__dataclass_fields__})
+    except (KeyError, json.JSONDecodeError) as error:
+        raise TavError(f"tuned weights {path} have damaged metadata ({error}); tune again") from error
 
 
 def load_tuned(path: str | Path, unet: VideoUNet) -> TunedInfo:
@@ -93,18 +99,23 @@ def load_tuned(path: str | Path, unet: VideoUNet) -> TunedInfo:
         TavError: not a tuned-weights file, another base model, or a U-Net that is inflated otherwise or not at all.
     """
     info = read_tuned(path)
-    if not isinstance(unet, VideoUNet):
-        raise TavError(f"unet is a {type(unet).__name__}; inflate it before loading tuned weights")
-    if info.base != base_fingerprint(unet):
-        raise TavError(f"tuned weights {path} belong to the base model {info.base_name or info.base[:12]!r}, and this is "
-                       "another one; load that checkpoint, or tune on this one")  # fmt: skip
+    _require_inflated(unet)
+    base = base_fingerprint(unet)
+    if info.base != base:
+        raise TavError(f"tuned weights {path} belong to the base model {info.base_name!r} ({info.base[:12]}), this one is "
+                       f"{base[:12]}; load that checkpoint, or tune on this one")  # fmt: skip
     if info.inflation != unet.inflation:
         raise TavError(f"tuned weights {path} were made with {info.inflation}, the U-Net is inflated with "
                        f"{unet.inflation}; inflate it the same way")  # fmt: skip
     parameters, tensors = trainable_parameters(unet), load_file(path)
-    if tensors.keys() != parameters.keys():
+    if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in parameters.items()}:
         raise TavError(f"tuned weights {path} do not name the parameters of this U-Net; the file is damaged, tune again")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     return info
+
+
+def _require_inflated(unet: nn.Module):
+    if not isinstance(unet, VideoUNet):
+        raise TavError(f"unet is a {type(unet).__name__}; inflate it first: only a video U-Net has tuned weights")

@@ -1,5 +1,6 @@
 """Clips in and out: decoding only the frames that are wanted, and writing videos that a browser plays."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ import av
 import cv2
 import numpy as np
 import torch
+from av.video.reformatter import ColorRange, Colorspace
 from einops import rearrange
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import TavError
@@ -81,9 +83,20 @@ def _folder(path: Path, start: int, stride: int) -> Iterator[float | np.ndarray]
     yield FOLDER_FPS
     for name in names[start::stride]:
         try:
-            yield np.asarray(Image.open(name).convert("RGB"))
+            yield _image(name)
         except (UnidentifiedImageError, OSError) as error:
             raise TavError(f"--video {name} can't be read as an image ({error}); remove or replace it") from error
+
+
+def _image(path: Path) -> np.ndarray:
+    """An image `h w 3`, upright, over black where it is transparent."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 255
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    return np.asarray(image.convert("RGB"))
 
 
 def _file(path: Path, start: int, stride: int) -> Iterator[float | np.ndarray]:
@@ -139,25 +152,28 @@ def save_video(frames: Tensor | np.ndarray, path: str | Path, fps: float):
 
     Args:
         frames: `f h w c` RGB, uint8 or float in 0..1. Odd sizes grow by one pixel, a copy of the edge.
-        fps: frames a second, above 0.
+        fps: frames a second, above 0. A gif keeps time in hundredths of a second, 50 frames a second at most, and
+            joins equal neighbours into one longer frame.
 
     Raises:
-        TavError: another suffix, a rate that isn't positive, or a file that can't be written.
+        TavError: another suffix, no frames, a rate that isn't positive, or a file that can't be written.
     """
     path = Path(path)
     codecs = {".mp4": ("libx264", {"crf": "17"}), ".webm": ("libvpx-vp9", {"crf": "24", "b": "0"}), ".gif": None}
     if path.suffix.lower() not in codecs:
         raise TavError(f"cannot write {path}: {path.suffix or 'no suffix'} is unknown; use .mp4, .webm or .gif")
-    if fps <= 0:
+    if not 0 < fps < math.inf:
         raise TavError(f"--fps {fps} is out of range; give a number above 0")
     frames = torch.as_tensor(frames)
+    if frames.ndim != 4 or len(frames) == 0 or frames.shape[-1] != 3:
+        raise TavError(f"frames of shape {tuple(frames.shape)} are no video; give f h w 3 with one frame or more")
     if frames.dtype != torch.uint8:
         frames = (frames * 255).round().clamp(0, 255).to(torch.uint8)
     frames = frames.cpu().numpy()
     with atomic_path(path) as temporary:
         if path.suffix.lower() == ".gif":
             images = [Image.fromarray(frame) for frame in frames]
-            images[0].save(temporary, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+            images[0].save(temporary, save_all=True, append_images=images[1:], duration=max(20, round(100 / fps) * 10), loop=0)
             return
         _, h, w, _ = frames.shape
         frames = np.pad(frames, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
@@ -168,6 +184,9 @@ def save_video(frames: Tensor | np.ndarray, path: str | Path, fps: float):
                 stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
                 stream.height, stream.width = frames.shape[1:3]
                 stream.pix_fmt = "yuv420p"
+                # said aloud, because players guess BT.709 for large pictures
+                stream.codec_context.colorspace = int(Colorspace.ITU601)
+                stream.codec_context.color_range = int(ColorRange.MPEG)
                 for frame in frames:
                     container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
                 container.mux(stream.encode())

@@ -9,6 +9,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from .errors import TavError
 from .files import atomic_path
 
 BACKGROUND, INK, MARGIN = (24, 25, 28), (232, 232, 235), 8
@@ -27,7 +28,7 @@ def strip(videos: list[Tensor], labels: list[str], path: str | Path | None = Non
     for video, label in zip(videos, labels):
         picked = torch.linspace(0, len(video) - 1, columns).round().long()
         row = rearrange(_enlarged(video[picked]), "f h w c -> h (f w) c")
-        rows.append(np.concatenate([_label(label, row.shape[1]), row.numpy()]))
+        rows.append(np.concatenate([_label(label, row.shape[1], row.shape[0]), row.numpy()]))
     width, gap = max(row.shape[1] for row in rows) + 2 * MARGIN, MARGIN
     canvas = Image.new("RGB", (width, sum(row.shape[0] + gap for row in rows) + gap), BACKGROUND)
     y = gap
@@ -44,14 +45,19 @@ def side_by_side(videos: list[Tensor], labels: list[str]) -> Tensor:
         videos: uint8 `f h w c` each, of one size.
 
     Returns: uint8 `f h w c`.
+
+    Raises:
+        TavError: videos of several sizes.
     """
+    if len(sizes := {f"{video.shape[2]}x{video.shape[1]}" for video in videos}) > 1:
+        raise TavError(f"the videos are of several sizes ({', '.join(sorted(sizes))}); bring them to one")
     length = max(len(video) for video in videos)
     columns = len(videos) if len(videos) <= 3 else math.ceil(math.sqrt(len(videos)))
     tiles = []
     for video, label in zip(videos, labels):
         video = _enlarged(video)
         video = torch.cat([video, video[-1:].expand(length - len(video), -1, -1, -1)])
-        caption = torch.from_numpy(_label(label, video.shape[2])).expand(length, -1, -1, -1)
+        caption = torch.from_numpy(_label(label, *video.shape[2:0:-1])).expand(length, -1, -1, -1)
         tiles.append(_framed(torch.cat([caption, video], 1)))
     empty = torch.tensor(BACKGROUND, dtype=torch.uint8).expand(tiles[0].shape)
     tiles += [empty] * (-len(tiles) % columns)
@@ -95,9 +101,10 @@ def _framed(video: Tensor) -> Tensor:
     return framed
 
 
-def _label(text: str, width: int) -> np.ndarray:
-    """Up to two lines of text, `h w 3`, ending in an ellipsis where it doesn't fit."""
-    font = ImageFont.load_default(13)
+def _label(text: str, width: int, height: int) -> np.ndarray:
+    """Up to two lines of text for frames of that height, `h w 3`, ending in an ellipsis where it doesn't fit."""
+    size = max(13, height // 18)
+    font, step = ImageFont.load_default(size), round(size * 1.3)
     lines, words = [], text.split()
     while words and len(lines) < 2:
         line = words.pop(0)
@@ -106,12 +113,12 @@ def _label(text: str, width: int) -> np.ndarray:
         lines.append(line)
     if words:
         lines[-1] += " ..."
-    image = Image.new("RGB", (width, 38), BACKGROUND)
+    image = Image.new("RGB", (width, 2 * step + 4), BACKGROUND)
     draw = ImageDraw.Draw(image)
     for i, line in enumerate(lines):
         while font.getlength(line) > width and len(line) > 4:
             line = line[:-5] + " ..."
-        draw.text((1, 2 + 17 * i + (17 if len(lines) == 1 else 0)), line, INK, font)
+        draw.text((1, 2 + step * (i + (len(lines) == 1))), line, INK, font)
     return np.array(image)
 
 

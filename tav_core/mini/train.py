@@ -10,6 +10,7 @@ atomically, and goes on from there when it is started again.
 import json
 import math
 import random
+import shutil
 import string
 import time
 from dataclasses import replace
@@ -272,8 +273,23 @@ def train_unet(work: Path, device: torch.device, steps: int, batch: int, lr: flo
     fit(both, loss_of_step, work / "unet.safetensors", steps=steps, lr=lr, ema=0.998)
 
 
+@torch.no_grad()
+def decode_half(vae: AutoencoderKL, images: np.ndarray, path: Path) -> np.ndarray:
+    """Every other picture (uint8 `n h w 3`) replaced by what the VAE makes of it, cached in `path`."""
+    if not path.exists():
+        images = np.array(images)
+        for at in tqdm(range(0, len(images), 64), desc="decode"):
+            with _autocast(vae.device):
+                pixels = vae(_to_pixels(images[at : at + 64 : 2], vae.device)).sample
+            pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+            images[at : at + 64 : 2] = rearrange(pixels, "b c h w -> b h w c").cpu().numpy()
+        with atomic_path(path) as temporary:
+            np.save(temporary, images)
+    return np.load(path, mmap_mode="r")
+
+
 def train_judge(work: Path, device: torch.device, steps: int, batch: int, lr: float):
-    """The judge sees every combination and the unknown content, softened as decoded pictures are."""
+    """The judge sees every combination and the unknown content, every other picture as the VAE decodes it."""
     torch.manual_seed(3)
     rng = random.Random(3)
     scenes = [world.random_scene(rng) for _ in range(16_000)]
@@ -283,7 +299,8 @@ def train_judge(work: Path, device: torch.device, steps: int, batch: int, lr: fl
             scenes[i] = replace(scenes[i], shape=rng.choice(list(world.UNKNOWN_SHAPES)))
         if rng.random() < 0.4:
             scenes[i] = replace(scenes[i], background=rng.choice(list(world.UNKNOWN_BACKGROUNDS)))
-    images = render_all(scenes, work / "judge_renders.npy")
+    renders = render_all(scenes, work / "judge_renders.npy")
+    images = decode_half(load_average(make_vae(), work / "vae.safetensors").to(device), renders, work / "judge_images.npy")
     judge = Judge().to(device, memory_format=torch.channels_last)
 
     def loss_of_step(step: int) -> torch.Tensor:
@@ -299,12 +316,15 @@ def export(work: Path, output: Path):
     """Writes `checkpoint/`, a diffusers folder, and `judge.safetensors`, both in fp16."""
     vae = load_average(make_vae(), work / "vae.safetensors")
     vae.register_to_config(scaling_factor=scaling_factor(np.load(work / "moments.npy", mmap_mode="r")[:, 0]))
-    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    tokenizer = make_tokenizer(work / "tokenizer")
     both = load_average(make_unet_and_text_encoder(tokenizer), work / "unet.safetensors")
     StableDiffusionPipeline(
         vae=vae, text_encoder=both["text_encoder"], tokenizer=tokenizer, unet=both["unet"], scheduler=make_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).to(torch.float16).save_pretrained(output / "checkpoint", safe_serialization=True)  # fmt: skip
+    # the two plain files that every version of transformers reads, instead of what the installed one writes
+    shutil.rmtree(output / "checkpoint" / "tokenizer")
+    make_tokenizer(output / "checkpoint" / "tokenizer")
     judge = load_average(Judge(), work / "judge.safetensors")
     with atomic_path(output / "judge.safetensors") as temporary:
         save_file({name: tensor.half().contiguous() for name, tensor in judge.state_dict().items()}, temporary)

@@ -1,0 +1,127 @@
+"""The command line as a user meets it: real processes on the shipped checkpoint."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from tav_core import load_video, save_video
+from tav_core.mini import world
+
+ROOT = Path(__file__).parent.parent
+FAST = ["--steps", "4", "--sampling-steps", "4"]
+
+
+def tav(*args, module="tav_core", check=True, **kwargs) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-m", module, *map(str, args)], capture_output=True, text=True, env=env, **kwargs)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    save_video(torch.from_numpy(world.render_clip(world.clip_scenes(world.Scene(), "slide", 8))), path, 8)
+    return path
+
+
+@pytest.fixture(scope="module")
+def edited(clip, tmp_path_factory) -> Path:
+    """The output folder of a short edit."""
+    output = tmp_path_factory.mktemp("edit")
+    tav("edit", "--video", clip, "--prompt", "a red ball is sliding on the grass", "--frames", 4,
+        "--edit", "a blue ball is sliding on the grass", "--edit", "a red star, on the snow!", "--output", output, *FAST)  # fmt: skip
+    return output
+
+
+def test_edit_writes_videos_pictures_weights_and_a_summary(edited):
+    names = {p.name for p in edited.iterdir()}
+    assert names == {
+        "source.mp4", "reconstruction.mp4", "edit-1-a-blue-ball-is-sliding-on-the-grass.mp4",
+        "edit-2-a-red-star-on-the-snow.mp4", "comparison.mp4", "strip.png", "loss.png", "tuned.safetensors",
+        "noise.safetensors", "summary.json",
+    }  # fmt: skip
+    for name in names:
+        if name.endswith(".mp4"):
+            with av.open(str(edited / name)) as container:
+                stream = container.streams.video[0]
+                assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
+            assert len(load_video(edited / name).frames) == 4
+    summary = json.loads((edited / "summary.json").read_text())
+    assert summary["steps"] == 4 and summary["frames"] == 4 and summary["size"] == [128, 128]
+    assert summary["reconstruction_psnr"] > 5
+
+
+def test_invert_and_sample_alone_give_the_edit_again(clip, edited, tmp_path):
+    tav("invert", "--video", clip, "--tuned", edited / "tuned.safetensors", "--output", tmp_path / "n.safetensors", *FAST)
+    tav("sample", "--tuned", edited / "tuned.safetensors", "--noise", tmp_path / "n.safetensors", "--output", tmp_path,
+        "--edit", "a blue ball is sliding on the grass", *FAST)  # fmt: skip
+    name = "edit-1-a-blue-ball-is-sliding-on-the-grass.mp4"
+    again, before = load_video(tmp_path / name).frames.float(), load_video(edited / name).frames.float()
+    assert (again - before).abs().mean() < 0.5
+
+
+def test_an_interrupted_tuning_is_kept_and_resumed_to_the_same_weights(clip, tmp_path):
+    common = ["tune", "--video", clip, "--prompt", "a red ball", "--frames", "2", "--steps", "12"]
+    tav(*common, "--output", tmp_path / "whole")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen([sys.executable, "-m", "tav_core", *map(str, common), "--output", tmp_path / "parts"],
+                                   env=env, stderr=log, stdout=log)  # fmt: skip
+        while "tuning" not in (tmp_path / "log").read_text() and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        code = process.wait(60)
+    assert code == 130, (tmp_path / "log").read_text()
+    assert "add --resume to go on" in (tmp_path / "log").read_text().splitlines()[-1]
+    refused = tav(*common, "--output", tmp_path / "parts", check=False)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    tav(*common, "--output", tmp_path / "parts", "--resume")
+    assert {p.name for p in (tmp_path / "parts").iterdir()} == {"tuned.safetensors", "loss.png"}
+    from safetensors.torch import load_file
+
+    whole, parts = (load_file(tmp_path / name / "tuned.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, tmp_path):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(clip.read_bytes()[:700])
+    base = {"--video": clip, "--prompt": "a red ball", "--edit": "a blue ball", "--output": tmp_path / "out", "--frames": 2}
+    cases = [
+        ({"--video": tmp_path / "none.mp4"}, "none.mp4"),
+        ({"--video": broken}, "broken.mp4"),
+        ({"--frames": 99}, "--frames 8"),
+        ({"--size": "100x128"}, "100"),
+        ({"--prompt": " "}, "--prompt"),
+        ({"--edit": ""}, "--edit"),
+        ({"--checkpoint": tmp_path}, "--checkpoint"),
+        ({"--checkpoint": clip}, "--checkpoint"),
+        ({"--steps": 0}, "steps"),
+        ({"--learning-rate": 5}, "learning_rate"),
+        ({"--sampling-steps": 0}, "1000"),
+    ]
+    for change, words in cases:
+        args = [str(x) for pair in {**base, **change}.items() for x in pair]
+        done = tav("edit", *args, check=False)
+        assert done.returncode == 2, (change, done.stderr)
+        assert len(done.stderr.strip().splitlines()) == 1 and words in done.stderr, (change, done.stderr)
+        assert not (tmp_path / "out").exists(), change
+    done = tav("sample", "--tuned", edited / "noise.safetensors", "--edit", "x", "--output", tmp_path, check=False)
+    assert done.returncode == 2 and "tuned weights" in done.stderr
+
+
+def test_render_makes_the_clip_of_the_world(tmp_path):
+    done = tav("render", "--shape", "star", "--motion", "bounce", "--output", tmp_path / "a.mp4", module="tav_core.mini")
+    assert done.stdout.strip().endswith("a red star is bouncing on the grass")
+    truth = world.render_clip(world.clip_scenes(world.Scene("star"), "bounce", 8))
+    assert np.abs(load_video(tmp_path / "a.mp4").frames.numpy().astype(int) - truth).mean() < 4

@@ -1,0 +1,290 @@
+"""Clips in and out, and the pictures made of them."""
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tav_core import video
+from tav_core.errors import TavError
+from tav_core.video import load_video, save_video, to_frames, to_pixels
+from tav_core.visuals import loss_curve, side_by_side, strip
+
+F, H, W = 20, 48, 64
+
+
+def numbered(f=F, h=H, w=W):
+    """Frames whose grey level tells their number, `f h w c`."""
+    return (torch.arange(f, dtype=torch.uint8) * 10).reshape(f, 1, 1, 1).repeat(1, h, w, 3)
+
+
+def numbers(frames):
+    return (frames.float().mean((1, 2, 3)) / 10).round().int().tolist()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    for suffix in ("mp4", "webm", "gif"):
+        save_video(numbered(), folder / f"clip.{suffix}", 10)
+    images = folder / "images"
+    images.mkdir()
+    for number, frame in enumerate(numbered()):
+        Image.fromarray(frame.numpy()).save(images / f"{number}.png")  # 10 sorts before 2 as text
+    return folder
+
+
+SOURCES = ("clip.mp4", "clip.webm", "clip.gif", "images")
+
+
+# -------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("start, stride, count", [(0, 1, None), (0, 1, 4), (3, 1, 5), (7, 3, None), (2, 5, 4), (19, 9, 1)])
+def test_the_wanted_frames_are_read(folder, name, start, stride, count):
+    clip = load_video(folder / name, start=start, stride=stride, count=count)
+    expected = list(range(F))[start::stride][:count]
+    assert clip.frames.dtype == torch.uint8 and clip.frames.shape == (len(expected), H, W, 3)
+    assert numbers(clip.frames) == expected
+    assert clip.fps == pytest.approx((video.FOLDER_FPS if name == "images" else 10) / stride)
+    assert clip.source == str(folder / name)
+
+
+def test_nothing_is_decoded_past_the_last_wanted_frame(folder, monkeypatch):
+    taken, opened = [], av.open
+
+    class Counting:  # the container's own class can't be patched
+        def __init__(self, container):
+            self.container = container
+
+        def __getattr__(self, name):
+            return getattr(self.container, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.container.close()
+
+        def decode(self, stream):
+            for frame in self.container.decode(stream):
+                taken.append(frame)
+                yield frame
+
+    monkeypatch.setattr(video.av, "open", lambda *args, **options: Counting(opened(*args, **options)))
+    load_video(folder / "clip.mp4", start=2, stride=3, count=3)
+    assert len(taken) == 2 + 2 * 3 + 1
+
+
+def test_images_that_are_not_wanted_are_not_opened(folder, monkeypatch):
+    names, opened = [], Image.open
+    monkeypatch.setattr(video.Image, "open", lambda path: names.append(path.stem) or opened(path))
+    load_video(folder / "images", start=2, stride=4, count=3)
+    assert names == ["2", "6", "10"]
+
+
+@pytest.mark.parametrize("given, size", [
+    ({"width": 32}, (24, 32)), ({"height": 24}, (24, 32)), ({"width": 45}, (34, 45)), ({"height": 1}, (1, 2)),
+    ({"width": 40, "height": 40}, (40, 40)), ({"width": 200, "height": 33}, (33, 200)), ({}, (H, W)),
+])  # fmt: skip
+@pytest.mark.parametrize("fit", video.FITS)
+def test_sizes(folder, given, size, fit):
+    assert load_video(folder / "images", count=1, fit=fit, **given).frames.shape[1:3] == size
+
+
+def test_crop_covers_pad_shows_all_stretch_distorts(tmp_path):
+    picture = np.zeros((20, 40, 3), np.uint8)
+    picture[:, :10], picture[:, 10:30], picture[:, 30:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    crop, pad, stretch = (load_video(tmp_path, width=20, height=20, fit=fit).frames[0] for fit in video.FITS)
+    assert (crop == torch.tensor([0, 255, 0], dtype=torch.uint8)).all()
+    assert not pad[:5].any() and not pad[15:].any() and pad[10, 0, 0] == 255 and pad[10, -1, 2] == 255
+    assert stretch[10, 0, 0] == 255 and stretch[10, 10, 1] == 255 and stretch[10, -1, 2] == 255
+
+
+def test_images_of_several_sizes_are_brought_to_one(tmp_path):
+    for number, size in enumerate([(40, 30), (30, 40)]):
+        Image.new("RGB", size).save(tmp_path / f"{number}.png")
+    assert load_video(tmp_path, width=16, height=16).frames.shape == (2, 16, 16, 3)
+    with pytest.raises(TavError, match="size"):
+        load_video(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(av.VideoFrame, "rotation"), reason="this PyAV does not tell the rotation")
+def test_clips_of_a_turned_phone_are_read_upright(tmp_path):
+    frames = torch.zeros(2, 32, 64, 3, dtype=torch.uint8)
+    frames[:, :16, :16] = 255  # the upper left corner
+    save_video(frames, tmp_path / "a.mp4", 8)
+    content = (tmp_path / "a.mp4").read_bytes()
+    at = content.index(b"tkhd") + 44  # the matrix of the track, 3x3: turn it clockwise
+    turned = b"".join(n.to_bytes(4, "big", signed=True) for n in (0, 1 << 16, 0, -1 << 16, 0, 0, 32 << 16, 0, 1 << 30))
+    (tmp_path / "a.mp4").write_bytes(content[:at] + turned + content[at + 36 :])
+    frame = load_video(tmp_path / "a.mp4").frames[0]
+    assert frame.shape == (64, 32, 3) and frame[:16, 16:].min() > 200 and frame[:, :12].max() < 50
+
+
+@pytest.mark.parametrize("given, told", [
+    ({"start": -1}, "-1"), ({"stride": 0}, "stride 0"), ({"count": 0}, "frames 0"), ({"width": 0}, "0"),
+    ({"height": -8}, "-8"), ({"fit": "zoom"}, "zoom.*crop, pad, stretch"), ({"start": F}, "start 20"),
+    ({"count": F + 1}, "21.*has only 20"), ({"start": 5, "stride": 4, "count": 9}, "9.*has only 4.*start 5.*stride 4"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["clip.mp4", "images"])
+def test_wrong_values_are_named(folder, name, given, told):
+    refused(told, folder / name, **given)
+
+
+def test_files_that_are_no_clips(folder, tmp_path):
+    refused("does not exist", tmp_path / "none.mp4")
+    refused("without images", tmp_path)
+    for content in (b"", b"plain text", (folder / "clip.mp4").read_bytes()[:500]):
+        (tmp_path / "broken.mp4").write_bytes(content)
+        refused("broken.mp4", tmp_path / "broken.mp4")
+    (tmp_path / "broken.mp4").unlink()
+    (tmp_path / "a.png").write_bytes(b"plain text")
+    refused("a.png", tmp_path)
+
+
+def refused(told, *args, **kwargs):
+    with pytest.raises(TavError, match=told) as error:
+        load_video(*args, **kwargs)
+    assert len(str(error.value).splitlines()) == 1
+
+
+# -------------------------------------------------------------------------------------------------- writing
+
+
+def test_mp4_plays_in_browsers(folder):
+    with av.open(str(folder / "clip.mp4")) as container:
+        codec = container.streams.video[0].codec_context
+        assert (codec.name, codec.pix_fmt) == ("h264", "yuv420p")
+    content = (folder / "clip.mp4").read_bytes()
+    assert content.find(b"moov") < content.find(b"mdat")  # plays before it is loaded
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_odd_sizes_grow_by_a_copy_of_the_edge(tmp_path, suffix):
+    save_video(numbered(3, 33, 47) + 100, tmp_path / f"a{suffix}", 8)
+    frames = load_video(tmp_path / f"a{suffix}").frames
+    assert frames.shape == (3, 34, 48, 3) and (frames[:, -1].int() - frames[:, 0].int()).abs().max() <= 3
+
+
+@pytest.mark.parametrize("fps", [0.5, 8, 23.976, 30000 / 1001, 60])
+def test_the_rate_is_kept(tmp_path, fps):
+    save_video(numbered(4), tmp_path / "a.mp4", fps)
+    clip = load_video(tmp_path / "a.mp4")
+    assert len(clip.frames) == 4 and clip.fps == pytest.approx(fps, rel=1e-4)
+
+
+def test_float_frames_and_arrays(tmp_path):
+    frames = numbered(3)
+    for number, given in enumerate((frames, frames.numpy(), frames / 255, (frames / 255).double().numpy())):
+        save_video(given, tmp_path / f"{number}.mp4", 8)
+    assert len({(tmp_path / f"{number}.mp4").read_bytes() for number in range(4)}) == 1
+
+
+def test_colours_survive(tmp_path):
+    frames = torch.zeros(2, 32, 96, 3)
+    for i in range(3):
+        frames[:, :, 32 * i : 32 * i + 32, i] = 1
+    save_video(frames, tmp_path / "a.mp4", 8)
+    back = load_video(tmp_path / "a.mp4").frames[0, 16, 16::32].float() / 255
+    assert (back - torch.eye(3)).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("name, fps", [("a.avi", 8), ("a", 8), ("a.mp4", 0), ("a.mp4", -1)])
+def test_what_cannot_be_written(tmp_path, name, fps):
+    with pytest.raises(TavError):
+        save_video(numbered(2), tmp_path / name, fps)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pixels_and_back():
+    frames = torch.arange(256, dtype=torch.uint8).reshape(4, 4, 16, 1).repeat(1, 1, 1, 3)
+    pixels = to_pixels(frames)
+    assert pixels.shape == (1, 3, 4, 4, 16) and pixels.min() == -1 and pixels.max() == 1
+    assert torch.equal(to_frames(pixels), frames)
+    assert (to_frames(pixels.sign() * 9) == (pixels[0] > 0).permute(1, 2, 3, 0) * 255).all()  # clamped
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+
+
+def test_strip(tmp_path):
+    image = strip([numbered(), numbered(3, 64, 64)], ["source", "words " * 60], tmp_path / "strip.png")
+    with Image.open(tmp_path / "strip.png") as written:
+        assert written.size == image.size
+    assert image.width > 8 * 128 and image.height > 2 * 128  # small frames are enlarged
+    assert strip([numbered(1)], ["one"]).width < 400
+
+
+def test_side_by_side_holds_the_last_frame():
+    tiles = side_by_side([numbered(5), numbered(2)], ["long", "short"])
+    assert tiles.dtype == torch.uint8 and len(tiles) == 5
+    half = tiles.shape[2] // 2
+    assert not torch.equal(tiles[0], tiles[4])
+    assert torch.equal(tiles[1, :, half:], tiles[4, :, half:])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7])
+def test_side_by_side_takes_any_number(count):
+    tiles = side_by_side([numbered(2)] * count, [f"video {i}" for i in range(count)])
+    assert tiles.shape[0] == 2 and tiles.shape[3] == 3
+
+
+def test_loss_curve(tmp_path):
+    loss_curve([0.3, 0.2, 0.1], [(0, 0.25), (3, 0.1)], tmp_path / "loss.png")
+    loss_curve([0.3], [(0, 0.25)])
+    assert Image.open(tmp_path / "loss.png").width > 400
+
+
+# ------------------------------------------------------------------------- images that are not plain RGB, frames
+
+
+def test_images_are_shown_as_viewers_show_them(tmp_path):
+    upright = Image.new("RGB", (20, 10))
+    exif = upright.getexif()
+    exif[274] = 6  # a phone held upright
+    for name, image, options in (
+        ("exif.jpg", upright, {"exif": exif}),
+        ("clear.png", Image.new("RGBA", (10, 20), (255, 0, 0, 0)), {}),
+        ("deep.png", Image.fromarray(np.full((20, 10), 40000, np.uint16)), {}),
+    ):
+        image.save(tmp_path / name, **options)
+    clear, deep, turned = load_video(tmp_path).frames  # h w of all three: 20 10
+    assert not clear.any() and not turned.any() and (deep == 155).all()
+
+
+@pytest.mark.parametrize("fps", [float("nan"), float("inf")])
+def test_rates_that_are_no_numbers(tmp_path, fps):
+    with pytest.raises(TavError, match="fps"):
+        save_video(numbered(2), tmp_path / "a.mp4", fps)
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 8, 3), (8, 8, 3), (2, 8, 8, 4)])
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_frames_that_are_no_video(tmp_path, shape, suffix):
+    with pytest.raises(TavError, match="no video"):
+        save_video(torch.zeros(shape, dtype=torch.uint8), tmp_path / f"a{suffix}", 8)
+
+
+def test_colours_are_tagged(folder):
+    with av.open(str(folder / "clip.mp4")) as container:
+        frame = next(container.decode(video=0))
+    assert (int(frame.colorspace), int(frame.color_range)) == (5, 1)  # BT.601, limited
+
+
+def test_gif_keeps_a_rate_that_players_honour(tmp_path):
+    save_video(numbered(4), tmp_path / "a.gif", 60)
+    assert load_video(tmp_path / "a.gif").fps == 50
+
+
+def test_side_by_side_names_unlike_sizes():
+    with pytest.raises(TavError, match="64x48, 64x64"):
+        side_by_side([numbered(2), numbered(2, 64, 64)], ["a", "b"])
+
+
+def test_labels_grow_with_the_frames():
+    small, large = (strip([numbered(1, n, n)], ["source"]).height - n for n in (128, 512))
+    assert large > 1.5 * small
