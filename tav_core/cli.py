@@ -1,13 +1,14 @@
 """What the command lines share: options, presets, progress bars, one-line errors, stopping with Ctrl-C."""
 
 import argparse
-import logging
 import signal
 import sys
 from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 from .errors import Cancelled, TavError
 from .pipeline import PRESETS, Preset, with_settings
@@ -26,7 +27,8 @@ class Progress:
     def __call__(self, state: dict[str, Any]):
         if self.bar is None or self.bar.desc != STAGES[state["stage"]]:
             self.close()
-            self.bar = tqdm(total=state["total"], desc=STAGES[state["stage"]], unit="step", initial=state["step"] - 1)
+            self.bar = tqdm(total=state["total"], desc=STAGES[state["stage"]], unit="step", initial=state["step"] - 1,
+                            mininterval=0.5)  # fmt: skip
         self.bar.update(state["step"] - self.bar.n)
         if "loss" in state:
             self.bar.set_postfix(loss=f"{state['loss']:.4f}", probe=f"{state['probe_loss']:.4f}", refresh=False)
@@ -81,8 +83,9 @@ def preset_of(args: argparse.Namespace) -> Preset:
 
 def run(parser: argparse.ArgumentParser):
     """Parses the arguments and calls `args.run(args)`. What a user can mend ends in one line and exit code 2."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    for library in (diffusers_logging, transformers_logging):  # their bars and advice say nothing to our users
+        library.set_verbosity_error()
+        library.disable_progress_bar()
     args = parser.parse_args()
     try:
         args.run(args)
