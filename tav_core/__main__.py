@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import re
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,19 @@ def _clip(args, checkpoint: Checkpoint) -> Clip:
                       fit=args.fit)  # fmt: skip
 
 
+def _make_folder(path: Path):
+    """Makes --output, or says now rather than after the tuning that nothing can be written there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TavError(f"--output {path} can't be made ({error.strerror}); choose another --output") from error
+    if not os.access(path, os.W_OK):
+        raise TavError(f"--output {path} can't be written to; choose another --output")
+
+
 def _tune(args, checkpoint: Checkpoint, source: pipeline.Source, progress: Progress):
     """Tunes with the state kept in the output folder; the tuned weights and the loss curve are written there."""
+    _make_folder(args.output)
     preset, state_path = preset_of(args), args.output / "tuning-state.safetensors"
     if state_path.exists() and not args.resume:
         raise TavError(f"--output {args.output} holds an unfinished tuning; add --resume to go on with it, or delete "
@@ -58,13 +71,9 @@ def _tune(args, checkpoint: Checkpoint, source: pipeline.Source, progress: Progr
         raise Cancelled(f"{stop}; add --resume to go on") from None
     height, width = (n * checkpoint.downscale for n in source.latents.shape[-2:])
     save_tuned(args.output / "tuned.safetensors", unet, prompt=source.prompt, num_frames=source.latents.shape[2],
-               width=width, height=height, config=_plain(preset.tuning), base_name=checkpoint.name)  # fmt: skip
+               width=width, height=height, config=asdict(preset.tuning), base_name=checkpoint.name)  # fmt: skip
     loss_curve(result.losses, result.probe_losses, args.output / "loss.png")
     return unet, result
-
-
-def _plain(config) -> dict[str, Any]:
-    return json.loads(json.dumps(config.__dict__))
 
 
 def _load_tuned_unet(args, checkpoint: Checkpoint):
@@ -119,7 +128,6 @@ def run_edit(args, checkpoint: Checkpoint, clip: Clip, progress: Progress) -> tu
         if not edit.strip():
             raise TavError("--edit is empty; describe the edited clip in one sentence")
     source = timed("encode", pipeline.prepare, checkpoint, clip.frames, args.prompt)
-    args.output.mkdir(parents=True, exist_ok=True)
     unet, result = timed("tune", _tune, args, checkpoint, source, progress)
     noise = timed("invert", pipeline.invert, checkpoint, unet, source, preset, callback=progress)
     _save_noise(args.output / "noise.safetensors", noise, args.prompt, preset.sampling_steps)
@@ -137,7 +145,7 @@ def run_edit(args, checkpoint: Checkpoint, clip: Clip, progress: Progress) -> tu
     save_video(side_by_side(list(videos.values()), list(videos)), args.output / "comparison.mp4", clip.fps)
     summary = {
         "prompt": args.prompt, "checkpoint": checkpoint.name, "frames": len(clip.frames), "fps": round(clip.fps, 3),
-        "size": [clip.frames.shape[2], clip.frames.shape[1]], "preset": args.preset, "steps": result.steps,
+        "size": [clip.frames.shape[2], clip.frames.shape[1]], "preset": args.preset or pipeline.default_preset(args.checkpoint), "steps": result.steps,
         "probe_loss": {"before": result.probe_losses[0][1], "after": result.probe_losses[-1][1]},
         "reconstruction_psnr": round(psnr(videos["reconstruction"], clip.frames), 2),
         "frame_difference": {label: round(frame_difference(video), 4) for label, video in videos.items()},
@@ -234,12 +242,23 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
+def _device(text: str) -> torch.device:
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise argparse.ArgumentTypeError(f"{text!r} can't be used here ({str(error).splitlines()[0]})") from error
+
+
 def _model_arguments(parser):
     group = parser.add_argument_group("model")
     group.add_argument("--checkpoint", default="mini", metavar="PATH",
                        help='a diffusers folder, a .safetensors file of SD 1.x or 2.x, or "mini" (the default)')  # fmt: skip
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return group
+    _device_argument(group)
+
+
+def _device_argument(group):
+    group.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu",
+                       help="cpu, cuda, cuda:1, mps ... (cuda where there is one)")  # fmt: skip
 
 
 def _video_arguments(parser, frames: int | None = 8):
@@ -282,7 +301,7 @@ def main():
 
     demo = command("demo", _demo, "tune, invert and edit the clip that ships with the pack, on its small checkpoint")
     demo.add_argument("--output", type=Path, default=Path("tav-demo"), metavar="DIR", help="(tav-demo)")
-    demo.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    _device_argument(demo)
     add_preset_arguments(demo)
     demo.set_defaults(checkpoint="mini", start=0, stride=1, frames=8, size=None, fit="crop", attention="sparse-causal",
                       temporal_causal=False, norm="video", resume=True, negative_prompt="")  # fmt: skip

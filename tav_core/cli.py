@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from .errors import Cancelled, TavError
-from .pipeline import PRESETS, Preset, with_settings
+from .pipeline import PRESETS, Preset, default_preset, with_settings
 from .tuning import DTYPES
 
 STAGES = {"tune": "tuning", "invert": "inversion", "sample": "sampling"}
@@ -61,13 +61,13 @@ def add_preset_arguments(parser: argparse.ArgumentParser):
         f"{name}: {p.tuning.steps} steps at {p.tuning.learning_rate:g}, {p.sampling_steps} sampling steps, "
         f"guidance {p.guidance_scale:g}" for name, p in PRESETS.items()
     )  # fmt: skip
-    group.add_argument("--preset", choices=PRESETS, default="default", help=summary)
+    group.add_argument("--preset", choices=PRESETS, help=f"mini for the mini checkpoint, else paper. {summary}")
     group.add_argument("--steps", type=int, metavar="N", help="tuning steps")
     group.add_argument("--learning-rate", type=float, metavar="X", help="tuning's learning rate (AdamW)")
     group.add_argument("--seed", type=int, metavar="N", help="seed of every random draw (0)")
     group.add_argument("--dtype", choices=DTYPES, help="precision of the computation; tuned weights stay fp32")
     group.add_argument("--gradient-checkpointing", action="store_true", default=None,
-                       help="a quarter of the memory for a third more time")  # fmt: skip
+                       help="tune in less memory, but slower")  # fmt: skip
     group.add_argument("--sampling-steps", type=int, metavar="N", help="DDIM steps of inversion and of sampling")
     group.add_argument("--guidance-scale", type=float, metavar="X", help="classifier-free guidance of the edits")
 
@@ -75,7 +75,7 @@ def add_preset_arguments(parser: argparse.ArgumentParser):
 def preset_of(args: argparse.Namespace) -> Preset:
     """The preset that the arguments of `add_preset_arguments` describe."""
     return with_settings(
-        PRESETS[args.preset], steps=args.steps, learning_rate=args.learning_rate, seed=args.seed, dtype=args.dtype,
+        PRESETS[args.preset or default_preset(args.checkpoint)], steps=args.steps, learning_rate=args.learning_rate, seed=args.seed, dtype=args.dtype,
         gradient_checkpointing=args.gradient_checkpointing, sampling_steps=args.sampling_steps,
         guidance_scale=args.guidance_scale,
     )  # fmt: skip

@@ -35,9 +35,15 @@ class Preset:
 PRESETS = {
     # section 4 of the paper and the authors' configuration files
     "paper": Preset(TuneConfig(steps=500, learning_rate=3e-5), sampling_steps=50, guidance_scale=12.5),
-    # measured with `python -m tav_core.mini benchmark`
-    "default": Preset(TuneConfig(steps=150, learning_rate=5e-4), sampling_steps=50, guidance_scale=7.5),
+    # best for the small checkpoint by `python -m tav_core.mini benchmark`; too bold for a large one
+    "mini": Preset(TuneConfig(steps=150, learning_rate=5e-4, timestep_sampling="stratified"), sampling_steps=25,
+                   guidance_scale=4.0),
 }
+
+
+def default_preset(checkpoint_name: str) -> str:
+    """The name of the preset that suits a checkpoint."""
+    return "mini" if checkpoint_name == "mini" else "paper"
 
 
 @dataclass
@@ -98,7 +104,7 @@ def sample(checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, 
     """
     if not prompt.strip():
         raise TavError("--edit is empty; describe the edited clip in one sentence")
-    latents = ddim_sample(unet, noise, encode_prompt(checkpoint, prompt), checkpoint.scheduler, preset.sampling_steps,
+    latents = ddim_sample(unet, noise.to(unet.device), encode_prompt(checkpoint, prompt), checkpoint.scheduler, preset.sampling_steps,
                           guidance_scale=preset.guidance_scale,
                           negative_hidden_states=encode_prompt(checkpoint, negative_prompt), callback=callback)  # fmt: skip
     return decode_video(checkpoint, latents)
