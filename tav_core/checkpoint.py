@@ -1,17 +1,19 @@
 """Text-to-image checkpoints: loading them, and moving text and video in and out of their latent space."""
 
 import json
-import math
+import re
+import textwrap
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin, UNet2DConditionModel
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .errors import TavError
 from .video import to_frames
@@ -19,6 +21,12 @@ from .video import to_frames
 CONFIGS = Path(__file__).parent / "configs"
 MINI = Path(__file__).parent / "mini" / "checkpoint"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+_PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
+_OPEN_CLIP = {  # names of OpenCLIP, and those of transformers
+    "token_embedding": "embeddings.token_embedding", "positional_embedding": "embeddings.position_embedding.weight",
+    "transformer.resblocks": "encoder.layers", "attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "ln_final": "final_layer_norm",
+}  # fmt: skip
 
 
 @dataclass
@@ -58,7 +66,7 @@ def load_checkpoint(
             can't tell, so there it is "v_prediction" where an SD 2.x file's metadata or name speaks of 768 pixels
             or of v ("v2-1_768-ema-pruned", "...-v.safetensors"), and "epsilon" everywhere else.
         config: a folder of diffusers configurations (and a tokenizer, if it has one) for a single file of an
-            unusual layout.
+            unusual layout. Unused with a folder.
 
     Raises:
         TavError: missing or broken files, pickled weights, or a model of another family (SDXL, SD3, Flux,
@@ -69,15 +77,20 @@ def load_checkpoint(
     path = MINI if str(name_or_path) == "mini" else Path(name_or_path)
     if not path.exists():
         raise TavError(f"--checkpoint {name_or_path} does not exist; give a diffusers folder, a .safetensors file or mini")
+    if config is not None and not Path(config).is_dir():
+        raise TavError(f"config={config} is not a folder; give one with unet, vae, text_encoder and scheduler in it")
     try:
         parts = _load_folder(path) if path.is_dir() else _load_file(path, prediction_type, config)
-    except (OSError, SafetensorError, RuntimeError, KeyError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except TavError:
+        raise
+    except Exception as error:  # the libraries fail in every way over a damaged file
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240)
         raise TavError(f"--checkpoint {name_or_path} can't be read ({reason}); download or save it again") from error
     if prediction_type is not None:
         parts["scheduler"].register_to_config(prediction_type=prediction_type)
-    for part in ("unet", "vae", "text_encoder"):
-        parts[part].to(device=device, dtype=dtype).eval().requires_grad_(False)
+    for part in _PREFIXES:
+        # the plain `to`, because that of diffusers warns of modules that there aren't
+        nn.Module.to(parts[part], device=device, dtype=dtype).eval().requires_grad_(False)
     return Checkpoint(name="mini" if path == MINI else path.stem if path.is_file() else path.name, **parts)
 
 
@@ -92,72 +105,132 @@ def _load_folder(path: Path) -> dict:
             pickled = any((path / part).glob("*.bin"))
             what = "only pickled weights (.bin), which can run code" if pickled else "no weights"
             raise TavError(f"--checkpoint {path}/{part} holds {what}; save the model with safe_serialization=True")
-    for part, file in (("tokenizer", "tokenizer_config.json"), ("scheduler", "scheduler_config.json")):
-        if not (path / part / file).exists():
-            raise TavError(f"--checkpoint {path} lacks {part}/{file}; download the whole folder")
+    tokenizer = {file.name for file in (path / "tokenizer").glob("*")}
+    if not ("tokenizer.json" in tokenizer or {"vocab.json", "merges.txt"} <= tokenizer):
+        raise TavError(f"--checkpoint {path} lacks tokenizer/vocab.json or merges.txt; download the whole folder")
+    for file in ("vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"):
+        if not (path / file).exists():
+            raise TavError(f"--checkpoint {path} lacks {file}; download the whole folder")
+        if not isinstance(json.loads((path / file).read_text()), dict):  # diffusers would look for it on the network
+            raise TavError(f"--checkpoint {path}/{file} is no JSON object; download it again")
+    tensors = {}
+    for file in _weight_files(path / "text_encoder"):
+        tensors |= load_file(file)
     return dict(
-        unet=_load_part(path / "unet", UNet2DConditionModel, low_cpu_mem_usage=False),
-        vae=_load_part(path / "vae", AutoencoderKL, low_cpu_mem_usage=False),
-        text_encoder=_load_part(path / "text_encoder", CLIPTextModel),
+        unet=_load_part(path / "unet", UNet2DConditionModel),
+        vae=_load_part(path / "vae", AutoencoderKL),
+        text_encoder=_text_encoder(path, path, tensors),
         tokenizer=CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True),
-        # whatever scheduler the folder names, its noise schedule is what counts here
-        scheduler=DDIMScheduler.from_config(
-            json.loads((path / "scheduler" / "scheduler_config.json").read_text()), clip_sample=False
-        ),
+        scheduler=_scheduler(path),
     )
 
 
-def _load_part(path: Path, kind: type, **options):
-    """A model from a folder; the half-precision files serve where there are no others."""
-    variant = None if any("fp16" not in file.name for file in path.glob("*.safetensors")) else "fp16"
+def _weight_files(path: Path) -> list[Path]:
+    """The half-precision files serve where there are no others."""
+    files = list(path.glob("*.safetensors"))
+    return [file for file in files if "fp16" not in file.name] or files
+
+
+def _load_part(path: Path, kind: type[ModelMixin]) -> ModelMixin:
+    variant = "fp16" if "fp16" in _weight_files(path)[0].name else None
     model, loaded = kind.from_pretrained(path, local_files_only=True, use_safetensors=True, variant=variant,
-                                         output_loading_info=True, **options)  # fmt: skip
-    if lost := sorted(loaded["missing_keys"]):  # the libraries would go on with random weights
+                                         output_loading_info=True, low_cpu_mem_usage=False)  # fmt: skip
+    if lost := sorted(loaded["missing_keys"]):  # diffusers would go on with random weights
         raise TavError(f"--checkpoint {path} lacks {len(lost)} of its weights ({lost[0]}, ...); download it again")
     return model
 
 
-def _load_file(path: Path, prediction_type: str | None, config: str | Path | None) -> dict:
-    from diffusers import StableDiffusionPipeline  # slow to import, needed here alone
+def _text_encoder(path: Path, folder: Path, tensors: dict[str, Tensor]) -> CLIPTextModel:
+    """The text encoder of a folder's configuration with the weights of `path`, all of which must be there.
 
+    Args:
+        tensors: named as in transformers, whose versions differ over a leading `text_model.`, or as in OpenCLIP.
+    """
+    model = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder", local_files_only=True))
+    given = _from_open_clip(tensors) if any("resblocks" in name for name in tensors) else tensors
+    given = {name.removeprefix("text_model."): value for name, value in given.items()}
+    own = {name.removeprefix("text_model."): name for name in model.state_dict()}
+    if lost := sorted(own.keys() - given.keys()):
+        raise TavError(f"--checkpoint {path} lacks {len(lost)} of its text_encoder's weights ({lost[0]}, ...); download it again")
+    model.load_state_dict({own[name]: given[name] for name in own})
+    return model
+
+
+def _from_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    renamed = {}
+    for name, value in tensors.items():
+        for theirs, ours in _OPEN_CLIP.items():
+            name = name.replace(theirs, ours)
+        if match := re.fullmatch(r"(.*)\.attn\.in_proj_(weight|bias)", name):  # queries, keys and values in one
+            renamed |= {f"{match[1]}.self_attn.{p}_proj.{match[2]}": v for p, v in zip("qkv", value.chunk(3))}
+        else:
+            renamed[name] = value
+    return renamed
+
+
+def _scheduler(folder: Path) -> DDIMScheduler:
+    """Whatever scheduler the folder names, its noise schedule is what counts here."""
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    return DDIMScheduler.from_config(config, clip_sample=False)
+
+
+def _load_file(path: Path, prediction_type: str | None, config: str | Path | None) -> dict:
     if path.suffix != ".safetensors":
         raise TavError(f"--checkpoint {path} is not a .safetensors file, and a pickle can run code; convert it first")
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
-    unet = "model.diffusion_model."
-    family = next((key for key in shapes if key.startswith(("conditioner.", unet + "joint_blocks.", "double_blocks.",
-                                                           unet + "double_blocks."))), "")  # fmt: skip
+        width = _check_family(path, shapes)
+        # only these: a file may hold a second U-Net, its running average
+        tensors = {part: {key: file.get_tensor(key) for key in shapes if key.startswith(prefix)}
+                   for part, prefix in _PREFIXES.items()}  # fmt: skip
+    for part, prefix in _PREFIXES.items():
+        if not tensors[part]:
+            raise TavError(f"--checkpoint {path} has no {part} ({prefix}*); give the full checkpoint, not a part of it")
+    second = width == 1024
+    folder = Path(config or CONFIGS / ("sd2" if second else "sd1"))
+    own = (folder / "tokenizer").is_dir()
+    tokenizer = CLIPTokenizer.from_pretrained((folder if own else CONFIGS) / "tokenizer", local_files_only=True)
+    if second and not own:
+        tokenizer.pad_token = "!"  # id 0, as OpenCLIP pads
+    text = {re.sub(r"^cond_stage_model\.(transformer|model)\.", "", name): value
+            for name, value in tensors["text_encoder"].items()}  # fmt: skip
+    parts = dict(
+        unet=_convert_part(path, folder, "unet", UNet2DConditionModel, tensors["unet"]),
+        vae=_convert_part(path, folder, "vae", AutoencoderKL, tensors["vae"]),
+        text_encoder=_text_encoder(path, folder, text),
+        tokenizer=tokenizer,
+        scheduler=_scheduler(folder),
+    )
+    says_v = (prediction_type == "v_prediction" or "768" in path.stem or path.stem.endswith("-v")
+              or metadata.get("modelspec.prediction_type") == "v"
+              or "768-v" in metadata.get("modelspec.architecture", ""))  # fmt: skip
+    if second and says_v:
+        parts["scheduler"].register_to_config(prediction_type="v_prediction")
+        parts["unet"].register_to_config(sample_size=96)
+    return parts
+
+
+def _check_family(path: Path, shapes: dict[str, list[int]]) -> int:
+    """The width of the text embedding that a single file's U-Net takes, from the shapes of its tensors by name."""
+    unet = _PREFIXES["unet"]
+    others = ("conditioner.", unet + "joint_blocks.", "double_blocks.", unet + "double_blocks.")
+    family = next((key for key in shapes if key.startswith(others)), "")
     first, text = f"{unet}input_blocks.0.0.weight", next((k for k in shapes if k.endswith("attn2.to_k.weight")), None)
     if not family and (first not in shapes or text is None):
         raise TavError(f"--checkpoint {path} is no Stable Diffusion checkpoint (it lacks {first}); give an SD 1.x or 2.x file")
-    _refuse(path, shapes[first][1] if first in shapes else 4, "conditioner." if text and shapes[text][1] == 2048 else family)
-    prefixes = {"unet": unet, "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
-    held = {part: sum(math.prod(shape) for key, shape in shapes.items() if key.startswith(prefix))
-            for part, prefix in prefixes.items()}  # fmt: skip
-    for part, prefix in prefixes.items():
-        if not held[part]:
-            raise TavError(f"--checkpoint {path} has no {part} ({prefix}*); give the full checkpoint, not a part of it")
-    second = shapes[text][1] == 1024
-    says_v = ("768" in path.stem or path.stem.endswith("-v") or metadata.get("modelspec.prediction_type") == "v"
-              or "768-v" in metadata.get("modelspec.architecture", ""))  # fmt: skip
-    own = config is not None and (Path(config) / "tokenizer").is_dir()
-    tokenizer = CLIPTokenizer.from_pretrained(Path(config if own else CONFIGS) / "tokenizer", local_files_only=True)
-    if second and not own:
-        tokenizer.pad_token = "!"  # id 0, as OpenCLIP pads
-    pipeline = StableDiffusionPipeline.from_single_file(
-        path, config=str(config or CONFIGS / ("sd2" if second else "sd1")), local_files_only=True, tokenizer=tokenizer,
-        safety_checker=None, feature_extractor=None,
-    )  # fmt: skip
-    for part in held:  # the libraries would go on with random weights in the place of lost ones
-        if held[part] < sum(parameter.numel() for parameter in getattr(pipeline, part).parameters()):
-            raise TavError(f"--checkpoint {path} lacks some weights of its {part}; download it again")
-    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-    if second and says_v:
-        scheduler.register_to_config(prediction_type="v_prediction")
-        pipeline.unet.register_to_config(sample_size=96)
-    return dict(unet=pipeline.unet, vae=pipeline.vae, text_encoder=pipeline.text_encoder, tokenizer=tokenizer,
-                scheduler=scheduler)  # fmt: skip
+    width = shapes[text][1] if text else 0
+    _refuse(path, shapes[first][1] if first in shapes else 4, "conditioner." if width == 2048 else family)
+    return width
+
+
+def _convert_part(path: Path, folder: Path, part: str, kind: type[ModelMixin], tensors: dict[str, Tensor]) -> ModelMixin:
+    model = kind.from_single_file(tensors, config=str(folder), subfolder=part, local_files_only=True,
+                                  low_cpu_mem_usage=False)  # fmt: skip
+    # diffusers would go on with random weights in the place of lost ones
+    if sum(map(torch.numel, tensors.values())) < sum(map(torch.numel, model.parameters())):
+        raise TavError(f"--checkpoint {path} lacks some weights of its {part}; download it again")
+    return model
 
 
 def _refuse(path: Path, in_channels: int, marker: str):
