@@ -91,7 +91,7 @@ def run(parser: argparse.ArgumentParser):
         args.run(args)
     except TavError as error:
         sys.exit(_fail(f"error: {error}", 2))
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         remedy = "fewer --frames, a smaller --size, --gradient-checkpointing or --dtype bf16"
         sys.exit(_fail(f"error: the device ran out of memory; try {remedy}", 2))
     except Cancelled as stop:
