@@ -1,6 +1,5 @@
 """Clips in and out: decoding only the frames that are wanted, and writing videos that a browser plays."""
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,7 +75,7 @@ def load_video(path: str | Path, *, start: int = 0, stride: int = 1, count: int 
 
 def _folder(path: Path, start: int, stride: int) -> Iterator[float | np.ndarray]:
     """The rate, then the wanted images in natural order (2 before 10)."""
-    names = [p for p in path.iterdir() if p.suffix.lower() in IMAGES]
+    names = [p for p in path.iterdir() if p.suffix.lower() in IMAGES and not p.name.startswith(".")]
     names.sort(key=lambda p: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", p.name.lower())])
     if not names:
         raise TavError(f"--video {path} is a folder without images; it needs {', '.join(IMAGES)}")
@@ -116,6 +115,9 @@ def _file(path: Path, start: int, stride: int) -> Iterator[float | np.ndarray]:
                 if index >= start and (index - start) % stride == 0:
                     turns = round(getattr(frame, "rotation", 0) / 90) % 4
                     yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+            index = stream.index_entries  # of mp4; the decoder takes a missing rest for the end
+            if len(index) and (last := index[len(index) - 1]).pos + last.size > path.stat().st_size:
+                raise TavError(f"--video {path} is cut off, its last frames are missing; copy it again")
     except (av.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise TavError(f"--video {path} can't be decoded ({reason}); is it a video? Convert it to mp4 again") from error
@@ -143,8 +145,9 @@ def _fit(frame: np.ndarray, width: int | None, height: int | None, fit: str) -> 
 
 
 def _resize(frame: np.ndarray, width: int, height: int) -> np.ndarray:
-    shrinks = width * height < frame.shape[0] * frame.shape[1]
-    return cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    h, w = frame.shape[:2]  # one axis may shrink while the other grows: INTER_AREA only averages where none grows
+    shrunk = cv2.resize(frame, (min(w, width), min(h, height)), interpolation=cv2.INTER_AREA)
+    return cv2.resize(shrunk, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
 def save_video(frames: Tensor | np.ndarray, path: str | Path, fps: float):
@@ -152,18 +155,18 @@ def save_video(frames: Tensor | np.ndarray, path: str | Path, fps: float):
 
     Args:
         frames: `f h w c` RGB, uint8 or float in 0..1. Odd sizes grow by one pixel, a copy of the edge.
-        fps: frames a second, above 0. A gif keeps time in hundredths of a second, 50 frames a second at most, and
+        fps: frames a second, 0.01 to 1000. A gif keeps time in hundredths of a second, 50 frames a second at most, and
             joins equal neighbours into one longer frame.
 
     Raises:
-        TavError: another suffix, no frames, a rate that isn't positive, or a file that can't be written.
+        TavError: another suffix, no frames, a rate out of range, or a file that can't be written.
     """
     path = Path(path)
     codecs = {".mp4": ("libx264", {"crf": "17"}), ".webm": ("libvpx-vp9", {"crf": "24", "b": "0"}), ".gif": None}
     if path.suffix.lower() not in codecs:
         raise TavError(f"cannot write {path}: {path.suffix or 'no suffix'} is unknown; use .mp4, .webm or .gif")
-    if not 0 < fps < math.inf:
-        raise TavError(f"--fps {fps} is out of range; give a number above 0")
+    if not 0.01 <= fps <= 1000:
+        raise TavError(f"--fps {fps} is out of range; give a number from 0.01 to 1000")
     frames = torch.as_tensor(frames)
     if frames.ndim != 4 or len(frames) == 0 or frames.shape[-1] != 3:
         raise TavError(f"frames of shape {tuple(frames.shape)} are no video; give f h w 3 with one frame or more")

@@ -1,5 +1,8 @@
 """Clips in and out, and the pictures made of them."""
 
+import errno
+import os
+
 import av
 import numpy as np
 import pytest
@@ -256,7 +259,7 @@ def test_images_are_shown_as_viewers_show_them(tmp_path):
     assert not clear.any() and not turned.any() and (deep == 155).all()
 
 
-@pytest.mark.parametrize("fps", [float("nan"), float("inf")])
+@pytest.mark.parametrize("fps", [float("nan"), float("inf"), 1e-4, 1e4])
 def test_rates_that_are_no_numbers(tmp_path, fps):
     with pytest.raises(TavError, match="fps"):
         save_video(numbered(2), tmp_path / "a.mp4", fps)
@@ -288,3 +291,70 @@ def test_side_by_side_names_unlike_sizes():
 def test_labels_grow_with_the_frames():
     small, large = (strip([numbered(1, n, n)], ["source"]).height - n for n in (128, 512))
     assert large > 1.5 * small
+
+
+# ------------------------------------------------------------------------------------- what goes wrong on a disk
+
+
+def test_a_clip_that_is_cut_off_is_told(tmp_path):
+    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8))
+    save_video(frames, tmp_path / "a.mp4", 8)
+    content = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "a.mp4").write_bytes(content[: len(content) * 6 // 10])
+    refused("cut off", tmp_path / "a.mp4")
+    refused("cut off", tmp_path / "a.mp4", count=8)
+    assert len(load_video(tmp_path / "a.mp4", count=2).frames) == 2  # these are whole
+
+
+def test_hidden_files_are_no_images(folder, tmp_path):
+    numbered_image = (folder / "images" / "3.png").read_bytes()
+    (tmp_path / "3.png").write_bytes(numbered_image)
+    (tmp_path / "._3.png").write_bytes(b"left by macOS")
+    assert numbers(load_video(tmp_path).frames) == [3]
+
+
+def test_stripes_average_where_one_axis_shrinks_and_the_other_grows(tmp_path):
+    stripes = np.zeros((16, 512, 3), np.uint8)
+    stripes[:, ::2] = 255
+    Image.fromarray(stripes).save(tmp_path / "a.png")
+    frame = load_video(tmp_path, width=100, height=160, fit="stretch").frames[0].int()
+    assert (frame - 128).abs().max() < 40  # without averaging there are black and white ones
+
+
+def test_a_round_trip_keeps_the_picture(tmp_path):
+    y, x = np.mgrid[:64, :96] / 15
+    frames = [np.stack([np.sin(x + k / 3), np.cos(y), np.sin(x - y)], -1) for k in range(6)]
+    frames = torch.from_numpy(np.stack(frames) * 0.4 + 0.5)
+    for suffix, least in ((".mp4", 36), (".webm", 33), (".gif", 28)):
+        save_video(frames, tmp_path / f"a{suffix}", 10)
+        back = load_video(tmp_path / f"a{suffix}").frames / 255
+        assert -10 * (back - frames).square().mean().log10() > least, suffix
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, suffix):
+    (tmp_path / f"a{suffix}").write_bytes(b"before")
+    opened = av.open
+
+    class Full:
+        def __init__(self, path, *args, **options):
+            self.container = opened(path, *args, **options)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.container.close()
+
+        def add_stream(self, *args, **options):
+            return self.container.add_stream(*args, **options)
+
+        def mux(self, packets):
+            self.container.mux(packets)
+            raise av.error.OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(video.av, "open", Full)
+    with pytest.raises(TavError, match="No space left on device; free space"):
+        save_video(numbered(4), tmp_path / f"a{suffix}", 8)
+    assert [p.name for p in tmp_path.iterdir()] == [f"a{suffix}"]
+    assert (tmp_path / f"a{suffix}").read_bytes() == b"before"
