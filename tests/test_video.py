@@ -115,7 +115,6 @@ def test_images_of_several_sizes_are_brought_to_one(tmp_path):
         load_video(tmp_path)
 
 
-@pytest.mark.skipif(not hasattr(av.VideoFrame, "rotation"), reason="this PyAV does not tell the rotation")
 def test_clips_of_a_turned_phone_are_read_upright(tmp_path):
     frames = torch.zeros(2, 32, 64, 3, dtype=torch.uint8)
     frames[:, :16, :16] = 255  # the upper left corner
