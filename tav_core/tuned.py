@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import TavError
 from .files import atomic_path
@@ -35,20 +36,23 @@ class TunedInfo:
     versions: dict[str, str]
 
 
-def base_fingerprint(unet: nn.Module) -> str:
+def base_fingerprint(unet: nn.Module | Mapping[str, Tensor]) -> str:
     """SHA-256 (hex) of what tuning never changes: names, shapes and up to 1024 even samples of each parameter.
 
-    The same for a 2D U-Net, for the inflated one before and after tuning, and in fp16 or fp32 if the file was fp16.
+    The same for a 2D U-Net, for the inflated one before and after tuning, and in fp16 or fp32.
+
+    Args:
+        unet: a U-Net, or its parameters by name.
     """
     tuned = ("attn1.to_q.", "attn2.to_q.", "attn_temp.", "norm_temp.")
     digest = hashlib.sha256()
-    for name, parameter in sorted(unet.named_parameters()):
+    for name, parameter in sorted((dict(unet.named_parameters()) if isinstance(unet, nn.Module) else unet).items()):
         if any(part in name for part in tuned):
             continue
         values = parameter.detach().flatten()
         n = len(values)
         places = torch.arange(min(n, _SAMPLES)) * (n - 1) // max(1, min(n, _SAMPLES) - 1)  # first and last included
-        values = values[places.to(values.device)].float().cpu()
+        values = values[places.to(values.device)].half().float().cpu()
         digest.update(f"{name} {tuple(parameter.shape)};".encode())
         digest.update(values.contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -62,10 +66,21 @@ def save_tuned(path: str | Path, unet: VideoUNet, *, prompt: str, num_frames: in
         TavError: the U-Net isn't inflated, or the file can't be written.
     """
     _require_inflated(unet)
-    info = TunedInfo(base_fingerprint(unet), base_name, prompt, num_frames, width, height, unet.inflation, config,
-                     {"torch": torch.__version__, "diffusers": diffusers.__version__})  # fmt: skip
+    info = tuned_info(base_fingerprint(unet), unet.inflation, prompt=prompt, num_frames=num_frames, width=width,
+                      height=height, config=config, base_name=base_name)  # fmt: skip
+    write_tuned(path, trainable_parameters(unet), info)
+
+
+def tuned_info(base: str, inflation: dict[str, Any], **facts) -> TunedInfo:
+    """What there is to say of weights tuned just now; `facts` are the other fields of `TunedInfo`."""
+    return TunedInfo(base=base, inflation=inflation,
+                     versions={"torch": torch.__version__, "diffusers": diffusers.__version__}, **facts)  # fmt: skip
+
+
+def write_tuned(path: str | Path, weights: Mapping[str, Tensor], info: TunedInfo):
+    """Writes tuned weights that are at hand without their U-Net; see `save_tuned`."""
     metadata = {"format": FORMAT, **{name: json.dumps(value) for name, value in info.__dict__.items()}}
-    tensors = {n: p.detach().float().cpu().contiguous() for n, p in trainable_parameters(unet).items()}
+    tensors = {name: weight.detach().float().cpu().contiguous() for name, weight in weights.items()}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata)
 
@@ -100,20 +115,33 @@ def load_tuned(path: str | Path, unet: VideoUNet) -> TunedInfo:
     """
     info = read_tuned(path)
     _require_inflated(unet)
-    base = base_fingerprint(unet)
-    if info.base != base:
-        raise TavError(f"tuned weights {path} belong to the base model {info.base_name!r} ({info.base[:12]}), this one is "
-                       f"{base[:12]}; load that checkpoint, or tune on this one")  # fmt: skip
-    if info.inflation != unet.inflation:
-        raise TavError(f"tuned weights {path} were made with {info.inflation}, the U-Net is inflated with "
-                       f"{unet.inflation}; inflate it the same way")  # fmt: skip
     parameters, tensors = trainable_parameters(unet), load_file(path)
-    if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in parameters.items()}:
-        raise TavError(f"tuned weights {path} do not name the parameters of this U-Net; the file is damaged, tune again")
+    check_fit(f"tuned weights {path}", info, tensors, base_fingerprint(unet), unet.inflation, parameters)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     return info
+
+
+def check_fit(what: str, info: TunedInfo, weights: Mapping[str, Tensor], base: str, inflation: dict[str, Any],
+              parameters: Mapping[str, Tensor]):  # fmt: skip
+    """Refuses tuned weights that were made on another model.
+
+    Args:
+        what: how the message calls the weights.
+        base, inflation, parameters: fingerprint, options and trainable parameters of the model at hand.
+
+    Raises:
+        TavError: another base model, another inflation, or other parameters.
+    """
+    if info.base != base:
+        raise TavError(f"{what} belong to the base model {info.base_name!r} ({info.base[:12]}), this one is "
+                       f"{base[:12]}; load that checkpoint, or tune on this one")  # fmt: skip
+    if info.inflation != inflation:
+        raise TavError(f"{what} were made with {info.inflation}, the U-Net is inflated with {inflation}; inflate it "
+                       "the same way")  # fmt: skip
+    if {n: t.shape for n, t in weights.items()} != {n: p.shape for n, p in parameters.items()}:
+        raise TavError(f"{what} do not name the parameters of this U-Net; the file is damaged, tune again")
 
 
 def _require_inflated(unet: nn.Module):

@@ -173,7 +173,7 @@ def tune(
 
     with _computing(unet, parameters, config), torch.enable_grad():
         optimizer = make_optimizer(unet, config)
-        fingerprint = _fingerprint(unet, scheduler, latents, std, text, config)
+        fingerprint = run_fingerprint(unet, scheduler, latents, std, text, config)
         state = TuneState(fingerprint, loss_scale=(2.0**16 if config.dtype == "fp16" else 1.0, 0))
         if state_path is not None and resume and state_path.exists():
             state, tensors = read_state(state_path)
@@ -272,7 +272,7 @@ def _computing(unet: VideoUNet, parameters: dict[str, nn.Parameter], config: Tun
         unet.frame_context.checkpointing = checkpointing
 
 
-def _fingerprint(
+def run_fingerprint(
     unet: VideoUNet,
     scheduler: SchedulerMixin,
     latents: Tensor,
@@ -280,6 +280,7 @@ def _fingerprint(
     text: Tensor,
     config: TuneConfig,
 ) -> dict[str, Any]:
+    """What must be equal for a run to go on from its state file: name to hash or value."""
     parameters = trainable_parameters(unet)
     options = dataclasses.asdict(config) | {"betas": list(config.betas)}  # as JSON has it
     return {

@@ -1,0 +1,24 @@
+"""Nodes for ComfyUI, a file per stage. They validate, convert and report; the method is in `tav_core`."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .compare import Compare
+from .inflate import Inflate
+from .invert import DDIMInversion
+from .load_checkpoint import LoadCheckpoint
+from .load_video import LoadVideo
+from .sample import VideoSampler
+from .tune import OneShotTune
+from .tuned_weights import ApplyTunedWeights, LoadTunedWeights, SaveTunedWeights
+
+NODES = [LoadVideo, LoadCheckpoint, Inflate, OneShotTune, SaveTunedWeights, LoadTunedWeights, ApplyTunedWeights,
+         DDIMInversion, VideoSampler, Compare]  # fmt: skip
+
+
+class Extension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> Extension:
+    return Extension()

@@ -1,0 +1,115 @@
+"""What the nodes share: schemas that fit every core, one-line errors, and the conversions of their types."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from ..tav_core import TavError, TunedInfo
+from .native import check_context, video_unet
+
+CATEGORY = "Tune-A-Video"
+NodeTunedWeights = io.Custom("TAV_TUNED_WEIGHTS")
+
+
+@dataclasses.dataclass(frozen=True)
+class TunedWeights:
+    """What One-Shot Tune learned: tensors by the name of their parameter, and what they belong to."""
+
+    tensors: dict[str, Tensor]
+    info: TunedInfo
+
+
+def schema(**fields) -> io.Schema:
+    """An `io.Schema`, without the fields that this version of ComfyUI doesn't know."""
+    known = {field.name for field in dataclasses.fields(io.Schema)}
+    return io.Schema(**{name: value for name, value in fields.items() if name in known}, category=CATEGORY)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Out of memory becomes one sentence with a remedy; options lose the dashes of the command line."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TavError("out of memory; use fewer or smaller frames, gradient_checkpointing, or dtype bf16") from error
+    except TavError as error:
+        raise TavError(re.sub(r"--(?=[a-z])", "", str(error))) from error
+
+
+def inside(folder: str | Path, name: str) -> Path:
+    """The path of a name given in a graph.
+
+    Raises:
+        TavError: it leads out of the folder.
+    """
+    folder = Path(folder).resolve()
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder):
+        raise TavError(f"{name!r} leads out of {folder.name}; give a name inside of it")
+    return path
+
+
+def clean_latents(model: ModelPatcher, latent: dict[str, Any]) -> Tensor:
+    """The frames of a LATENT as the model sees them, `1 c f h w` float32, in the scale of its noise.
+
+    Raises:
+        TavError: a latent with other channels, or of a video model.
+    """
+    samples = latent["samples"]
+    channels = video_unet(model).config.in_channels
+    if samples.ndim != 4 or samples.shape[1] != channels:
+        raise TavError(f"LATENT has shape {tuple(samples.shape)}; give frames as a batch, (frames, {channels}, height, width)")
+    latents = model.model.process_latent_in(samples.float())
+    return rearrange(latents, "f c h w -> 1 c f h w")
+
+
+def hidden_states(model: ModelPatcher, conditioning: list, field: str = "positive") -> Tensor:
+    """The text embedding of a CONDITIONING, `1 n d` or `f n d`.
+
+    Raises:
+        TavError: several prompts combined, or the CLIP of another family.
+    """
+    if len(conditioning) != 1:
+        raise TavError(f"{field} holds {len(conditioning)} prompts; give one, from CLIP Text Encode")
+    check_context(video_unet(model), conditioning[0][0])
+    return conditioning[0][0].float()
+
+
+def to_images(frames: Tensor) -> Tensor:
+    """uint8 `f h w c` to IMAGE, float32 in 0..1."""
+    return frames.float() / 255
+
+
+def from_images(images: Tensor) -> Tensor:
+    """IMAGE, with or without alpha, to uint8 `f h w 3`."""
+    return (images[..., :3] * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def image_of(picture: Image.Image) -> Tensor:
+    """A PIL picture as an IMAGE of one."""
+    import numpy as np
+
+    return to_images(torch.from_numpy(np.array(picture.convert("RGB")))[None])
+
+
+def report(node: type[io.ComfyNode], text: str):
+    """Shows a line of text in the node that is running, where the core can."""
+    from server import PromptServer
+
+    if hasattr(PromptServer.instance, "send_progress_text"):
+        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+
+
+def progress_bar(total: int) -> comfy.utils.ProgressBar:
+    return comfy.utils.ProgressBar(total)

@@ -1,0 +1,153 @@
+"""Load Checkpoint: the shipped mini model or a diffusers folder as native MODEL, CLIP and VAE."""
+
+import os
+from pathlib import Path
+
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models
+import comfy.supported_models_base
+import folder_paths
+import torch
+from comfy.ldm.models.autoencoder import AutoencoderKL as NativeAutoencoderKL
+from comfy_api.latest import io
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from ..tav_core import Checkpoint, load_checkpoint
+from .common import plain_errors, schema
+from .native import to_native
+
+
+def choices() -> dict[str, str | Path]:
+    """What can be loaded, by name: mini, and the folders under models/diffusers."""
+    found: dict[str, str | Path] = {"mini": "mini"}
+    for root in folder_paths.get_folder_paths("diffusers"):
+        for folder, _, files in os.walk(root, followlinks=True):
+            if "model_index.json" in files:
+                found[os.path.relpath(folder, root)] = Path(folder)
+    return found
+
+
+def native_unet(checkpoint: Checkpoint) -> comfy.model_patcher.ModelPatcher:
+    unet, management = checkpoint.unet, comfy.model_management
+    width = unet.config.cross_attention_dim
+    kind = comfy.supported_models.SD20 if width == 1024 else comfy.supported_models.SD15
+    model_config = kind(dict(in_channels=4, out_channels=4, context_dim=width, adm_in_channels=None))
+    device, dtypes = management.get_torch_device(), model_config.supported_inference_dtypes
+    dtype = management.unet_dtype(device, sum(p.numel() for p in unet.parameters()), dtypes)
+    model_config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, dtypes))
+    model_config.latent_format = comfy.latent_formats.SD15(checkpoint.vae.config.scaling_factor)
+    types, noise = comfy.model_base.ModelType, checkpoint.scheduler
+    model_type = types.V_PREDICTION if noise.config.prediction_type == "v_prediction" else types.EPS
+    model = to_native(unet, model_config, model_type)
+    alphas = noise.alphas_cumprod
+    model.model.model_sampling.set_sigmas(((1 - alphas) / alphas) ** 0.5)
+    return model
+
+
+def native_clip(checkpoint: Checkpoint, tokenizer_folder: Path) -> comfy.sd.CLIP:
+    """ComfyUI's own text encoder with the weights of the checkpoint: prompt weights and so on work as usual."""
+    source, tokenizer = checkpoint.text_encoder, checkpoint.tokenizer
+    config, length = source.config, tokenizer.model_max_length
+
+    class Tokenizer(comfy.sd1_clip.SD1Tokenizer):
+        def __init__(self, embedding_directory=None, tokenizer_data=None):
+            def inner(embedding_directory=None, tokenizer_data=None):
+                return comfy.sd1_clip.SDTokenizer(
+                    str(tokenizer_folder), max_length=length, embedding_directory=embedding_directory,
+                    embedding_size=config.hidden_size, pad_token=tokenizer.pad_token_id, tokenizer_data=tokenizer_data or {},
+                )  # fmt: skip
+
+            super().__init__(embedding_directory, tokenizer_data or {}, tokenizer=inner)
+
+    class Encoder(comfy.sd1_clip.SDClipModel):
+        def __init__(self, device="cpu", dtype=None, model_options=None):
+            special = {"start": tokenizer.bos_token_id, "end": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+            super().__init__(device, length, textmodel_json_config=config.to_dict(), dtype=dtype, special_tokens=special,
+                             return_projected_pooled=False, model_options=model_options or {})  # fmt: skip
+            # the core takes it for granted that the vocabulary is CLIP's
+            self.transformer.set_input_embeddings(
+                self.operations.Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+            )
+
+    class Model(comfy.sd1_clip.SD1ClipModel):
+        def __init__(self, device="cpu", dtype=None, model_options=None):
+            super().__init__(device, dtype, model_options or {}, clip_model=Encoder)
+
+    target = comfy.supported_models_base.ClipTarget(Tokenizer, Model)
+    clip = comfy.sd.CLIP(target, embedding_directory=folder_paths.get_folder_paths("embeddings"),
+                         model_options={"dtype": torch.float32})  # fmt: skip
+    state = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in source.state_dict().items()}
+    state["text_projection.weight"] = torch.eye(config.hidden_size)
+    encoder = clip.cond_stage_model.clip_l.transformer
+    lost = {name for name in encoder.state_dict() if name not in state}
+    assert not lost, lost
+    encoder.load_state_dict({name: state[name] for name in encoder.state_dict()})
+    return clip
+
+
+class LatentMoments(nn.Module):
+    """A diffusers VAE with the two calls that `comfy.sd.VAE` makes."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.vae.encode(pixels).latent_dist.mean
+
+    def decode(self, latents: Tensor, **_) -> Tensor:
+        return self.vae.decode(latents).sample
+
+
+class NativeVAE(comfy.sd.VAE):
+    def __init__(self, checkpoint: Checkpoint):
+        # the core builds its own autoencoder, whose norms have 32 groups; a tiny one, that gives way at once
+        tiny = dict(ddconfig=dict(double_z=True, z_channels=4, resolution=8, in_channels=3, out_ch=3, ch=32, ch_mult=[1],
+                                  num_res_blocks=1, attn_resolutions=[]), embed_dim=4)  # fmt: skip
+        super().__init__(sd=NativeAutoencoderKL(**tiny).state_dict(), config={"params": tiny})
+        self.first_stage_model = LatentMoments(checkpoint.vae).eval().to(self.vae_dtype)
+        self.downscale_ratio = self.upscale_ratio = checkpoint.downscale
+        self.latent_channels = checkpoint.vae.config.latent_channels
+        # the core's figures, measured on 128 channels
+        share = (checkpoint.vae.config.block_out_channels[0] / 128, self.memory_used_encode, self.memory_used_decode)
+        self.memory_used_encode = lambda shape, dtype: share[0] * share[1](shape, dtype)
+        self.memory_used_decode = lambda shape, dtype: share[0] * share[2](shape, dtype)
+        self.size = None
+        self.patcher = comfy.model_patcher.ModelPatcher(self.first_stage_model, load_device=self.device,
+                                                        offload_device=comfy.model_management.vae_offload_device())  # fmt: skip
+
+
+class LoadCheckpoint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="TAVLoadCheckpoint",
+            display_name="Load Checkpoint (Tune-A-Video)",
+            description="Loads the mini model that ships with the pack, or a diffusers folder of Stable Diffusion 1.x or "
+            "2.x from models/diffusers. For a single .safetensors file use the stock Load Checkpoint.",
+            search_aliases=["load diffusers", "mini checkpoint"],
+            inputs=[
+                io.Combo.Input("checkpoint", options=list(choices()), default="mini",
+                               tooltip="mini draws one shape on a background, at 128 x 128, and runs on a CPU."),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="Connect it to Inflate."),
+                io.Clip.Output(tooltip="For CLIP Text Encode."),
+                io.Vae.Output(tooltip="For VAE Encode and VAE Decode."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, checkpoint) -> io.NodeOutput:
+        with plain_errors(), torch.inference_mode(False):
+            loaded = load_checkpoint(choices()[checkpoint])
+            from ..tav_core.checkpoint import MINI
+
+            folder = MINI if checkpoint == "mini" else choices()[checkpoint]
+            return io.NodeOutput(native_unet(loaded), native_clip(loaded, folder / "tokenizer"), NativeVAE(loaded))

@@ -1,0 +1,269 @@
+"""The bridge to ComfyUI: a diffusers U-Net as a native MODEL, and a native MODEL as a diffusers U-Net.
+
+Frames are the batch of LATENT, as everywhere in ComfyUI, so that stock samplers, guiders and previews work on an
+inflated MODEL as on any other.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.ldm.modules.attention
+import comfy.lora
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.utils
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_patcher import ModelPatcher
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..tav_core import TavError, VideoUNet, inflate, trainable_parameters
+from ..tav_core.inflate import OverFrames, VideoGroupNorm
+
+PREFIX = "diffusion_model."
+FRAMES = "tav_num_frames"  # in transformer_options: the length of the clip that the MODEL was tuned on
+_LEAVES = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
+
+
+class NativeUNet(UNet2DConditionModel):
+    """A diffusers U-Net that ComfyUI's samplers call. Its children have the names that diffusers LoRAs speak of."""
+
+    def forward(self, x, timesteps, context=None, y=None, control=None, transformer_options=None, **kwargs):
+        check_context(self, context)
+        return super().forward(x, timesteps, context, return_dict=False, **_residuals(control, x.dtype))[0]
+
+
+class NativeVideoUNet(VideoUNet):
+    """The same for an inflated U-Net. `x` is `(chunks frames) c h w`: a chunk is a positive or a negative prompt."""
+
+    def forward(self, x, timesteps, context=None, y=None, control=None, transformer_options=None, **kwargs):
+        check_context(self, context)
+        options = transformer_options or {}
+        frames = len(x) // len(options.get("cond_or_uncond", [0]))
+        if tuned := options.get(FRAMES):
+            if frames % tuned:
+                raise TavError(f"LATENT has {frames} frames, this MODEL was tuned on {tuned}; give it {tuned} frames "
+                               f"(set count in Load Video), or a multiple: several clips")  # fmt: skip
+            frames = tuned
+        out = super().forward(
+            rearrange(x, "(b f) c h w -> b c f h w", f=frames), timesteps[::frames], context,
+            **_residuals(control, x.dtype),
+        )  # fmt: skip
+        return rearrange(out, "b c f h w -> (b f) c h w")
+
+
+def check_context(unet: UNet2DConditionModel, context: Tensor):
+    width, wanted = context.shape[-1], unet.config.cross_attention_dim
+    if width != wanted:
+        raise TavError(f"CONDITIONING has width {width}, this MODEL takes {wanted}; use the CLIP of the same checkpoint")
+
+
+def _residuals(control: dict[str, list[Tensor | None]] | None, dtype: torch.dtype) -> dict[str, Any]:
+    """What ComfyUI's ControlNets add, as diffusers takes it."""
+    if not control:
+        return {}
+    if any(entry is not None for entry in control.get("input", [])):
+        raise TavError("T2I-Adapters do not work on this MODEL yet; use a ControlNet")
+    down, (*_, middle) = control.get("output", []), control.get("middle") or [None]
+    # both or none: diffusers takes one alone for a T2I-Adapter
+    return dict(
+        down_block_additional_residuals=[0 if entry is None else entry.to(dtype) for entry in down],
+        mid_block_additional_residual=0 if middle is None else middle.to(dtype),
+    )
+
+
+def comfy_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention on `b heads n d` by the function that the user chose for ComfyUI."""
+    module = comfy.ldm.modules.attention
+    function = module.optimized_attention if mask is None else module.optimized_attention_masked
+    if mask is not None and mask.dtype == torch.bool:  # not all of them take it
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.finfo(q.dtype).max)
+    return function(q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True)
+
+
+# ------------------------------------------------------------------------------------- from diffusers to MODEL
+
+
+def to_native(unet: UNet2DConditionModel, model_config: Any, model_type: Any) -> ModelPatcher:
+    """A native MODEL around a diffusers U-Net, which changes class in place.
+
+    Args:
+        unet: 2D or inflated.
+        model_config: one of `comfy.supported_models`, with its inference dtype set.
+        model_type: a `comfy.model_base.ModelType`.
+    """
+
+    def build(device, operations, **_):
+        unet.requires_grad_(False)
+        for module in unet.modules():
+            if type(module) is VideoGroupNorm:
+                module.__class__ = type("VideoGroupNorm", (OverFrames, operations.GroupNorm), {})
+            elif type(module) in _LEAVES:  # casting, partial loading and interruption happen in these
+                module.__class__ = getattr(operations, type(module).__name__)
+        unet.__class__ = NativeVideoUNet if isinstance(unet, VideoUNet) else NativeUNet
+        if isinstance(unet, VideoUNet):
+            unet.frame_context.attention_fn = comfy_attention
+        return nn.Module.to(unet, device=device, dtype=model_config.unet_config["dtype"])
+
+    offload = comfy.model_management.unet_offload_device()
+    model = comfy.model_base.BaseModel(model_config, model_type, device=offload, unet_model=build)
+    patcher = getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)  # newer cores
+    return patcher(model, load_device=comfy.model_management.get_torch_device(), offload_device=offload)
+
+
+def inflate_model(model: ModelPatcher, **options) -> ModelPatcher:
+    """The inflated MODEL of a native SD 1.x or 2.x MODEL, its LoRAs baked in. `model` stays as it is.
+
+    Args:
+        options: those of `tav_core.inflate`.
+
+    Raises:
+        TavError: a model of another family, or an inflated one.
+    """
+    source = model.model
+    with torch.inference_mode(False):
+        unet = inflate(to_diffusers(model), **options)
+        unet_config = {k: v for k, v in source.model_config.unet_config.items() if k != "num_res_blocks"}
+        model_config = type(source.model_config)(unet_config)
+        model_config.set_inference_dtype(unet.dtype, source.manual_cast_dtype)
+        model_config.latent_format = source.latent_format
+        inflated = to_native(unet, model_config, source.model_type)
+    inflated.model.model_sampling = model.get_model_object("model_sampling")
+    inflated.model.memory_usage_factor = source.memory_usage_factor
+    inflated.model_options = comfy.model_patcher.create_model_options_clone(model.model_options)
+    return inflated
+
+
+# ------------------------------------------------------------------------------------- from MODEL to diffusers
+
+
+def to_diffusers(model: ModelPatcher) -> UNet2DConditionModel:
+    """The 2D diffusers U-Net of a MODEL, with the weights that its LoRAs make. `model` stays as it is.
+
+    Raises:
+        TavError: a model of another family, or an inflated one.
+    """
+    unet = model.model.diffusion_model
+    if isinstance(unet, VideoUNet):
+        raise TavError("MODEL is inflated already; connect it to One-Shot Tune or a sampler as it is")
+    if isinstance(unet, NativeUNet):
+        return _filled(UNet2DConditionModel, unet.config, weights(model))
+    if not isinstance(unet, UNetModel):
+        kind = type(model.model).__name__
+        raise TavError(f"MODEL is of another family ({kind}); give a Stable Diffusion 1.x or 2.x checkpoint")
+    layout = unet_layout(model.model.model_config.unet_config, unet)
+    native = weights(model)
+    names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    return _filled(UNet2DConditionModel, layout, {name: native[key] for name, key in names.items() if key in native})
+
+
+def unet_layout(config: Mapping[str, Any], unet: UNetModel) -> dict[str, Any]:
+    """The diffusers configuration of a native U-Net.
+
+    Raises:
+        TavError: SDXL, an inpainting model and others that Tune-A-Video isn't for.
+    """
+    channels, levels = unet.model_channels, len(config["channel_mult"])
+    if config.get("adm_in_channels") is not None:
+        raise TavError("MODEL is SDXL or unCLIP (it is conditioned on more than text); give SD 1.x or 2.x")
+    if unet.in_channels != 4:
+        kind = {9: "an inpainting model", 8: "an image-editing model", 5: "a depth model"}.get(unet.in_channels, "unusual")
+        raise TavError(f"MODEL is {kind} ({unet.in_channels} input channels); give a text-to-image SD 1.x or 2.x checkpoint")
+    blocks = [config["num_res_blocks"]] * levels if isinstance(config["num_res_blocks"], int) else config["num_res_blocks"]
+    depth, attends = list(config["transformer_depth"]), []
+    for count in blocks:
+        attends.append(any(depth[:count]))
+        depth = depth[count:]
+    widths = [channels * multiple for multiple in config["channel_mult"]]
+    heads = config.get("num_heads", -1)
+    if heads == -1:
+        heads = [width // config["num_head_channels"] for width in widths]
+    return dict(
+        in_channels=4, out_channels=4, block_out_channels=widths, layers_per_block=list(blocks), norm_num_groups=32,
+        down_block_types=["CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
+        up_block_types=["CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
+        cross_attention_dim=config["context_dim"], attention_head_dim=heads,
+        use_linear_projection=bool(config.get("use_linear_in_transformer")),
+        upcast_attention=config.get("attn_precision") == torch.float32,
+    )  # fmt: skip
+
+
+def weights(model: ModelPatcher) -> dict[str, Tensor]:
+    """The U-Net's weights by name, with every patch (LoRA, tuned weights) applied, on the offload device.
+
+    Weights without patches are those of the model itself, not copies.
+    """
+    baked = {}
+    for key, ((weight, convert), *patches) in model.get_key_patches(PREFIX).items():
+        if patches:
+            dtype, device = weight.dtype, model.offload_device
+            weight = convert(weight.to(device=device, dtype=torch.float32, copy=True), inplace=True)
+            weight = comfy.lora.calculate_weight(patches, weight, key).to(dtype)
+        baked[key.removeprefix(PREFIX)] = weight
+    return baked
+
+
+def _filled(kind, config: Mapping[str, Any], state: Mapping[str, Tensor], **options) -> UNet2DConditionModel:
+    """A U-Net of that configuration with a copy of those weights, fit for training."""
+    with torch.inference_mode(False):
+        with torch.device("meta"):
+            unet = kind.from_config(dict(config))
+        if options:
+            unet = inflate(unet, **options)
+        copies = {name: weight.detach().to(device="cpu", copy=True) for name, weight in state.items()}
+        unet.load_state_dict(copies, assign=True)
+    return unet.eval()
+
+
+def trainable_copy(model: ModelPatcher) -> VideoUNet:
+    """A plain video U-Net with the weights of an inflated MODEL, on the CPU, ready for `tav_core.tune`."""
+    unet = video_unet(model)
+    return _filled(UNet2DConditionModel, unet.config, weights(model), **unet.inflation)
+
+
+def video_unet(model: ModelPatcher) -> NativeVideoUNet:
+    """The U-Net of an inflated MODEL.
+
+    Raises:
+        TavError: it isn't inflated.
+    """
+    unet = model.model.diffusion_model
+    if not isinstance(unet, NativeVideoUNet):
+        raise TavError("MODEL is not inflated; connect it through the node Inflate first")
+    return unet
+
+
+def with_tuned_weights(model: ModelPatcher, tuned: Mapping[str, Tensor], num_frames: int) -> ModelPatcher:
+    """A clone of an inflated MODEL that has tuned weights, as patches: the model that it shares stays as it is."""
+    model = model.clone()
+    model.add_patches({PREFIX + name: ("set", (weight,)) for name, weight in tuned.items()})
+    options = model.model_options["transformer_options"]
+    model.model_options["transformer_options"] = {**options, FRAMES: num_frames}
+    return model
+
+
+def scheduler_of(model: ModelPatcher) -> DDIMScheduler:
+    """The noise schedule of a MODEL as a diffusers scheduler.
+
+    Raises:
+        TavError: a continuous one, or a model that predicts neither the noise nor v.
+    """
+    sampling = model.get_model_object("model_sampling")
+    known = {comfy.model_sampling.EPS: "epsilon", comfy.model_sampling.V_PREDICTION: "v_prediction"}
+    prediction = next((known[kind] for kind in type(sampling).__bases__ if kind in known), None)
+    if prediction is None or not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
+        kinds = ", ".join(kind.__name__ for kind in type(sampling).__bases__)
+        raise TavError(f"MODEL is sampled in a way that can't be tuned ({kinds}); use an SD 1.x or 2.x checkpoint")
+    alphas = 1 / (1 + sampling.sigmas.double().cpu() ** 2)
+    betas = 1 - alphas / torch.cat([torch.ones(1), alphas[:-1]])
+    return DDIMScheduler(num_train_timesteps=len(betas), trained_betas=betas.tolist(), prediction_type=prediction,
+                         clip_sample=False, steps_offset=1)  # fmt: skip
+
+
+def trainable_names(model: ModelPatcher) -> dict[str, Tensor]:
+    """The trainable parameters of an inflated MODEL by name."""
+    return dict(trainable_parameters(video_unet(model)))

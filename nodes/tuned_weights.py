@@ -1,0 +1,104 @@
+"""Save, Load and Apply Tuned Weights: tune once, use it in every graph."""
+
+from pathlib import Path
+
+import folder_paths
+import torch
+from comfy_api.latest import io
+from safetensors.torch import load_file
+
+from ..tav_core import TavError, base_fingerprint, read_tuned
+from ..tav_core.tuned import check_fit, write_tuned
+from .common import NodeTunedWeights, TunedWeights, inside, plain_errors, schema
+from .native import trainable_names, video_unet, weights, with_tuned_weights
+
+FOLDER = "tune_a_video"  # under models/
+
+folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
+
+
+class SaveTunedWeights(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="TAVSaveTunedWeights",
+            display_name="Save Tuned Weights (Tune-A-Video)",
+            description=f"Writes what One-Shot Tune learned to models/{FOLDER}, as one .safetensors file.",
+            search_aliases=["save tuned model"],
+            is_output_node=True,
+            inputs=[
+                NodeTunedWeights.Input("tuned_weights", tooltip="From One-Shot Tune."),
+                io.String.Input("name", default="my-clip", tooltip="Name of the file; an existing one is replaced. May hold a subfolder: skiing/first."),
+                io.String.Input("prompt", default="", multiline=True, tooltip="The sentence that it was tuned on, noted in the file."),
+            ],
+            outputs=[],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, tuned_weights: TunedWeights, name, prompt) -> io.NodeOutput:
+        with plain_errors():
+            if not name.strip():
+                raise TavError("name is empty; give the file a name")
+            root = folder_paths.get_folder_paths(FOLDER)[0]
+            path = inside(root, name.strip().removesuffix(".safetensors") + ".safetensors")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            info = type(tuned_weights.info)(**{**tuned_weights.info.__dict__, "prompt": prompt})
+            write_tuned(path, tuned_weights.tensors, info)
+        return io.NodeOutput(ui={"text": [f"saved {path.relative_to(root)}"]})
+
+
+class LoadTunedWeights(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="TAVLoadTunedWeights",
+            display_name="Load Tuned Weights (Tune-A-Video)",
+            description=f"Loads a file that Save Tuned Weights or the command line wrote, from models/{FOLDER}.",
+            search_aliases=["load tuned model"],
+            inputs=[
+                io.Combo.Input("file", options=folder_paths.get_filename_list(FOLDER), tooltip=f"A file in models/{FOLDER}."),
+            ],
+            outputs=[
+                NodeTunedWeights.Output(display_name="tuned_weights", tooltip="For Apply Tuned Weights."),
+                io.String.Output(display_name="prompt", tooltip="The sentence that they were tuned on."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, file):
+        return Path(folder_paths.get_full_path_or_raise(FOLDER, file)).stat().st_mtime_ns
+
+    @classmethod
+    def execute(cls, file) -> io.NodeOutput:
+        path = folder_paths.get_full_path(FOLDER, file)
+        with plain_errors():
+            if path is None:
+                raise TavError(f"file {file!r} is not in models/{FOLDER}; put it there, or choose another one")
+            info = read_tuned(path)
+            return io.NodeOutput(TunedWeights(load_file(path), info), info.prompt)
+
+
+class ApplyTunedWeights(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="TAVApplyTunedWeights",
+            display_name="Apply Tuned Weights (Tune-A-Video)",
+            description="Gives an inflated MODEL what was tuned before: no tuning needed. It must be the same checkpoint, with "
+            "the same LoRAs, inflated the same way.",
+            search_aliases=["use tuned model"],
+            inputs=[
+                io.Model.Input("model", tooltip="From Inflate."),
+                NodeTunedWeights.Input("tuned_weights", tooltip="From Load Tuned Weights."),
+            ],
+            outputs=[io.Model.Output(tooltip="The tuned MODEL, for DDIM Inversion and every sampler.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, tuned_weights: TunedWeights) -> io.NodeOutput:
+        with plain_errors(), torch.no_grad():
+            unet, info = video_unet(model), tuned_weights.info
+            base = base_fingerprint(weights(model))
+            check_fit("tuned_weights", info, tuned_weights.tensors, base, unet.inflation, trainable_names(model))
+        return io.NodeOutput(with_tuned_weights(model, tuned_weights.tensors, info.num_frames))

