@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.utils
+import numpy as np
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
@@ -37,14 +38,18 @@ def schema(**fields) -> io.Schema:
 
 
 @contextmanager
-def plain_errors() -> Iterator[None]:
-    """Out of memory becomes one sentence with a remedy; options lose the dashes of the command line."""
+def plain_errors(**fields: str) -> Iterator[None]:
+    """Out of memory becomes one sentence with a remedy; options of the command line get the names that nodes use.
+
+    Args:
+        fields: option to the name of the node's input, where they differ.
+    """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         raise TavError("out of memory; use fewer or smaller frames, gradient_checkpointing, or dtype bf16") from error
     except TavError as error:
-        raise TavError(re.sub(r"--(?=[a-z])", "", str(error))) from error
+        raise TavError(re.sub(r"--([a-z]+)", lambda m: fields.get(m[1], m[1]), str(error))) from error
 
 
 def inside(folder: str | Path, name: str) -> Path:
@@ -98,8 +103,6 @@ def from_images(images: Tensor) -> Tensor:
 
 def image_of(picture: Image.Image) -> Tensor:
     """A PIL picture as an IMAGE of one."""
-    import numpy as np
-
     return to_images(torch.from_numpy(np.array(picture.convert("RGB")))[None])
 
 

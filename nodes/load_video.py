@@ -86,6 +86,6 @@ class LoadVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, start, stride, count, width, height, fit) -> io.NodeOutput:
-        with plain_errors():
+        with plain_errors(video="file", frames="count", size="width and height"):
             clip = load_video(path_of(file), start=start, stride=stride, count=count, width=width, height=height, fit=fit)
         return io.NodeOutput(to_images(clip.frames), clip.fps, len(clip.frames))

@@ -151,14 +151,14 @@ def to_diffusers(model: ModelPatcher) -> UNet2DConditionModel:
     if isinstance(unet, VideoUNet):
         raise TavError("MODEL is inflated already; connect it to One-Shot Tune or a sampler as it is")
     if isinstance(unet, NativeUNet):
-        return _filled(UNet2DConditionModel, unet.config, weights(model))
+        return _filled(unet.config, weights(model))
     if not isinstance(unet, UNetModel):
         kind = type(model.model).__name__
         raise TavError(f"MODEL is of another family ({kind}); give a Stable Diffusion 1.x or 2.x checkpoint")
     layout = unet_layout(model.model.model_config.unet_config, unet)
     native = weights(model)
     names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-    return _filled(UNet2DConditionModel, layout, {name: native[key] for name, key in names.items() if key in native})
+    return _filled(layout, {name: native[key] for name, key in names.items() if key in native})
 
 
 def unet_layout(config: Mapping[str, Any], unet: UNetModel) -> dict[str, Any]:
@@ -207,11 +207,11 @@ def weights(model: ModelPatcher) -> dict[str, Tensor]:
     return baked
 
 
-def _filled(kind, config: Mapping[str, Any], state: Mapping[str, Tensor], **options) -> UNet2DConditionModel:
-    """A U-Net of that configuration with a copy of those weights, fit for training."""
+def _filled(config: Mapping[str, Any], state: Mapping[str, Tensor], **options) -> UNet2DConditionModel:
+    """A U-Net of that configuration with a copy of those weights, on the CPU; inflated if there are `options`."""
     with torch.inference_mode(False):
         with torch.device("meta"):
-            unet = kind.from_config(dict(config))
+            unet = UNet2DConditionModel.from_config(dict(config))
         if options:
             unet = inflate(unet, **options)
         copies = {name: weight.detach().to(device="cpu", copy=True) for name, weight in state.items()}
@@ -222,7 +222,7 @@ def _filled(kind, config: Mapping[str, Any], state: Mapping[str, Tensor], **opti
 def trainable_copy(model: ModelPatcher) -> VideoUNet:
     """A plain video U-Net with the weights of an inflated MODEL, on the CPU, ready for `tav_core.tune`."""
     unet = video_unet(model)
-    return _filled(UNet2DConditionModel, unet.config, weights(model), **unet.inflation)
+    return _filled(unet.config, weights(model), **unet.inflation)
 
 
 def video_unet(model: ModelPatcher) -> NativeVideoUNet:

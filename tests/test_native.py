@@ -1,0 +1,394 @@
+"""The bridge in a real ComfyUI, in this process: native MODELs against wrapped ones, on reduced layouts.
+
+The pack has its own `tav_core` here, so its errors are told by their base class, ValueError.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from comfyui_install import comfyui_path, enable
+from diffusers import DDIMScheduler
+
+from tav_core import TuneConfig, ddim_invert, ddim_sample, encode_prompt, encode_video, inflate, load_checkpoint, tune
+
+ROOT = Path(__file__).parents[1]
+TEXT = 48  # width of the text embedding
+
+
+@pytest.fixture(scope="module", autouse=True)
+def inference_mode():
+    with torch.inference_mode():  # as ComfyUI runs its nodes
+        yield
+
+
+@pytest.fixture(scope="session")
+def pack(request):
+    """The pack as ComfyUI imports it, beside the `tav_core` of the tests."""
+    enable(comfyui_path(request.config.cache.mkdir("comfyui")))
+    spec = importlib.util.spec_from_file_location("tune_a_video", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    module = sys.modules["tune_a_video"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for node in module.nodes.NODES:
+        node.GET_SCHEMA()
+        node.hidden = type("Hidden", (), dict(unique_id="1", prompt=None, extra_pnginfo=None))
+    module.nodes.invert.report = module.nodes.tune.report = lambda node, text: None
+    return module
+
+
+def native(second=False, v_prediction=False, **changes):
+    """A MODEL of a reduced SD 1.5 (or 2.x) layout, random weights, as the stock loader would make it."""
+    import comfy.model_base
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = dict(
+        image_size=32, in_channels=4, out_channels=4, model_channels=32, num_res_blocks=[2, 2, 2, 2], channel_mult=[1, 2, 4, 4],
+        transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0], transformer_depth_output=[1] * 9 + [0] * 3, transformer_depth_middle=1,
+        use_linear_in_transformer=second, context_dim=TEXT, use_spatial_transformer=True, legacy=False, adm_in_channels=None,
+        use_temporal_attention=False,
+    ) | changes  # fmt: skip
+    model_config = (comfy.supported_models.SD20 if second else comfy.supported_models.SD15)(config)
+    if second:  # 64 channels a head leave none of these
+        model_config.unet_config["num_head_channels"] = 16
+    model_config.set_inference_dtype(torch.float32, None)
+    types = comfy.model_base.ModelType
+    with torch.inference_mode(False):
+        torch.manual_seed(0)
+        model = comfy.model_base.BaseModel(model_config, types.V_PREDICTION if v_prediction else types.EPS)
+        for name, parameter in model.diffusion_model.named_parameters():
+            fan = parameter[0].numel() if parameter.ndim > 1 else 1
+            torch.nn.init.normal_(parameter, std=fan**-0.5 if parameter.ndim > 1 else 0.1)
+            if name.endswith("weight") and parameter.ndim == 1:  # of a norm
+                parameter.data += 1
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def prompt(seed, batch=1):
+    return [[torch.randn(batch, 77, TEXT, generator=torch.Generator().manual_seed(seed)), {}]]
+
+
+def clip(frames=1, seed=9):
+    return torch.randn(frames, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def sample(model, frames=1, cfg=4.0, sampler="euler", scheduler="normal", steps=3, positive=None, noise=None):
+    import comfy.sample
+
+    noise = clip(frames) if noise is None else noise
+    return comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, positive or prompt(1), prompt(2),
+                               torch.zeros_like(noise), disable_pbar=True, seed=3)  # fmt: skip
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def inflated(pack, model, **options):
+    return pack.nodes.native.inflate_model(model, **options)
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("v_prediction", [False, True])
+def test_one_frame_is_sampled_as_by_the_native_model(pack, second, v_prediction):
+    model = native(second, v_prediction)
+    wrapped = inflated(pack, model)
+    assert wrapped.model.diffusion_model.config.upcast_attention == second
+    assert relative(sample(wrapped), sample(model)) < 1e-4
+
+
+def test_equal_frames_are_sampled_as_one(pack):
+    model = native()
+    noise = clip().expand(3, -1, -1, -1)
+    assert relative(sample(inflated(pack, model), noise=noise), sample(model).expand(3, -1, -1, -1)) < 1e-4
+
+
+def test_frames_see_each_other(pack):
+    wrapped = inflated(pack, native())
+    noise = clip(3)
+    changed = noise.clone()
+    changed[0] += 1
+    assert relative(sample(wrapped, noise=changed)[2], sample(wrapped, noise=noise)[2]) > 1e-3
+
+
+def test_batched_and_split_guidance_agree(pack, monkeypatch):
+    wrapped = inflated(pack, native())
+    calls = []
+    forward = type(wrapped.model.diffusion_model).forward
+    monkeypatch.setattr(type(wrapped.model.diffusion_model), "forward",
+                        lambda self, x, *args, **kwargs: calls.append(len(x)) or forward(self, x, *args, **kwargs))  # fmt: skip
+    together = sample(wrapped, 3)
+    assert set(calls) == {6}
+    calls.clear()
+    monkeypatch.setattr(wrapped.model, "memory_required", lambda *args, **kwargs: 1e15)
+    assert relative(sample(wrapped, 3), together) < 1e-5
+    assert set(calls) == {3}
+
+
+def test_each_frame_may_have_its_prompt_and_several_prompts_combine(pack):
+    wrapped = inflated(pack, native())
+    one = prompt(1)
+    assert relative(sample(wrapped, 3, positive=prompt(1, 1)), sample(wrapped, 3, positive=[[one[0][0].expand(3, -1, -1), {}]])) < 1e-5
+    assert torch.isfinite(sample(wrapped, 3, positive=prompt(4, 3))).all()
+    assert torch.isfinite(sample(wrapped, 3, positive=[*prompt(1), *prompt(5)])).all()
+
+
+def kohya_lora(model, seed=0):
+    """A LoRA on every attention projection and convolution, keys as in published SD 1.5 files."""
+    from comfy.utils import unet_to_diffusers
+
+    generator, lora = torch.Generator().manual_seed(seed), {}
+    shapes = {name: weight.shape for name, weight in model.model.diffusion_model.state_dict().items()}
+    for name, key in unet_to_diffusers(model.model.model_config.unet_config).items():
+        if not name.endswith(".weight") or key not in shapes or len(shapes[key]) < 2 or "transformer" not in name:
+            continue
+        out, into = shapes[key][:2]
+        base = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        lora[f"{base}.lora_down.weight"] = torch.randn(2, into, generator=generator) * into**-0.5
+        lora[f"{base}.lora_up.weight"] = torch.randn(out, 2, generator=generator) * 0.5
+        lora[f"{base}.alpha"] = torch.tensor(2.0)
+    return lora
+
+
+def test_loras_work_before_and_after_inflation(pack):
+    import comfy.sd
+
+    model = native()
+    lora = kohya_lora(model)
+    before = sample(model)
+    with_lora, _ = comfy.sd.load_lora_for_models(model, None, lora, 0.7, 0)
+    wanted = sample(with_lora)
+    upstream = inflated(pack, with_lora)
+    assert relative(sample(upstream), wanted) < 1e-4
+    assert relative(wanted, before) > 1e-2
+    assert relative(sample(model), before) < 1e-6  # the source MODEL is as it was
+
+    plain = inflated(pack, model)
+    downstream, _ = comfy.sd.load_lora_for_models(plain, None, lora, 0.7, 0)
+    assert len(downstream.patches) == len(lora) // 3
+    assert relative(sample(downstream), wanted) < 1e-4
+    assert relative(sample(plain), before) < 1e-4
+
+
+def test_inflating_while_a_lora_is_loaded_in_place(pack):
+    import comfy.sd
+
+    model = native()
+    with_lora, _ = comfy.sd.load_lora_for_models(model, None, kohya_lora(model), 1.0, 0)
+    wanted = sample(with_lora)  # its weights are patched in place now
+    assert relative(sample(inflated(pack, with_lora)), wanted) < 1e-4
+    assert relative(sample(inflated(pack, model)), sample(model)) < 1e-4
+
+
+def test_partly_loaded_models_compute_the_same(pack):
+    wrapped = inflated(pack, native())
+    tuned = pack.nodes.native.with_tuned_weights(
+        wrapped, {n: p + 0.05 for n, p in pack.nodes.native.trainable_names(wrapped).items()}, 3
+    )
+    whole = sample(tuned, 3)
+    tuned.detach()
+    tuned.load(torch.device("cpu"), lowvram_model_memory=100_000)
+    casting = [m for m in tuned.model.modules() if getattr(m, "comfy_cast_weights", False)]
+    leaves = [m for m in tuned.model.diffusion_model.modules() if not list(m.children()) and list(m.parameters())]
+    assert len(casting) > 50
+    assert all(hasattr(m, "comfy_cast_weights") for m in leaves)
+    noise, context = clip(3), prompt(1)[0][0]
+    partly = tuned.model.diffusion_model(noise, torch.full((3,), 500.0), context, transformer_options={"cond_or_uncond": [0]})
+    tuned.detach()
+    tuned.load(torch.device("cpu"), full_load=True)
+    fully = tuned.model.diffusion_model(noise, torch.full((3,), 500.0), context, transformer_options={"cond_or_uncond": [0]})
+    assert relative(partly, fully) < 1e-5
+    assert relative(sample(tuned, 3), whole) < 1e-6
+
+
+def test_attention_is_the_one_that_the_user_chose(pack, monkeypatch):
+    import comfy.ldm.modules.attention as attention
+
+    wrapped, calls = inflated(pack, native(), temporal_causal=True), []
+
+    def spy(which, q, *args, mask=None, **kwargs):
+        calls.append((which, mask is not None))
+        return attention.attention_basic(q, *args, mask=mask, **kwargs)
+
+    plain = sample(wrapped, 3)
+    monkeypatch.setattr(attention, "optimized_attention", lambda *a, **k: spy("plain", *a, **k))
+    monkeypatch.setattr(attention, "optimized_attention_masked", lambda *a, **k: spy("masked", *a, **k))
+    assert relative(sample(wrapped, 3), plain) < 1e-5
+    assert set(calls) == {("plain", False), ("masked", True)}
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    (dict(adm_in_channels=2816, num_classes="sequential"), "SDXL"),
+    (dict(in_channels=9), "inpainting"),
+])  # fmt: skip
+def test_other_families_are_refused(pack, changes, told):
+    with pytest.raises(ValueError, match=told):
+        inflated(pack, native(**changes))
+
+
+def test_inflating_twice_and_foreign_text_are_refused(pack):
+    wrapped = inflated(pack, native())
+    with pytest.raises(ValueError, match="inflated already"):
+        inflated(pack, wrapped)
+    with pytest.raises(ValueError, match="width 32, this MODEL takes 48"):
+        sample(wrapped, positive=[[torch.randn(1, 77, 32), {}]])
+
+
+def test_tuned_weights_stay_off_the_model_they_came_from(pack):
+    wrapped = inflated(pack, native())
+    before = sample(wrapped, 3)
+    weights = {n: p + 0.1 for n, p in pack.nodes.native.trainable_names(wrapped).items()}
+    tuned = pack.nodes.native.with_tuned_weights(wrapped, weights, 3)
+    assert relative(sample(tuned, 3), before) > 1e-2
+    assert relative(sample(wrapped, 3), before) < 1e-6
+    assert torch.isfinite(sample(tuned, 6)).all()  # two clips
+    with pytest.raises(ValueError, match="LATENT has 4 frames, this MODEL was tuned on 3"):
+        sample(tuned, 4)
+
+
+def test_two_clips_in_one_latent_do_not_see_each_other(pack):
+    wrapped = inflated(pack, native())
+    weights = {n: p + 0.02 for n, p in pack.nodes.native.trainable_names(wrapped).items()}
+    tuned = pack.nodes.native.with_tuned_weights(wrapped, weights, 3)
+    first, second = clip(3, 1), clip(3, 2)
+    both = sample(tuned, noise=torch.cat([first, second]))
+    assert relative(both, torch.cat([sample(tuned, noise=first), sample(tuned, noise=second)])) < 1e-4
+
+
+def test_the_noise_schedule_survives_the_bridge(pack):
+    model = native(v_prediction=True)
+    scheduler = pack.nodes.native.scheduler_of(model)
+    sigmas = model.model.model_sampling.sigmas
+    assert scheduler.config.prediction_type == "v_prediction"
+    torch.testing.assert_close(scheduler.alphas_cumprod, 1 / (1 + sigmas**2), rtol=1e-4, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------- nodes against tav_core
+
+
+@pytest.fixture(scope="module")
+def mini(pack):
+    """The nodes' MODEL, CLIP, VAE and clip, and tav_core's own."""
+    nodes = pack.nodes
+    model, text, vae = nodes.LoadCheckpoint.execute("mini").args
+    images, fps, count = nodes.LoadVideo.execute(nodes.load_video.DEMO, 0, 2, 4, 128, 128, "crop").args
+    assert (tuple(images.shape), fps, count) == ((4, 128, 128, 3), 4.0, 4)
+
+    class Mini:
+        checkpoint = load_checkpoint("mini")
+        latent = {"samples": vae.encode(images)}
+        inflated = nodes.Inflate.execute(model, "sparse-causal", False, "video").args[0]
+
+        @staticmethod
+        def encode(words):
+            return text.encode_from_tokens_scheduled(text.tokenize(words))
+
+    Mini.model, Mini.vae, Mini.images = model, vae, images
+    Mini.latents = model.model.process_latent_in(Mini.latent["samples"]).movedim(0, 1)[None]
+    return Mini
+
+
+def test_text_and_latents_are_those_of_the_core(mini):
+    for words in ("a red ball is sliding on the grass", "", "a zebra, sketch style"):
+        assert (mini.encode(words)[0][0] - encode_prompt(mini.checkpoint, words)).abs().max() < 1e-5
+    mean, _ = encode_video(mini.checkpoint, (mini.images.movedim(-1, 0)[None] * 2 - 1))
+    assert (mini.latents - mean).abs().max() < 1e-5
+    tiled = mini.vae.decode_tiled(mini.latent["samples"], tile_x=12, tile_y=12, overlap=4)
+    assert (tiled - mini.vae.decode(mini.latent["samples"])).abs().mean() < 0.05
+
+
+def test_the_2d_checkpoint_is_a_native_model(mini):
+    one = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert relative(plain(mini.inflated, one, mini), plain(mini.model, one, mini)) < 1e-4
+
+
+def plain(model, noise, mini):
+    import comfy.sample
+
+    return comfy.sample.sample(model, noise, 3, 4.0, "euler", "normal", mini.encode("a red ball"), mini.encode(""),
+                               torch.zeros_like(noise), disable_pbar=True, seed=3)  # fmt: skip
+
+
+def test_inversion_and_sampling_are_those_of_the_core(pack, mini):
+    latent, sigmas, error = pack.nodes.DDIMInversion.execute(mini.inflated, mini.latent, mini.encode(""), 10, "ddim_uniform", True).args
+    unet, empty = inflate(mini.checkpoint.unet), encode_prompt(mini.checkpoint, "")
+    scheduler = DDIMScheduler.from_config(mini.checkpoint.scheduler.config, set_alpha_to_one=True)
+    wanted = ddim_invert(unet, mini.latents, empty, scheduler, 10)
+    z = mini.model.model.process_latent_in(latent["samples"]) / (1 + sigmas[0] ** 2).sqrt()
+    assert (z.movedim(0, 1)[None] - wanted).abs().max() < 1e-4
+    back = ddim_sample(unet, wanted, empty, scheduler, 10, guidance_scale=1)
+    assert error == pytest.approx((back - mini.latents).square().mean().sqrt().item(), rel=1e-3)
+
+    edit = "a blue star is sliding on the snow"
+    arguments = (mini.inflated, mini.encode(edit), mini.encode(""), latent, 10, 5.0, "ddim_uniform", 0.0, False, 0)
+    edited = pack.nodes.VideoSampler.execute(*arguments).args[0]
+    wanted = ddim_sample(unet, wanted, encode_prompt(mini.checkpoint, edit), scheduler, 10, guidance_scale=5.0,
+                         negative_hidden_states=empty)  # fmt: skip
+    assert (mini.model.model.process_latent_in(edited["samples"]).movedim(0, 1)[None] - wanted).abs().max() < 1e-3
+
+
+def test_inversion_is_exact_on_any_sigmas_where_the_noise_is_constant(pack, mini, monkeypatch):
+    import comfy.samplers
+
+    noise = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(type(mini.inflated.model.diffusion_model), "forward", lambda self, x, *args, **kwargs: noise)
+    for scheduler in ("karras", "normal", "sgm_uniform"):
+        sigmas = comfy.samplers.calculate_sigmas(mini.inflated.get_model_object("model_sampling"), scheduler, 7)
+        latent, same, error = pack.nodes.DDIMInversion.execute(mini.inflated, mini.latent, mini.encode(""), 1, "normal", True, sigmas).args
+        assert torch.equal(same, sigmas)
+        assert error < 1e-5
+        x = mini.model.model.process_latent_in(latent["samples"])
+        assert (x - (mini.latents[0].movedim(0, 1) + sigmas[0] * noise)).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="must fall to 0"):
+        pack.nodes.DDIMInversion.execute(mini.inflated, mini.latent, mini.encode(""), 1, "normal", True, sigmas[:-1])
+
+
+def test_eta_and_random_noise(pack, mini):
+    def run(eta, add_noise, seed):
+        return pack.nodes.VideoSampler.execute(mini.inflated, mini.encode("a ball"), mini.encode(""), mini.latent, 4, 2.0,
+                                               "ddim_uniform", eta, add_noise, seed).args[0]["samples"]  # fmt: skip
+
+    assert torch.equal(run(0.0, False, 1), run(0.0, False, 2))  # nothing random in DDIM
+    assert not torch.equal(run(0.5, False, 1), run(0.5, False, 2))
+    assert torch.equal(run(0.5, False, 1), run(0.5, False, 1))
+    assert not torch.equal(run(0.0, True, 1), run(0.0, True, 2))
+
+
+def test_tuning_is_that_of_the_core(pack, mini, tmp_path, monkeypatch):
+
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
+    caption = "a red ball is sliding on the grass"
+
+    def run(steps):
+        return pack.nodes.OneShotTune.execute(mini.inflated, mini.latent, mini.encode(caption), steps, 1e-3, 0, "fp32", False,
+                                              "stratified", 0).args  # fmt: skip
+
+    before = plain(mini.inflated, mini.latent["samples"], mini)
+    tuned, weights, curve, losses = run(5)
+    with torch.inference_mode(False):
+        unet = inflate(mini.checkpoint.unet)
+        wanted = tune(unet, mini.checkpoint.scheduler, mini.latents.clone(), encode_prompt(mini.checkpoint, caption).clone(),
+                      TuneConfig(steps=5, learning_rate=1e-3, timestep_sampling="stratified"))  # fmt: skip
+    assert json.loads(losses)["losses"] == pytest.approx(wanted.losses, abs=1e-6)
+    for name, weight in wanted.weights.items():
+        assert (weights.tensors[name] - weight).abs().max() < 1e-4, name
+    assert curve.shape[-1] == 3
+    assert torch.equal(plain(mini.inflated, mini.latent["samples"], mini), before)
+
+    longer, again = run(8), run(5)  # a longer run goes on; a shorter one does not get its weights
+    assert json.loads(longer[3])["losses"][:5] == json.loads(losses)["losses"]
+    assert all(torch.equal(again[1].tensors[name], weight) for name, weight in weights.tensors.items())
+
+    applied = pack.nodes.ApplyTunedWeights.execute(mini.inflated, weights).args[0]
+    assert torch.equal(plain(applied, mini.latent["samples"], mini), plain(tuned, mini.latent["samples"], mini))
+    with pytest.raises(ValueError, match="inflate it the same way"):
+        other = pack.nodes.Inflate.execute(mini.model, "first", False, "video").args[0]
+        pack.nodes.ApplyTunedWeights.execute(other, weights)
+    with pytest.raises(ValueError, match="belong to the base model"):
+        pack.nodes.ApplyTunedWeights.execute(inflated(pack, native()), weights)
