@@ -67,5 +67,9 @@ if __name__ == "__main__":
     home = Path(sys.argv[1]).resolve()
     sys.argv = [str(home / "main.py"), *sys.argv[2:]]
     sys.path.pop(0)  # this folder
+    sys.path.insert(0, str(home))
+    import comfy.options
+
+    comfy.options.enable_args_parsing()  # main.py does so too, but enable() reads the arguments before
     enable(home)
     runpy.run_path(str(home / "main.py"), run_name="__main__")
