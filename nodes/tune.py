@@ -55,7 +55,9 @@ class OneShotTune(io.ComfyNode):
                              "from a shorter run."),
                 io.Float.Input("learning_rate", default=3e-5, min=1e-7, max=1.0, step=1e-7, round=1e-8,
                                tooltip="The paper: 0.00003. The mini checkpoint wants 0.0015."),
-                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, tooltip="Of noise and timesteps; the same seed gives the same weights."),
+                # a seed that changes after each run, as the frontend gives it by default, would train each time
+                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False,
+                             tooltip="Of noise and timesteps; the same seed gives the same weights."),
                 io.Combo.Input("dtype", options=["auto", *DTYPES], default="auto",
                                tooltip="Precision of the computation; auto is bf16 where the GPU has it, else fp32. What is "
                                "tuned stays in fp32."),
