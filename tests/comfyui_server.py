@@ -1,0 +1,181 @@
+"""A ComfyUI server for the tests, with this pack in it, and a client that queues prompts as the frontend does."""
+
+import io
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import websocket
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+TEXT, PREVIEW = 3, 4  # binary events of its protocol.py
+PATIENCE = 180  # seconds without a message, after which something hangs
+
+
+class Refused(Exception):
+    """A prompt that isn't valid. `details`: every word that the server has for it."""
+
+    def __init__(self, body: str):
+        super().__init__(body)
+        self.details = body
+
+
+class Failed(Exception):
+    """A prompt that a node ended with an error. `node` is its class, `message` what it said."""
+
+    def __init__(self, node: str, message: str):
+        super().__init__(f"{node}: {message}")
+        self.node, self.message = node, message
+
+
+class Interrupted(Exception):
+    """A prompt that was cancelled."""
+
+
+class Server:
+    """A running server.
+
+    Attributes:
+        url: its address.
+        home: its base directory, with models, input, output, temp and user.
+        log: file of what it prints.
+        messages: everything that came over the websocket: dicts of type and data, where previews (type "preview") have
+            an image and their node, and the lines in nodes (type "text") a text and their node.
+    """
+
+    def __init__(self, comfyui: Path, home: Path):
+        self.comfyui, self.home, self.log = comfyui, home, home / "server.log"
+        for name in ("models/diffusers", "input", "output", "temp", "user", "custom_nodes"):
+            (home / name).mkdir(parents=True, exist_ok=True)
+        (home / "custom_nodes" / "tune-a-video").symlink_to(ROOT)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.messages: list[dict] = []
+
+    def start(self):
+        command = [sys.executable, str(ROOT / "tests" / "comfyui_install.py"), str(self.comfyui), "--port", str(self.port),
+                   "--base-directory", str(self.home), "--database-url", "sqlite:///:memory:", "--disable-api-nodes",
+                   "--disable-auto-launch", "--preview-method", "latent2rgb"]  # fmt: skip
+        # several threads would only wait for each other: the models are tiny
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self.get("/queue")
+                break
+            except OSError:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    self.kill()
+                    raise RuntimeError(f"ComfyUI did not start:\n{self.tail()}") from None
+                time.sleep(0.2)
+        self.client = uuid.uuid4().hex
+        self.socket = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={self.client}", timeout=PATIENCE)
+        self.socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
+
+    def stop(self):
+        """Ctrl-C."""
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self):
+        """kill -9."""
+        self.process.kill()
+        self.process.wait()
+
+    def restart(self):
+        self.stop()
+        self.start()
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-4000:]
+
+    def get(self, path: str):
+        with urllib.request.urlopen(self.url + path, timeout=PATIENCE) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, body: dict) -> str:
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            return answer.read().decode()
+
+    def queue(self, prompt: dict) -> str:
+        """Queues a prompt in API format and tells its id.
+
+        Raises:
+            Refused: the server finds it, or a part of it, invalid.
+        """
+        try:
+            answer = json.loads(self.post("/prompt", {"prompt": prompt, "client_id": self.client}))
+        except urllib.error.HTTPError as error:
+            raise Refused(error.read().decode()) from error
+        if answer["node_errors"]:
+            raise Refused(json.dumps(answer["node_errors"]))
+        return answer["prompt_id"]
+
+    def interrupt(self):
+        self.post("/interrupt", {})
+
+    def until(self, wanted: Callable[[dict], bool]) -> dict:
+        """Reads messages up to the first that is wanted."""
+        while True:
+            try:
+                message = _decoded(self.socket.recv())
+            except (websocket.WebSocketException, OSError) as error:
+                raise RuntimeError(f"ComfyUI is silent:\n{self.tail()}") from error
+            self.messages.append(message)
+            if wanted(message):
+                return message
+
+    def wait(self, prompt_id: str) -> dict[str, dict]:
+        """The outputs of a prompt, by node, when it is done.
+
+        Raises:
+            Failed, Interrupted
+        """
+        self.until(lambda m: m["type"] == "executing" and m["data"]["node"] is None and m["data"]["prompt_id"] == prompt_id)
+        history = self.get(f"/history/{prompt_id}")[prompt_id]
+        for kind, data in history["status"]["messages"]:
+            if kind == "execution_error":
+                raise Failed(data["node_type"], data["exception_message"].strip())
+            if kind == "execution_interrupted":
+                raise Interrupted
+        return history["outputs"]
+
+    def run(self, prompt: dict) -> dict[str, dict]:
+        """Queues a prompt and waits for its outputs. `messages` are those of this prompt alone then."""
+        self.messages.clear()
+        return self.wait(self.queue(prompt))
+
+    def file(self, entry: dict) -> Path:
+        """The path of a file that an output speaks of."""
+        return self.home / entry["type"] / entry["subfolder"] / entry["filename"]
+
+
+def _decoded(raw: str | bytes) -> dict:
+    if isinstance(raw, str):
+        return json.loads(raw)
+    (event, size), body = struct.unpack_from(">II", raw), raw[8:]
+    if event == TEXT:
+        return {"type": "text", "data": {"node": body[:size].decode(), "text": body[size:].decode()}}
+    if event == PREVIEW:
+        told = json.loads(body[:size])
+        return {"type": "preview", "data": {"node": told["node_id"], "image": Image.open(io.BytesIO(body[size:]))}}
+    return {"type": f"binary {event}", "data": raw[4:]}
