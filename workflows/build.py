@@ -1,0 +1,453 @@
+"""Builds the workflows of this folder from the descriptions below, in the format that ComfyUI's frontend saves.
+
+    python workflows/build.py http://127.0.0.1:8188                 # writes the JSON files
+    python workflows/build.py http://127.0.0.1:8188 --thumbnails    # also runs the mini ones and renders the pictures
+
+The running ComfyUI tells the inputs, widgets and outputs of each node, so their order is right.
+"""
+
+import argparse
+import copy
+import io
+import json
+import sys
+import time
+import urllib.parse
+import urllib.request
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from tav_core.mini.demo import EDITS, PROMPT  # noqa: E402
+
+DEMO = "demo clip of the mini checkpoint"
+EDIT = EDITS["background"]
+SAVED = "demo-clip"  # the name under which 02 saves and 04 loads
+
+# of the frontend: title bar and body of a node, frame of a group
+COLOURS = {
+    "green": ("#232", "#353", "#8A8"), "red": ("#322", "#533", "#A88"), "blue": ("#223", "#335", "#88A"),
+    "cyan": ("#233", "#355", "#8AA"), "purple": ("#323", "#535", "#a1309b"), "yellow": ("#432", "#653", "#b58b2a"),
+    "pale_blue": ("#2a363b", "#3f5159", "#3f789e"),
+}  # fmt: skip
+BUTTON = "IMAGEUPLOAD"  # the frontend adds it where a file can be uploaded
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", BUTTON}
+TITLE, ROW, WIDGET, TEXT, GAP, HEADING = 30, 20, 24, 52, 24, 44
+# room for what a node shows below its widgets: a picture, a video, progress
+SHOWS = {"PreviewImage": 260, "SaveVideo": 300, "TAVOneShotTune": 340, "TAVDDIMInversion": 260, "TAVVideoSampler": 220,
+         "KSampler": 220, "KSamplerAdvanced": 220}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ the format
+
+
+class Spec:
+    """An input of a node, as /object_info tells it."""
+
+    def __init__(self, name: str, optional: bool, kind: str | list, options: dict | None = None):
+        self.name, self.optional, self.options = name, optional, options or {}
+        self.type = "COMBO" if isinstance(kind, list) else kind
+        choices = kind if isinstance(kind, list) else self.options.get("options", [])
+        self.default = self.options.get("default", choices[0] if choices else "")
+        self.is_widget = self.type in WIDGETS and not self.options.get("forceInput")
+        seed = self.options.get("control_after_generate", name in ("seed", "noise_seed"))
+        self.extra_values = ["fixed"] if seed else []  # the widget that changes the seed after a run
+
+    def socket(self) -> dict:
+        socket = {"localized_name": self.name, "name": self.name, "type": self.type, "link": None}
+        widget = {"widget": {"name": self.name}} if self.is_widget else {}
+        return socket | ({"shape": 7} if self.optional else {}) | widget
+
+
+@dataclass
+class Node:
+    id: int
+    kind: str
+    data: dict[str, Any]
+    outputs: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)  # by input: a value, or [id, output] of another node
+
+    def __getattr__(self, name: str) -> tuple["Node", int]:
+        """An output by its name, to connect it."""
+        return self, self.outputs.index(name)
+
+
+class Workflow:
+    """A graph that grows from left to right, a group a column. Nodes stand in their group from top to bottom."""
+
+    def __init__(self, definitions: dict[str, dict]):
+        self.definitions = definitions
+        self.nodes: list[Node] = []
+        self.links: list[list] = []
+        self.groups: list[dict] = []
+        self.x, self.y, self.width = 0, 0, 0
+
+    def group(self, title: str, colour: str, width: int = 340, below: bool = False):
+        """Begins a group: the nodes that follow are in it."""
+        if not below:
+            self.x, self.y = self.x + self.width + 2 * GAP if self.groups else 0, 0
+            self.width = width + 2 * GAP
+        self.y += GAP if below else 0
+        self.groups.append({
+            "id": len(self.groups) + 1, "title": title, "color": COLOURS[colour][2], "font_size": 24, "flags": {},
+            "bounding": [self.x, self.y, self.width, HEADING],
+        })  # fmt: skip
+        self.y += HEADING
+
+    def note(self, text: str, height: int) -> Node:
+        node = self._place("MarkdownNote", height, "yellow")
+        node.data.update(title="Note", widgets_values=[text], inputs=[], outputs=[], properties={})
+        return node
+
+    def add(self, kind: str, *, title: str | None = None, colour: str | None = None, **settings) -> Node:
+        """A node. Each setting is the value of a widget, or an output of another node; the rest has its default."""
+        definition = self.definitions[kind]
+        specs = {name: Spec(name, part == "optional", *spec) for part in ("required", "optional")
+                 for name, spec in definition["input"].get(part, {}).items()}  # fmt: skip
+        if any(spec.options.get("video_upload") for spec in specs.values()):
+            specs["upload"] = Spec("upload", False, BUTTON, {"default": "image"})
+        assert settings.keys() <= specs.keys(), f"{kind} has no {settings.keys() - specs.keys()}"
+        widgets = [spec for spec in specs.values() if spec.is_widget]
+        sockets = [spec for spec in specs.values() if not spec.is_widget]
+        given = {spec.name: spec.default for spec in widgets} | settings
+        values = []
+        for spec in widgets:
+            linked = isinstance(given[spec.name], Node | tuple)
+            values += [spec.default if linked else given[spec.name], *spec.extra_values]
+
+        texts = sum(spec.options.get("multiline", False) for spec in widgets)
+        rows = max(len(sockets), len(definition["output"]))
+        height = rows * ROW + len(values) * WIDGET + texts * TEXT + 16 + SHOWS.get(kind, 0)
+        node = self._place(kind, height, colour)
+        node.outputs = list(definition["output_name"])
+        node.data["inputs"] = [spec.socket() for spec in sockets + widgets]
+        node.data["outputs"] = [{"localized_name": name, "name": name, "type": type_, "links": []}
+                                for name, type_ in zip(definition["output_name"], definition["output"])]  # fmt: skip
+        node.data["properties"] = {"Node name for S&R": kind}
+        node.data["widgets_values"] = values
+        if title:
+            node.data["title"] = title
+        for slot, spec in enumerate(sockets + widgets):
+            value = given.get(spec.name)
+            if isinstance(value, Node | tuple):
+                source, output = value if isinstance(value, tuple) else (value, 0)
+                self._connect(source, output, node, slot)
+                value = [str(source.id), output]
+            if value is not None and spec.type != BUTTON:
+                node.settings[spec.name] = value
+        return node
+
+    def _place(self, kind: str, height: int, colour: str | None) -> Node:
+        node = Node(len(self.nodes) + 1, kind, {})
+        position = [self.x + GAP, self.y + TITLE]
+        node.data = {"id": node.id, "type": kind, "pos": position, "size": [self.width - 2 * GAP, height], "flags": {},
+                     "order": node.id - 1, "mode": 0}  # fmt: skip
+        if colour:
+            node.data["color"], node.data["bgcolor"] = COLOURS[colour][:2]
+        self.nodes.append(node)
+        self.y = position[1] + height + GAP
+        left, top, width, _ = self.groups[-1]["bounding"]
+        self.groups[-1]["bounding"] = [left, top, width, self.y - top]
+        return node
+
+    def _connect(self, source: Node, slot: int, target: Node, index: int):
+        link = len(self.links) + 1
+        output, entry = source.data["outputs"][slot], target.data["inputs"][index]
+        self.links.append([link, source.id, slot, target.id, index, output["type"]])
+        output["links"].append(link)
+        entry["link"] = link
+
+    def json(self, name: str) -> dict:
+        """What the frontend would save."""
+        return {
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, name)), "revision": 0, "last_node_id": len(self.nodes),
+            "last_link_id": len(self.links), "nodes": [node.data for node in self.nodes], "links": self.links,
+            "groups": self.groups, "config": {}, "extra": {"frontendVersion": "1.32.9"}, "version": 0.4,
+        }  # fmt: skip
+
+    def prompt(self) -> dict:
+        """What the frontend would queue."""
+        return {str(node.id): {"class_type": node.kind, "inputs": copy.deepcopy(node.settings)}
+                for node in self.nodes if node.kind in self.definitions}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------- the workflows
+
+
+def source(w: Workflow, mini: bool = True) -> tuple:
+    """The clip, the inflated model, CLIP, VAE and the clip's latents."""
+    w.group("1  Clip and checkpoint", "blue")
+    if mini:
+        clip = w.add("TAVLoadVideo", file=DEMO, count=8, width=128, height=128)
+        checkpoint = w.add("TAVLoadCheckpoint")
+    else:
+        clip = w.add("TAVLoadVideo", file="skiing.mp4", stride=2, count=16)
+        checkpoint = w.add("CheckpointLoaderSimple", ckpt_name="v1-5-pruned-emaonly.safetensors")
+    inflated = w.add("TAVInflate", model=checkpoint.MODEL)
+    latent = w.add("VAEEncode", pixels=clip.images, vae=checkpoint.VAE)
+    return clip, inflated, checkpoint.CLIP, checkpoint.VAE, latent
+
+
+def sentence(w: Workflow, clip_model, title: str, text: str) -> Node:
+    return w.add("CLIPTextEncode", title=title, colour="green" if text else "red", clip=clip_model, text=text)
+
+
+def tuning(w: Workflow, inflated, latent, described, edit, vae, mini: bool = True) -> Node:
+    w.group("3  Tune", "purple", 380)
+    settings = dict(steps=150, learning_rate=0.0015, timestep_sampling="stratified", gradient_checkpointing=False,
+                    preview_every=50) if mini else dict(steps=500, learning_rate=3e-5, preview_every=100)  # fmt: skip
+    tuned = w.add("TAVOneShotTune", model=inflated, latent=latent, positive=described, preview_prompt=edit, vae=vae, **settings)
+    w.add("PreviewImage", title="Loss curve", images=tuned.loss_curve)
+    return tuned
+
+
+def result(w: Workflow, name: str, clip: Node, clips: list, labels: list[str]):
+    """Compares IMAGE batches and saves the video."""
+    w.group("6  Compare and save", "pale_blue", 420)
+    images = {f"images_{i}": images for i, images in enumerate(clips, 1)}
+    compare = w.add("TAVCompare", labels="\n".join(labels), **images)
+    video = w.add("CreateVideo", images=compare.video, fps=clip.fps)
+    w.add("SaveVideo", video=video, filename_prefix=f"video/{name}")
+    w.group("Frames", "pale_blue", below=True)
+    w.add("PreviewImage", title="Frames", images=compare.strip)
+
+
+def one_shot(w: Workflow, name: str, mini: bool = True, note: str = ""):
+    described, edited = (PROMPT, EDIT) if mini else ("a man is skiing", "spider man is skiing on the beach, cartoon style")
+    w.group("Read me", "yellow", 360)
+    w.note(note, 350)
+    clip, inflated, clip_model, vae, latent = source(w, mini)
+    w.group("2  Sentences", "green", below=True)
+    described = sentence(w, clip_model, "What the clip shows", described)
+    edit = sentence(w, clip_model, "What it should show", edited)
+    empty = sentence(w, clip_model, "Nothing (leave it empty)", "")
+    tuned = tuning(w, inflated, latent, described, edit, vae, mini)
+    w.group("4  Invert", "cyan")
+    steps = 25 if mini else 50
+    noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=empty, steps=steps)
+    w.group("5  Edit", "cyan", below=True)
+    sample = w.add("TAVVideoSampler", model=tuned.MODEL, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
+                   steps=steps, cfg=5.0 if mini else 12.5)  # fmt: skip
+    frames = w.add("VAEDecode", samples=sample, vae=vae)
+    result(w, name, clip, [clip.images, frames], ["source", edited])
+
+
+def mini_edit(w: Workflow, name: str):
+    one_shot(w, name, note=f"""# One-shot edit
+
+Press **Run**. Everything needed ships with the pack, and a CPU is enough.
+
+1. A clip of 8 frames and a small checkpoint are loaded. *Inflate* makes an image model see all frames at once.
+2. One sentence says what the clip shows, another what it should show.
+3. *One-Shot Tune* learns this one clip. The loss and previews of the edit appear in the node. Cancel when you like and run again: it goes on where it stopped.
+4. *DDIM Inversion* finds the noise that holds the motion of the clip.
+5. *Video Sampler* draws the edit from that noise.
+6. Source and edit, side by side, are saved as a video.
+
+**Try**: change the words of the second sentence and run again. Only the edit is computed anew. The mini checkpoint knows shapes (ball, star, ...), colours, places (grass, snow, sand, ...) and styles (sketch, ...):
+
+- {EDITS["style"]}
+- {EDITS["colour"]}
+- {EDITS["subject"]}
+""")  # fmt: skip
+
+
+def sd15_edit(w: Workflow, name: str):
+    one_shot(w, name, mini=False, note="""# One-shot edit with Stable Diffusion 1.5
+
+The graph of 01 with the stock *Load Checkpoint* and the settings of the paper. Before you run it:
+
+1. **Load Video**: upload your clip with the button, and choose *start*, *stride* and *count* so that 8 to 24 frames show the motion.
+2. **Load Checkpoint**: choose a Stable Diffusion 1.x checkpoint (2.1 works as well, at 768 x 768).
+3. **What the clip shows**: one plain sentence about your clip.
+4. **What it should show**: the same sentence with other words.
+
+500 steps at a learning rate of 0.00003, 50 steps of inversion and sampling, cfg 12.5. A GPU is needed; with 12 GB keep *gradient_checkpointing* on and *count* at 8.
+
+LoRAs go between *Load Checkpoint* and *Inflate*.
+""")  # fmt: skip
+
+
+def four_edits(w: Workflow, name: str):
+    w.group("Read me", "yellow", 360)
+    w.note(f"""# Four edits from one tuning
+
+The clip is tuned and inverted once. From the same noise four samplers draw four kinds of edit: another **subject**, another **colour**, another **place**, another **style**.
+
+*Save Tuned Weights* keeps what was learned as `models/tune_a_video/{SAVED}.safetensors`: workflow 04 uses it without tuning.
+
+If you ran 01 before, the tuning isn't repeated.
+""", 220)  # fmt: skip
+    clip, inflated, clip_model, vae, latent = source(w)
+    w.group("2  Sentences", "green")
+    described = sentence(w, clip_model, "What the clip shows", PROMPT)
+    empty = sentence(w, clip_model, "Nothing (leave it empty)", "")
+    edits = {kind: sentence(w, clip_model, f"Another {kind}", text) for kind, text in EDITS.items()}
+    tuned = tuning(w, inflated, latent, described, edits["background"], vae)
+    w.group("Keep", "yellow", 380, below=True)
+    w.add("TAVSaveTunedWeights", tuned_weights=tuned.tuned_weights, name=SAVED, prompt=PROMPT)
+    w.group("4  Invert", "cyan")
+    noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=empty, steps=25)
+    samples = []
+    for i, (kind, edit) in enumerate(edits.items()):
+        if i % 2 == 0:
+            w.group("5  Edit", "cyan")
+        samples.append(w.add("TAVVideoSampler", title=f"Video Sampler: {kind}", model=tuned.MODEL, positive=edit, negative=empty,
+                             noise=noise.noise, sigmas=noise.sigmas, steps=25, cfg=5.0))  # fmt: skip
+    w.group("Decode", "cyan", 200)
+    frames = [w.add("VAEDecode", samples=sample, vae=vae) for sample in samples]
+    result(w, name, clip, [clip.images, *frames], ["source", *EDITS])
+
+
+def reuse(w: Workflow, name: str):
+    w.group("Read me", "yellow", 360)
+    w.note(f"""# Tuned weights again
+
+No tuning here: the weights come from `models/tune_a_video/{SAVED}.safetensors`. **Run 02 first**: its *Save Tuned Weights* writes this file. If the list of *Load Tuned Weights* is empty, press **R** to refresh it.
+
+Checkpoint, LoRAs and the settings of *Inflate* must be those of the tuning, and the clip must have as many frames.
+""", 330)  # fmt: skip
+    clip, inflated, clip_model, vae, latent = source(w)
+    w.group("2  Sentences", "green", below=True)
+    edit = sentence(w, clip_model, "What it should show", EDITS["style"])
+    empty = sentence(w, clip_model, "Nothing (leave it empty)", "")
+    w.group("3  Load what was tuned", "purple")
+    loaded = w.add("TAVLoadTunedWeights", file=f"{SAVED}.safetensors")
+    tuned = w.add("TAVApplyTunedWeights", model=inflated, tuned_weights=loaded.tuned_weights)
+    w.group("4  Invert", "cyan")
+    noise = w.add("TAVDDIMInversion", model=tuned, latent=latent, conditioning=empty, steps=25)
+    w.group("5  Edit", "cyan", below=True)
+    sample = w.add("TAVVideoSampler", model=tuned, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
+                   steps=25, cfg=5.0)  # fmt: skip
+    frames = w.add("VAEDecode", samples=sample, vae=vae)
+    result(w, name, clip, [clip.images, frames], ["source", EDITS["style"]])
+
+
+def stock_sampler(w: Workflow, name: str):
+    sampler, scheduler = "dpmpp_2m", "normal"
+    w.group("Read me", "yellow", 360)
+    w.note(f"""# Stock sampler
+
+The tuned model is a MODEL like any other, so every sampler works on it. Here the stock *KSampler (Advanced)* draws the edit with **{sampler}** and **{scheduler}**.
+
+What matters:
+
+- *add_noise* is **disabled**: the noise comes from *DDIM Inversion*.
+- *steps* and *scheduler* are the same in both nodes, so the sampler starts where the inversion ended.
+- *start_at_step* is 0, *return_with_leftover_noise* is disabled.
+""", 360)  # fmt: skip
+    clip, inflated, clip_model, vae, latent = source(w)
+    w.group("2  Sentences", "green", below=True)
+    described = sentence(w, clip_model, "What the clip shows", PROMPT)
+    edit = sentence(w, clip_model, "What it should show", EDIT)
+    empty = sentence(w, clip_model, "Nothing (leave it empty)", "")
+    tuned = tuning(w, inflated, latent, described, edit, vae)
+    w.group("4  Invert", "cyan")
+    noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=empty, steps=25, scheduler=scheduler)
+    w.group("5  Edit with a stock sampler", "cyan", below=True)
+    sample = w.add("KSamplerAdvanced", model=tuned.MODEL, positive=edit, negative=empty, latent_image=noise.noise,
+                   add_noise="disable", steps=25, cfg=5.0, sampler_name=sampler, scheduler=scheduler)  # fmt: skip
+    frames = w.add("VAEDecode", samples=sample, vae=vae)
+    result(w, name, clip, [clip.images, frames], ["source", f"{EDIT} ({sampler}, {scheduler})"])
+
+
+def upscale(w: Workflow, name: str):
+    w.group("Read me", "yellow", 360)
+    w.note("""# Upscale
+
+Two stock ways to a larger video, after the sampler:
+
+- **Image**: *Upscale Image By* enlarges the decoded frames. Quick, nothing new is drawn.
+- **Latent**: *Upscale Latent By*, then a second *KSampler* with the tuned model at a low *denoise* draws the details at the new size, for all frames together.
+
+Instead of *Upscale Image By* you can use *Upscale Image (using Model)*. With the mini checkpoint, which has only ever seen 128 x 128 pixels, the second way mainly shows the wiring; with Stable Diffusion it is the better one.
+""", 400)  # fmt: skip
+    clip, inflated, clip_model, vae, latent = source(w)
+    w.group("2  Sentences", "green", below=True)
+    described = sentence(w, clip_model, "What the clip shows", PROMPT)
+    edit = sentence(w, clip_model, "What it should show", EDIT)
+    empty = sentence(w, clip_model, "Nothing (leave it empty)", "")
+    tuned = tuning(w, inflated, latent, described, edit, vae)
+    w.group("4  Invert and edit", "cyan")
+    noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=empty, steps=25)
+    sample = w.add("TAVVideoSampler", model=tuned.MODEL, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
+                   steps=25, cfg=5.0)  # fmt: skip
+    w.group("5a  Upscale the images", "red")
+    small = w.add("VAEDecode", samples=sample, vae=vae)
+    by_image = w.add("ImageScaleBy", image=small, upscale_method="lanczos", scale_by=2.0)
+    w.group("5b  Upscale the latent", "red", below=True)
+    large = w.add("LatentUpscaleBy", samples=sample, upscale_method="bislerp", scale_by=2.0)
+    refined = w.add("KSampler", model=tuned.MODEL, positive=edit, negative=empty, latent_image=large, steps=8, cfg=5.0,
+                    sampler_name="euler", scheduler="normal", denoise=0.4)  # fmt: skip
+    by_latent = w.add("VAEDecode", samples=refined, vae=vae)
+    result(w, name, clip, [by_image, by_latent], ["image upscale", "latent upscale"])
+
+
+WORKFLOWS = {
+    "01-one-shot-edit-mini": mini_edit,
+    "02-four-edits-mini": four_edits,
+    "03-one-shot-edit-sd15": sd15_edit,
+    "04-reuse-tuned-weights-mini": reuse,
+    "05-stock-sampler-mini": stock_sampler,
+    "06-upscale-mini": upscale,
+}
+
+
+# --------------------------------------------------------------------------------------------- the thumbnails
+
+
+def fetch(url: str, body: dict | None = None) -> bytes:
+    request = urllib.request.Request(url, json.dumps(body).encode() if body else None, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        return answer.read()
+
+
+def execute(server: str, prompt: dict) -> dict:
+    """Runs a graph. Returns what its nodes show, by their id."""
+    number = json.loads(fetch(f"{server}/prompt", {"prompt": prompt}))["prompt_id"]
+    while not (history := json.loads(fetch(f"{server}/history/{number}"))):
+        time.sleep(1)
+    if history[number]["status"]["status_str"] != "success":
+        raise SystemExit(history[number]["status"])
+    return history[number]["outputs"]
+
+
+def thumbnail(server: str, workflow: Workflow, columns: int, size: int = 480):
+    """A picture of the first `columns` frames that Compare put together, at most `size` wide."""
+    from PIL import Image
+
+    prompt = workflow.prompt()
+    compare = next(id_ for id_, node in prompt.items() if node["class_type"] == "TAVCompare")
+    prompt[compare]["inputs"]["columns"] = columns
+    shown = next(id_ for id_, node in prompt.items()
+                 if node["class_type"] == "PreviewImage" and node["inputs"]["images"][0] == compare)  # fmt: skip
+    file = execute(server, prompt)[shown]["images"][0]
+    picture = Image.open(io.BytesIO(fetch(f"{server}/view?{urllib.parse.urlencode(file)}"))).convert("RGB")
+    picture.thumbnail((size, size), Image.Resampling.LANCZOS)
+    return picture
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("server", help="address of a running ComfyUI with this pack")
+    parser.add_argument("--thumbnails", action="store_true", help="run the mini workflows and render their pictures")
+    arguments = parser.parse_args()
+    definitions = json.loads(fetch(f"{arguments.server}/object_info"))
+    for name, describe in WORKFLOWS.items():
+        workflow = Workflow(definitions)
+        describe(workflow, name)
+        (HERE / f"{name}.json").write_text(json.dumps(workflow.json(name), indent=1) + "\n")
+        print(name, len(workflow.nodes), "nodes")
+        if arguments.thumbnails and name.endswith("mini"):
+            columns = 6 if describe is four_edits else 3
+            thumbnail(arguments.server, workflow, columns).save(HERE / f"{name}.jpg", quality=85)
+    if arguments.thumbnails:  # the same graph, which needs a large checkpoint
+        (HERE / "03-one-shot-edit-sd15.jpg").write_bytes((HERE / "01-one-shot-edit-mini.jpg").read_bytes())
+
+
+if __name__ == "__main__":
+    main()
