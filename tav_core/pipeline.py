@@ -36,7 +36,7 @@ PRESETS = {
     # section 4 of the paper and the authors' configuration files
     "paper": Preset(TuneConfig(steps=500, learning_rate=3e-5), sampling_steps=50, guidance_scale=12.5),
     # found with `python -m tav_core.mini benchmark`: the small checkpoint wants to learn fast; a large one doesn't
-    "mini": Preset(TuneConfig(steps=150, learning_rate=1.5e-3, timestep_sampling="stratified"), sampling_steps=25,
+    "mini": Preset(TuneConfig(steps=200, learning_rate=2e-3, timestep_sampling="stratified"), sampling_steps=25,
                    guidance_scale=5.0),
 }
 

@@ -69,7 +69,12 @@ def training_caption(scene: world.Scene, rng: random.Random) -> str:
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer whose merges make every word of the world one token; other words fall into letters."""
+    """A CLIP tokenizer whose merges make every word of the world one token; other words fall into letters.
+
+    Written to `folder` once: merges that are equally frequent come out in another order each time.
+    """
+    if (folder / "tokenizer_config.json").exists():
+        return CLIPTokenizer.from_pretrained(folder)
     rng = random.Random(0)
     scenes = [world.Scene(s, c, b, t) for s, c, b, t in world.combinations()]
     corpus = [world.caption(s, rng.choice(list(world.MOTIONS))) + ", plain style" for s in scenes]
@@ -325,7 +330,7 @@ def export(work: Path, output: Path):
     ).to(torch.float16).save_pretrained(output / "checkpoint", safe_serialization=True)  # fmt: skip
     # the two plain files that every version of transformers reads, instead of what the installed one writes
     shutil.rmtree(output / "checkpoint" / "tokenizer")
-    make_tokenizer(output / "checkpoint" / "tokenizer")
+    shutil.copytree(work / "tokenizer", output / "checkpoint" / "tokenizer")
     judge = load_average(Judge(), work / "judge.safetensors")
     with atomic_path(output / "judge.safetensors") as temporary:
         save_file({name: tensor.half().contiguous() for name, tensor in judge.state_dict().items()}, temporary)
