@@ -18,19 +18,24 @@ from comfy_api.latest import io
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from ..tav_core import Checkpoint, load_checkpoint
+from ..tav_core import Checkpoint, TavError, load_checkpoint
+from ..tav_core.checkpoint import MINI
 from .common import plain_errors, schema
 from .native import to_native
 
 
-def choices() -> dict[str, str | Path]:
+def choices() -> dict[str, Path]:
     """What can be loaded, by name: mini, and the folders under models/diffusers."""
-    found: dict[str, str | Path] = {"mini": "mini"}
+    found = {"mini": MINI}
     for root in folder_paths.get_folder_paths("diffusers"):
         for folder, _, files in os.walk(root, followlinks=True):
             if "model_index.json" in files:
                 found[os.path.relpath(folder, root)] = Path(folder)
     return found
+
+
+def missing(checkpoint: str) -> str:
+    return f"checkpoint {checkpoint!r} is neither mini nor a folder in models/diffusers; put it there, or choose another one"
 
 
 def native_unet(checkpoint: Checkpoint) -> comfy.model_patcher.ModelPatcher:
@@ -144,10 +149,15 @@ class LoadCheckpoint(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, checkpoint) -> bool | str:
+        known = checkpoint is None or checkpoint in choices()  # None: from another node, not yet there
+        return known or missing(checkpoint)
+
+    @classmethod
     def execute(cls, checkpoint) -> io.NodeOutput:
         with plain_errors(), torch.inference_mode(False):
-            loaded = load_checkpoint(choices()[checkpoint])
-            from ..tav_core.checkpoint import MINI
-
-            folder = MINI if checkpoint == "mini" else choices()[checkpoint]
+            folder = choices().get(checkpoint)
+            if folder is None:
+                raise TavError(missing(checkpoint))
+            loaded = load_checkpoint(folder)
             return io.NodeOutput(native_unet(loaded), native_clip(loaded, folder / "tokenizer"), NativeVAE(loaded))

@@ -72,6 +72,8 @@ class LoadVideo(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file) -> bool | str:
+        if file is None:  # from another node, not yet there
+            return True
         try:
             path_of(file)
         except TavError as error:

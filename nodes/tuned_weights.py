@@ -48,6 +48,10 @@ class SaveTunedWeights(io.ComfyNode):
         return io.NodeOutput(ui={"text": [f"saved {path.relative_to(root)}"]})
 
 
+def missing(file: str) -> str:
+    return f"file {file!r} is not in models/{FOLDER}; put it there, or choose another one"
+
+
 class LoadTunedWeights(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -66,6 +70,11 @@ class LoadTunedWeights(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, file) -> bool | str:
+        known = file is None or file in folder_paths.get_filename_list(FOLDER)  # None: from another node, not yet there
+        return known or missing(file)
+
+    @classmethod
     def fingerprint_inputs(cls, file):
         return Path(folder_paths.get_full_path_or_raise(FOLDER, file)).stat().st_mtime_ns
 
@@ -74,7 +83,7 @@ class LoadTunedWeights(io.ComfyNode):
         path = folder_paths.get_full_path(FOLDER, file)
         with plain_errors():
             if path is None:
-                raise TavError(f"file {file!r} is not in models/{FOLDER}; put it there, or choose another one")
+                raise TavError(missing(file))
             info = read_tuned(path)
             return io.NodeOutput(TunedWeights(load_file(path), info), info.prompt)
 
