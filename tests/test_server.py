@@ -1,0 +1,451 @@
+"""The nodes in a running ComfyUI, as the frontend uses them: over HTTP and a websocket, in one process that lives on."""
+
+import json
+
+import pytest
+import torch
+from comfyui_server import Failed, Interrupted, Refused
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tav_core import load_video
+
+FRAMES, SIZE, STEPS = 4, 64, 4
+SOURCE, EDIT = "a red ball is sliding on the grass", "a blue ball is sliding on the sand"
+NODES = {
+    "TAVLoadVideo": "Load Video (Tune-A-Video)",
+    "TAVLoadCheckpoint": "Load Checkpoint (Tune-A-Video)",
+    "TAVInflate": "Inflate (Tune-A-Video)",
+    "TAVOneShotTune": "One-Shot Tune (Tune-A-Video)",
+    "TAVSaveTunedWeights": "Save Tuned Weights (Tune-A-Video)",
+    "TAVLoadTunedWeights": "Load Tuned Weights (Tune-A-Video)",
+    "TAVApplyTunedWeights": "Apply Tuned Weights (Tune-A-Video)",
+    "TAVDDIMInversion": "DDIM Inversion (Tune-A-Video)",
+    "TAVVideoSampler": "Video Sampler (Tune-A-Video)",
+    "TAVCompare": "Compare (Tune-A-Video)",
+}
+
+
+class Out(list):
+    """The outputs of a node, as links to them. `id` is its own."""
+
+    id: str
+
+
+class Graph(dict):
+    """A prompt in API format. Inputs that aren't given take the defaults that the server tells, as in the frontend."""
+
+    def __init__(self, info):
+        super().__init__()
+        self.info = info
+
+    def __call__(self, kind, **inputs) -> Out:
+        defaults = {}
+        for name, (of, *options) in self.info[kind]["input"].get("required", {}).items():
+            choices = of if isinstance(of, list) else options[0].get("options") if options else None
+            if options and "default" in options[0]:
+                defaults[name] = options[0]["default"]
+            elif choices:
+                defaults[name] = choices[0]
+        out = Out()
+        out.id = str(len(self) + 1)
+        out += [[out.id, i] for i in range(len(self.info[kind]["output"]))]
+        self[out.id] = {"class_type": kind, "inputs": defaults | inputs}
+        return out
+
+    def source(self, file="clip.mp4", frames=FRAMES, size=SIZE, checkpoint="mini"):
+        """Nodes up to the inflated MODEL and the LATENT of the clip, with the same ids in every graph."""
+        self.video = self("TAVLoadVideo", file=file, count=frames, width=size, height=size)
+        self.model, self.clip, self.vae = self("TAVLoadCheckpoint", checkpoint=checkpoint)
+        self.latent = self("VAEEncode", pixels=self.video[0], vae=self.vae)[0]
+        self.said = self("CLIPTextEncode", clip=self.clip, text=SOURCE)[0]
+        self.edit = self("CLIPTextEncode", clip=self.clip, text=EDIT)[0]
+        self.empty = self("CLIPTextEncode", clip=self.clip, text="")[0]
+        self.inflated = self("TAVInflate", model=self.model)[0]
+        return self
+
+    def tune(self, **inputs) -> Out:
+        inputs = dict(model=self.inflated, latent=self.latent, positive=self.said, steps=6, learning_rate=1.5e-3) | inputs
+        return self("TAVOneShotTune", **inputs)
+
+    def invert(self, model, **inputs) -> Out:
+        return self("TAVDDIMInversion", **dict(model=model, latent=self.latent, conditioning=self.empty, steps=STEPS) | inputs)
+
+    def sample(self, model, noise, **inputs) -> Out:
+        inputs = dict(model=model, noise=noise, positive=self.edit, negative=self.empty, steps=STEPS, cfg=5.0) | inputs
+        return self("TAVVideoSampler", **inputs)
+
+
+@pytest.fixture(scope="module")
+def info(server):
+    return server.get("/object_info")
+
+
+@pytest.fixture
+def graph(info):
+    return Graph(info).source()
+
+
+def latents(server, outputs, node):
+    """What a SaveLatent wrote."""
+    return load_file(server.file(outputs[node.id]["latents"][0]))["latent_tensor"]
+
+
+def pictures(server, outputs, node):
+    """What a SaveImage wrote, 0 to 255."""
+    return torch.cat([load_video(server.file(entry)).frames for entry in outputs[node.id]["images"]]).float()
+
+
+def states(server):
+    """Steps of the tuning runs that can be resumed, by file."""
+    steps = {}
+    for path in (server.home / "user" / "tune_a_video").glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            steps[path] = json.loads(file.metadata()["step"])
+    return steps
+
+
+def steps_seen(server, node):
+    """The values that a node's progress bar took."""
+    return [m["data"]["value"] for m in server.messages if m["type"] == "progress" and m["data"]["node"] == node.id]
+
+
+def refused(server, graph, told):
+    with pytest.raises(Refused) as error:
+        server.queue(graph)
+    for part in told:
+        assert part in error.value.details
+
+
+def fails(server, graph, node, told):
+    with pytest.raises(Failed) as error:
+        server.run(graph)
+    assert error.value.node == node
+    assert told in error.value.message
+    assert len(error.value.message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_nodes_are_listed_and_described(info, name):
+    node = info[name]
+    assert node["display_name"] == NODES[name]
+    assert node["category"] == "Tune-A-Video"
+    assert node["python_module"] == "custom_nodes.tune-a-video"
+    assert node["description"]
+    for kind in ("required", "optional"):
+        for _, options in node["input"].get(kind, {}).values():
+            assert options["tooltip"].endswith(".")
+    assert all(tooltip.endswith(".") for tooltip in node["output_tooltips"])
+
+
+def test_there_are_no_other_nodes(info):
+    assert {name for name, node in info.items() if node["python_module"] == "custom_nodes.tune-a-video"} == set(NODES)
+
+
+def test_clip_becomes_an_edited_video_once(server, info):
+    graph = Graph(info).source(frames=8, size=128)
+    tuned = graph.tune(timestep_sampling="stratified")
+    noise = graph.invert(tuned[0])
+    sampled = graph.sample(tuned[0], noise[0])
+    images = graph("VAEDecode", samples=sampled[0], vae=graph.vae)
+    compared = graph("TAVCompare", images_1=graph.video[0], images_2=images[0])
+    files = [graph("SaveVideo", video=graph("CreateVideo", images=frames, fps=graph.video[1])[0])
+             for frames in (images[0], compared[0])]  # fmt: skip
+    graph("SaveImage", images=compared[1])
+    graph("PreviewAny", source=noise[2])
+    outputs = server.run(graph)
+
+    (edited, both) = (load_video(server.file(outputs[file.id]["images"][0])) for file in files)
+    source = load_video(server.home / "input" / "clip.mp4")
+    assert edited.frames.shape == source.frames.shape == (8, 128, 128, 3)
+    assert edited.fps == source.fps
+    assert edited.frames.float().mean() > 20 and edited.frames.float().std() > 10
+    assert (edited.frames.float() - source.frames.float()).abs().mean() > 5
+    assert len(both.frames) == 8 and both.frames.shape[2] > 2 * 128
+
+    # nothing changed: all is answered from the cache
+    again = server.run(graph)
+    assert {file.id for file in files} <= again.keys() and all(outputs[node] == again[node] for node in again)
+    (cached,) = (m["data"]["nodes"] for m in server.messages if m["type"] == "execution_cached")
+    assert set(cached) == set(graph)
+    assert not [m for m in server.messages if m["type"] == "executing" and m["data"]["node"] is not None]
+
+
+def test_progress_previews_and_loss(server, graph):
+    tuned = graph.tune(seed=1, preview_every=4, preview_prompt=graph.edit, vae=graph.vae)
+    graph("PreviewImage", images=tuned[2])
+    losses = graph("PreviewAny", source=tuned[3])
+    outputs = server.run(graph)
+    assert steps_seen(server, tuned) == [1, 2, 3, 4, 5, 6]
+    previews = [m["data"]["image"] for m in server.messages if m["type"] == "preview" and m["data"]["node"] == tuned.id]
+    assert len(previews) == 2  # steps 4 and 6
+    for picture in previews:
+        assert picture.width >= FRAMES * SIZE and max(high - low for low, high in picture.getextrema()) > 50
+    lines = [m["data"]["text"] for m in server.messages if m["type"] == "text" and m["data"]["node"] == tuned.id]
+    assert lines[-1].startswith("step 6/6, loss 0.")
+    told = json.loads(outputs[losses.id]["text"][0])
+    assert len(told["losses"]) == 6
+    assert [step for step, _ in told["probe_losses"]] == [0, 6]
+
+
+def long_run(graph, name, **inputs):
+    """A run of 130 steps whose weights and losses are kept."""
+    tuned = graph.tune(**dict(seed=5, steps=130, gradient_checkpointing=False) | inputs)
+    graph("TAVSaveTunedWeights", tuned_weights=tuned[1], name=name, prompt=SOURCE)
+    return tuned, graph("PreviewAny", source=tuned[3])
+
+
+def halt_at(server, graph, tuned, step, how):
+    """Queues a graph and calls `how` after a step of its tuning."""
+    known = set(states(server))
+    server.messages.clear()
+    prompt = server.queue(graph)
+    server.until(lambda m: m["type"] == "progress" and m["data"]["node"] == tuned.id and m["data"]["value"] >= step)
+    how()
+    return prompt, known
+
+
+def test_interrupted_and_killed_tuning_goes_on_to_the_same_weights(server, info):
+    graph = Graph(info).source(frames=2)
+    tuned, losses = long_run(graph, "whole")
+    whole = json.loads(server.run(graph)[losses.id]["text"][0])
+    assert steps_seen(server, tuned) == list(range(1, 131))
+    newest = max(states(server), key=lambda path: path.stat().st_mtime)
+    assert states(server)[newest] == 130
+    newest.unlink()
+
+    # a preview that never comes makes it another node for the cache, but the same run
+    graph = Graph(info).source(frames=2)
+    tuned, losses = long_run(graph, "parts", preview_every=10_000)
+    prompt, known = halt_at(server, graph, tuned, 20, server.interrupt)
+    with pytest.raises(Interrupted):
+        server.wait(prompt)
+    (kept,) = set(states(server)) - known
+    interrupted_at = states(server)[kept]
+    assert 20 <= interrupted_at < 130
+
+    halt_at(server, graph, tuned, 105, server.kill)
+    assert steps_seen(server, tuned)[0] == interrupted_at + 1
+    server.start()
+    assert states(server)[kept] == 100  # written on the way
+    parts = json.loads(server.run(graph)[losses.id]["text"][0])
+    assert steps_seen(server, tuned) == list(range(101, 131))
+    assert parts == whole
+    folder = server.home / "models" / "tune_a_video"
+    files = load_file(folder / "whole.safetensors"), load_file(folder / "parts.safetensors")
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+
+    # finished once, not trained again, by whatever node
+    graph = Graph(info).source(frames=2)
+    tuned, losses = long_run(graph, "again", preview_every=9_999)
+    assert json.loads(server.run(graph)[losses.id]["text"][0]) == whole
+    assert steps_seen(server, tuned) == []
+
+    # and a longer one goes on from it
+    graph = Graph(info).source(frames=2)
+    tuned, losses = long_run(graph, "longer", steps=134)
+    longer = json.loads(server.run(graph)[losses.id]["text"][0])
+    assert steps_seen(server, tuned) == [131, 132, 133, 134]
+    assert longer["losses"][:130] == whole["losses"]
+
+
+def test_saved_weights_give_the_samples_of_the_tuned_model(server, info, graph):
+    tuned = graph.tune()
+    graph("TAVSaveTunedWeights", tuned_weights=tuned[1], name="clips/ball", prompt=SOURCE)
+    saved = graph("SaveLatent", samples=graph.sample(tuned[0], graph.invert(tuned[0])[0])[0])
+    directly = latents(server, server.run(graph), saved)
+
+    graph = Graph(info).source()
+    loaded = graph("TAVLoadTunedWeights", file="clips/ball.safetensors")
+    model = graph("TAVApplyTunedWeights", model=graph.inflated, tuned_weights=loaded[0])[0]
+    saved = graph("SaveLatent", samples=graph.sample(model, graph.invert(model)[0])[0])
+    sentence = graph("PreviewAny", source=loaded[1])
+    outputs = server.run(graph)
+    assert outputs[sentence.id]["text"] == [SOURCE]
+    assert torch.equal(latents(server, outputs, saved), directly)
+
+    # another checkpoint, and another inflation
+    graph = Graph(info).source(checkpoint="tiny")
+    loaded = graph("TAVLoadTunedWeights", file="clips/ball.safetensors")
+    model = graph("TAVApplyTunedWeights", model=graph.inflated, tuned_weights=loaded[0])[0]
+    graph("SaveLatent", samples=graph.sample(model, graph.latent)[0])
+    fails(server, graph, "TAVApplyTunedWeights", "tuned_weights belong to the base model")
+    graph = Graph(info).source()
+    graph[graph.inflated[0]]["inputs"]["norm"] = "frame"
+    loaded = graph("TAVLoadTunedWeights", file="clips/ball.safetensors")
+    model = graph("TAVApplyTunedWeights", model=graph.inflated, tuned_weights=loaded[0])[0]
+    graph("SaveLatent", samples=graph.sample(model, graph.latent)[0])
+    fails(server, graph, "TAVApplyTunedWeights", "inflate it the same way")
+
+
+def test_models_in_the_cache_stay_as_they_are(server, info, graph):
+    """The inflated MODEL gives the same samples after it was tuned, and after the tuned one was sampled."""
+
+    def samples(graph, model):
+        return graph("SaveLatent", samples=graph.sample(model, graph.latent, add_noise=True, seed=3)[0])
+
+    saved = samples(graph, graph.inflated)
+    before = latents(server, server.run(graph), saved)
+
+    tuning = Graph(info).source()
+    of_tuned = samples(tuning, tuning.tune(seed=2)[0])
+    assert (latents(server, server.run(tuning), of_tuned) - before).abs().max() > 1e-2
+
+    again = latents(server, server.run(graph), saved)
+    (cached,) = (m["data"]["nodes"] for m in server.messages if m["type"] == "execution_cached")
+    assert graph.inflated[0] in cached and saved.id not in cached
+    assert torch.equal(again, before)
+
+
+def test_stock_sampler_equals_video_sampler(server, graph):
+    tuned = graph.tune()
+    noise = graph.invert(tuned[0])
+    assert len(noise) == 3
+    ours = graph("SaveLatent", samples=graph.sample(tuned[0], noise[0])[0])
+    on_sigmas = graph("SaveLatent", samples=graph.sample(tuned[0], noise[0], steps=9, sigmas=noise[1])[0])
+    stock = graph("SaveLatent", samples=graph(
+        "KSamplerAdvanced", model=tuned[0], add_noise="disable", steps=STEPS, cfg=5.0, sampler_name="euler",
+        scheduler="ddim_uniform", positive=graph.edit, negative=graph.empty, latent_image=noise[0])[0])  # fmt: skip
+    outputs = server.run(graph)
+    expected = latents(server, outputs, ours)
+    assert expected.shape == (FRAMES, 4, SIZE // 8, SIZE // 8) and expected.std() > 0.1
+    assert (latents(server, outputs, stock) - expected).abs().max() < 1e-4
+    assert torch.equal(latents(server, outputs, on_sigmas), expected)
+
+
+def test_every_stock_sampler_runs(server, info, graph):
+    tuned = graph.tune()
+    names = info["KSampler"]["input"]["required"]["sampler_name"][0]
+    assert len(names) > 30
+    saved = {}
+    for name in names:
+        sampled = graph("KSampler", model=tuned[0], seed=1, steps=2, cfg=5.0, sampler_name=name, scheduler="normal",
+                        positive=graph.edit, negative=graph.empty, latent_image=graph.latent)  # fmt: skip
+        saved[name] = graph("SaveLatent", samples=sampled[0])
+    outputs = server.run(graph)
+    for name, node in saved.items():
+        result = latents(server, outputs, node)
+        assert result.shape == (FRAMES, 4, SIZE // 8, SIZE // 8) and torch.isfinite(result).all() and result.std() > 0.1, name
+
+
+def test_stock_video_and_tiled_nodes(server, info):
+    graph = Graph(info).source(size=128)
+    ours = graph("SaveLatent", samples=graph.latent)
+    whole = graph("VAEDecode", samples=graph.latent, vae=graph.vae)
+    tiled = graph("VAEDecodeTiled", samples=graph.latent, vae=graph.vae, tile_size=64)
+    saved = [graph("SaveImage", images=images[0]) for images in (whole, tiled)]
+    components = graph("GetVideoComponents", video=graph("LoadVideo", file="clip.mp4")[0])
+    frames = graph("ImageFromBatch", image=components[0], batch_index=0, length=FRAMES)
+    latent = graph("VAEEncode", pixels=frames[0], vae=graph.vae)
+    stock = graph("SaveLatent", samples=latent[0])
+    tuned = graph.tune(latent=latent[0], steps=2)
+    sampled = graph("SaveLatent", samples=graph.sample(tuned[0], graph.invert(tuned[0], latent=latent[0])[0])[0])
+    outputs = server.run(graph)
+    assert (latents(server, outputs, ours) - latents(server, outputs, stock)).abs().max() < 0.1
+    assert torch.isfinite(latents(server, outputs, sampled)).all()
+    (whole, tiled) = (pictures(server, outputs, node) for node in saved)
+    assert whole.shape == tiled.shape == (FRAMES, 128, 128, 3)
+    # close only: the norms of the decoder see a tile each
+    assert torch.corrcoef(torch.stack([whole.flatten(), tiled.flatten()]))[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("node", ["TAVOneShotTune", "TAVDDIMInversion", "TAVVideoSampler"])
+def test_model_that_is_not_inflated(server, graph, node):
+    made = {"TAVOneShotTune": graph.tune, "TAVDDIMInversion": graph.invert,
+            "TAVVideoSampler": lambda model: graph.sample(model, graph.latent)}[node](model=graph.model)  # fmt: skip
+    graph("PreviewAny", source=made[0])
+    fails(server, graph, node, "MODEL is not inflated; connect it through the node Inflate first")
+
+
+def test_inflated_twice(server, graph):
+    graph("PreviewAny", source=graph("TAVInflate", model=graph.inflated)[0])
+    fails(server, graph, "TAVInflate", "MODEL is inflated already")
+
+
+@pytest.mark.parametrize("node", ["TAVDDIMInversion", "TAVVideoSampler", "KSampler"])
+def test_latent_of_another_length(server, graph, node):
+    model = graph.tune()[0]
+    fewer = graph("LatentFromBatch", samples=graph.latent, batch_index=0, length=3)[0]
+    if node == "TAVDDIMInversion":
+        made = graph.invert(model, latent=fewer)
+    elif node == "TAVVideoSampler":
+        made = graph.sample(model, fewer)
+    else:
+        made = graph(node, model=model, positive=graph.edit, negative=graph.empty, latent_image=fewer, steps=2)
+    graph("SaveLatent", samples=made[0])
+    fails(server, graph, node, "LATENT has 3 frames, this MODEL was tuned on 4; give it 4 frames")
+
+
+def test_clip_of_another_family(server, graph):
+    other = graph("TAVLoadCheckpoint", checkpoint="tiny")
+    text = graph("CLIPTextEncode", clip=other[1], text=SOURCE)[0]
+    tuned = graph.tune(positive=text)
+    graph("PreviewImage", images=tuned[2])
+    fails(server, graph, "TAVOneShotTune", "CONDITIONING has width 32, this MODEL takes 96; use the CLIP of the same checkpoint")
+
+
+@pytest.mark.parametrize("kind", ["TAVVideoSampler", "KSampler"])
+def test_samplers_name_the_clip_of_another_family(server, graph, kind):
+    other = graph("TAVLoadCheckpoint", checkpoint="tiny")
+    text = graph("CLIPTextEncode", clip=other[1], text=SOURCE)[0]
+    if kind == "KSampler":
+        out = graph(kind, model=graph.inflated, positive=text, negative=graph.empty, latent_image=graph.latent, steps=2)
+    else:
+        out = graph.sample(graph.inflated, graph.latent, positive=text)
+    graph("SaveLatent", samples=out[0])
+    fails(server, graph, kind, "CONDITIONING has width 32, this MODEL takes 96")
+
+
+@pytest.mark.parametrize("file", ["nothing.mp4", "../clip.mp4", "../../x", "/etc/hostname", "a/../../output/x.mp4"])
+def test_videos_outside_of_the_input_folder(server, info, file):
+    graph = Graph(info).source(file=file)
+    graph("PreviewImage", images=graph.video[0])
+    refused(server, graph, ["file", "is not in ComfyUI's input folder" if file == "nothing.mp4" else "leads out of input"])
+
+
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/../../x", " "])
+def test_weights_are_saved_in_their_folder_alone(server, graph, name):
+    tuned = graph.tune()
+    graph("TAVSaveTunedWeights", tuned_weights=tuned[1], name=name)
+    fails(server, graph, "TAVSaveTunedWeights", "leads out of tune_a_video" if name.strip() else "name is empty")
+
+
+@pytest.mark.parametrize("file", ["../../x.safetensors", "../whole.safetensors", "/etc/hostname", "missing.safetensors"])
+def test_weights_are_loaded_from_their_folder_alone(server, graph, file):
+    loaded = graph("TAVLoadTunedWeights", file=file)
+    graph("PreviewAny", source=loaded[1])
+    refused(server, graph, [file, "is not in models/tune_a_video"])
+
+
+@pytest.mark.parametrize("name", ["missing", "../diffusers/tiny", "/etc"])
+def test_checkpoints_are_loaded_from_their_folder_alone(server, info, name):
+    graph = Graph(info).source(checkpoint=name)
+    graph("PreviewAny", source=graph.model)
+    refused(server, graph, [name, "is neither mini nor a folder in models/diffusers"])
+
+
+def test_more_frames_than_the_video_has(server, info):
+    graph = Graph(info).source(frames=100)
+    graph("PreviewImage", images=graph.video[0])
+    fails(server, graph, "TAVLoadVideo", "has only 8 frames")
+
+
+@pytest.mark.parametrize("inputs, told", [
+    (dict(steps=0), "smaller than min"), (dict(steps=1_000_000), "bigger than max"),
+    (dict(learning_rate=0), "smaller than min"), (dict(learning_rate=2), "bigger than max"),
+    (dict(seed=-1), "smaller than min"), (dict(steps="many"), "Failed to convert"),
+])  # fmt: skip
+def test_values_out_of_range(server, graph, inputs, told):
+    tuned = graph.tune(**inputs)
+    graph("PreviewImage", images=tuned[2])
+    refused(server, graph, [told, *inputs])
+
+
+def test_divergence_is_named_and_the_server_lives_on(server, info, graph):
+    tuned = graph.tune(learning_rate=1.0, steps=60, dtype="fp16")
+    graph("PreviewImage", images=tuned[2])
+    fails(server, graph, "TAVOneShotTune", "is not finite; lower learning_rate (now 1) or set dtype to fp32 (now fp16)")
+    fine = Graph(info).source()
+    fine("PreviewImage", images=fine.tune()[2])
+    assert server.run(fine)
