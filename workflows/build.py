@@ -292,14 +292,13 @@ If you ran 01 before, the tuning isn't repeated.
     w.add("TAVSaveTunedWeights", tuned_weights=tuned.tuned_weights, name=SAVED, prompt=PROMPT)
     w.group("4  Invert", "cyan")
     noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=empty, steps=25)
-    samples = []
-    for i, (kind, edit) in enumerate(edits.items()):
-        if i % 2 == 0:
-            w.group("5  Edit", "cyan")
-        samples.append(w.add("TAVVideoSampler", title=f"Video Sampler: {kind}", model=tuned.MODEL, positive=edit, negative=empty,
-                             noise=noise.noise, sigmas=noise.sigmas, steps=25, cfg=5.0))  # fmt: skip
-    w.group("Decode", "cyan", 200)
-    frames = [w.add("VAEDecode", samples=sample, vae=vae) for sample in samples]
+    frames = []
+    for kind, edit in edits.items():
+        if kind in ("subject", "background"):
+            w.group("5a  Edit the subject" if kind == "subject" else "5b  Edit the rest", "cyan")
+        sample = w.add("TAVVideoSampler", title=f"Video Sampler: {kind}", model=tuned.MODEL, positive=edit, negative=empty,
+                       noise=noise.noise, sigmas=noise.sigmas, steps=25, cfg=5.0)  # fmt: skip
+        frames.append(w.add("VAEDecode", samples=sample, vae=vae))
     result(w, name, clip, [clip.images, *frames], ["source", *EDITS])
 
 
