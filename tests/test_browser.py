@@ -1,0 +1,266 @@
+"""The pack in a real browser: the template browser, every workflow, a run with the mouse, the help pages.
+
+`TAV_PICTURES=1` also makes the pictures of the README and of the help pages: with it the run has its full length.
+"""
+
+import json
+import os
+import re
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from browser_install import chromium
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from tav_core import load_video
+from workflows.build import WORKFLOWS, Workflow
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "nodes" / "web" / "docs"
+PICTURES = bool(os.environ.get("TAV_PICTURES"))
+FIRST, SAVES, LOADS = "01-one-shot-edit-mini", "02-four-edits-mini", "04-reuse-tuned-weights-mini"
+MINI = {  # workflow -> columns, rows and size of the tiles of its video
+    FIRST: (2, 1, 128), SAVES: (3, 2, 128), LOADS: (2, 1, 128), "05-stock-sampler-mini": (2, 1, 128),
+    "06-upscale-mini": (2, 1, 256),
+}  # fmt: skip
+FEW = {"TAVOneShotTune": {"steps": 20, "preview_every": 10}, "TAVDDIMInversion": {"steps": 6},
+       "TAVVideoSampler": {"steps": 6}, "KSamplerAdvanced": {"steps": 6}, "KSampler": {"steps": 4}}  # fmt: skip
+NODES = sorted(path.stem for path in DOCS.glob("*.md"))
+READY = "() => !!(window.app?.canvas && LiteGraph.registered_node_types.TAVOneShotTune)"
+
+
+def saved(name: str) -> dict:
+    return json.loads((ROOT / "workflows" / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def visit(browser: Browser, server, first: bool = False) -> Page:
+    """The page of the frontend. Who opens it for the first time is shown the templates."""
+    server.post("/settings", {"Comfy.TutorialCompleted": not first})
+    page = browser.new_context(viewport={"width": 1920, "height": 1080}).new_page()
+    page.add_init_script("localStorage.vueNodesBannerDismissed = true")  # an advertisement
+    page.goto(server.url)
+    page.wait_for_function(READY, timeout=120_000)
+    return page
+
+
+@pytest.fixture(scope="module")
+def page(browser, server):
+    return visit(browser, server)
+
+
+@pytest.fixture(scope="module")
+def results(page, server):
+    """The video of a mini workflow, uint8 `f h w c`: converted by the frontend, executed with few steps."""
+    videos = {}
+
+    def run(name: str):
+        if name == LOADS:
+            run(SAVES)
+        if name not in videos:
+            prompt = page.evaluate("async graph => { await app.loadGraphData(graph); return (await app.graphToPrompt()).output }",
+                                   saved(name))  # fmt: skip
+            for node in prompt.values():
+                node["inputs"].update(FEW.get(node["class_type"], {}))
+            (save,) = (id_ for id_, node in prompt.items() if node["class_type"] == "SaveVideo")
+            (file,) = server.run(prompt)[save]["images"]
+            videos[name] = load_video(server.file(file)).frames
+        return videos[name]
+
+    return run
+
+
+def test_first_workflow_with_the_mouse(browser, server):
+    """Two clicks: a template and Run."""
+    page = visit(browser, server, first=True)
+    card = page.get_by_test_id(f"template-workflow-{FIRST}")
+    expect(card.locator("img").first).to_have_js_property("complete", True)
+    assert page.get_by_test_id(re.compile(r"^template-workflow-0\d-")).count() == 6
+    if PICTURES:
+        page.wait_for_timeout(1000)
+        picture(page, ".github/comfyui-templates.jpg")
+    card.click()
+    page.wait_for_function("() => app.graph.nodes.some(node => node.type == 'TAVOneShotTune')")
+    expect(page.get_by_text("Missing Node Types")).to_have_count(0)
+    if not PICTURES:
+        page.evaluate(
+            """few => app.graph.nodes.forEach(node => Object.entries(few[node.type] ?? {}).forEach(([name, value]) => {
+                node.widgets.find(widget => widget.name == name).value = value
+            }))""",
+            FEW,
+        )
+    page.get_by_test_id("queue-button").get_by_role("button").first.click()
+    node = "app.graph.nodes.find(node => node.type == 'TAVOneShotTune')"
+    page.wait_for_function(f"() => {node}.progress > 0", timeout=60_000)
+    page.wait_for_function(
+        f"() => /step \\d+.\\d+, loss 0\\.\\d+/.test({node}.widgets.find(w => w.name == '$$node-text-preview')?.value)"
+    )
+    page.wait_for_function(f"() => {node}.imgs?.[0]?.naturalWidth > 500", timeout=300_000)  # the preview: 8 frames
+    video = page.locator(f"video[src*='{FIRST}']")
+    video.wait_for(timeout=500_000)
+    page.wait_for_function("name => document.querySelector(`video[src*='${name}']`).videoWidth == 272", arg=FIRST)
+    if PICTURES:
+        page.wait_for_timeout(3000)
+        picture(page, ".github/comfyui-workflow.jpg")
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_files_are_those_of_the_script(server, name):
+    workflow = Workflow(server.get("/object_info"))
+    WORKFLOWS[name](workflow, name)
+    assert workflow.json(name) == saved(name), "run workflows/build.py"
+    with Image.open(ROOT / "workflows" / f"{name}.jpg") as picture:
+        assert picture.format == "JPEG" and max(picture.size) <= 480
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_opens_as_it_was_saved(page, name):
+    """No missing node, no red link, no widget or link that the frontend changes, nothing on top of another."""
+    workflow = saved(name)
+    graph = page.evaluate(
+        """async workflow => {
+            await app.loadGraphData(workflow)
+            await new Promise(done => setTimeout(done, 500))  // DOM widgets find their place
+            const slot = (id, side, i) => app.graph.getNodeById(id)[side][i].type
+            return {
+                nodes: app.graph.nodes.map(node => ({...node.serialize(), box: [...node.boundingRect], missing: node.has_errors})),
+                links: [...app.graph.links.values()].map(link => [link.id, link.origin_id, link.origin_slot, link.target_id,
+                    link.target_slot, link.type, slot(link.origin_id, 'outputs', link.origin_slot),
+                    slot(link.target_id, 'inputs', link.target_slot)]),
+                groups: app.graph.groups.map(group => [...group.boundingRect]),
+                types: Object.keys(LiteGraph.registered_node_types),
+            }
+        }""",
+        workflow,
+    )
+    assert {node["type"] for node in workflow["nodes"]} <= set(graph["types"])
+    assert not any(node["missing"] for node in graph["nodes"])
+    expect(page.get_by_text("Missing Node Types")).to_have_count(0)
+    assert sorted(link[:6] for link in graph["links"]) == workflow["links"]
+    assert all(made == given == taken for *_, made, given, taken in graph["links"])
+    for node, opened in zip(workflow["nodes"], graph["nodes"]):
+        assert (
+            node["widgets_values"] == opened["widgets_values"]
+            if "widgets_values" in opened
+            else not node["widgets_values"]
+        )
+        assert [slot["name"] for slot in node["inputs"]] == [slot["name"] for slot in opened["inputs"]]
+        assert node["size"] == pytest.approx(opened["size"], abs=2), f"{node['type']} wants another size"
+    for (ax, ay, aw, ah), (bx, by, bw, bh) in combinations([node["box"] for node in graph["nodes"]], 2):
+        assert ax + aw <= bx or bx + bw <= ax or ay + ah <= by or by + bh <= ay
+    for x, y, w, h in (node["box"] for node in graph["nodes"]):
+        assert (
+            sum(gx <= x and gy <= y and x + w <= gx + gw and y + h <= gy + gh for gx, gy, gw, gh in graph["groups"])
+            == 1
+        )
+
+
+@pytest.mark.parametrize("name", MINI)
+def test_result(results, name):
+    video = results(name).float()
+    columns, rows, size = MINI[name]
+    f, h, w, _ = video.shape
+    assert f == 8 and w == columns * (size + 8)
+    tall, wide = h // rows, w // columns
+    tiles = [video[:, y + tall - 4 - size : y + tall - 4, x + 4 : x + 4 + size]
+             for y in range(0, h, tall) for x in range(0, w, wide)]  # fmt: skip
+    source, *edits = tiles[:5]
+    for edit in edits:
+        assert edit.std() > 20, "black, or of one colour"
+        assert (edit - source).abs().mean() > 2, "not edited"
+        assert edit.diff(dim=0).abs().mean() > 0.5, "stands still"
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_help(page, server, node):
+    if PICTURES:
+        draw_wiring(page, node)
+    text = (DOCS / f"{node}.md").read_text()
+    for file in [f"{node}.md", *re.findall(r"!\[.*?\]\((.*?)\)", text)]:
+        served = page.request.get(f"{server.url}/extensions/tune-a-video/docs/{file}")
+        assert served.body() == (DOCS / file).read_bytes()
+    (definition,) = server.get(f"/object_info/{node}").values()
+    inputs = {name for part in ("required", "optional") for name in definition["input"].get(part, {})}
+    inputs -= {f"images_{i}" for i in range(3, 6)}  # "images_2 to images_6"
+    told = set(re.findall(r"\w+", text))
+    assert inputs <= told and set(definition["output_name"]) <= told
+
+
+def test_each_node_has_help(server):
+    assert sorted(node for node in server.get("/object_info") if node.startswith("TAV")) == NODES
+
+
+def test_help_opens_in_the_page(page):
+    page.evaluate("graph => app.loadGraphData(graph)", saved(FIRST))
+    page.evaluate(
+        """() => {
+            const node = app.graph.nodes.find(node => node.type == 'TAVInflate')
+            app.canvas.selectNode(node)
+            app.canvas.centerOnNode(node)
+        }"""
+    )
+    page.get_by_test_id("info-button").click()
+    shown = page.locator(".node-help-content")
+    expect(shown.get_by_role("heading", name="Inflate")).to_be_visible()
+    page.wait_for_function("() => document.querySelector('.node-help-content img')?.naturalWidth > 100")
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+
+
+def picture(page: Page, path: str, **options):
+    page.screenshot(path=ROOT / path, type="jpeg", quality=82, **options)
+
+
+def wiring(kind: str) -> dict:
+    """A node of that kind with what it is connected to, left and right of it."""
+    name = next(name for name in WORKFLOWS if any(node["type"] == kind for node in saved(name)["nodes"]))
+    workflow = saved(name)
+    (node, *_) = (node for node in workflow["nodes"] if node["type"] == kind)
+    links = [link for link in workflow["links"] if node["id"] in (link[1], link[3])]
+    left, right = ({link[i]: None for link in links} for i in (1, 3))
+    nodes = []
+    for other in workflow["nodes"]:
+        column = [key for key in (left if other["id"] in left else right) if key != node["id"]]
+        if other is node:
+            other["pos"], other["size"][1] = [0, 0], 0
+        elif other["id"] in left or other["id"] in right:
+            x = -300 if other["id"] in left else node["size"][0] + 80
+            other["pos"], other["flags"] = [x, 70 * column.index(other["id"])], {"collapsed": True}
+        else:
+            continue
+        for slot in other["inputs"]:
+            slot["link"] = slot["link"] if slot["link"] in [link[0] for link in links] else None
+        for slot in other["outputs"]:
+            slot["links"] = [link[0] for link in links if link[0] in slot["links"]]
+        nodes.append(other)
+    return workflow | {"nodes": nodes, "links": links, "groups": []}
+
+
+def draw_wiring(page: Page, kind: str):
+    graph = wiring(kind)
+    page.evaluate("graph => app.loadGraphData(graph)", graph)
+    page.wait_for_timeout(1500)  # the frontend brings the graph into view
+    height = page.evaluate(
+        """kind => {
+            app.canvas.ds.scale = 1
+            app.canvas.ds.offset = [700, 300]
+            const node = app.graph.nodes.find(node => node.type == kind)
+            node.setSize([node.size[0], node.computeSize()[1]])
+            app.canvas.setDirty(true, true)
+            return node.size[1]
+        }""",
+        kind,
+    )
+    page.wait_for_timeout(1000)
+    height = max(height, *(node["pos"][1] for node in graph["nodes"]))
+    picture(page, f"nodes/web/docs/{kind}.jpg", clip={"x": 370, "y": 240, "width": 1020, "height": height + 80})
