@@ -1,5 +1,6 @@
 """Load Checkpoint: the shipped mini model or a diffusers folder as native MODEL, CLIP and VAE."""
 
+import json
 import os
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def missing(checkpoint: str) -> str:
     return f"checkpoint {checkpoint!r} is neither mini nor a folder in models/diffusers; put it there, or choose another one"
 
 
-def native_unet(checkpoint: Checkpoint) -> comfy.model_patcher.ModelPatcher:
+def native_unet(checkpoint: Checkpoint, folder: Path) -> comfy.model_patcher.ModelPatcher:
     unet, management = checkpoint.unet, comfy.model_management
     width = unet.config.cross_attention_dim
     kind = comfy.supported_models.SD20 if width == 1024 else comfy.supported_models.SD15
@@ -47,6 +48,8 @@ def native_unet(checkpoint: Checkpoint) -> comfy.model_patcher.ModelPatcher:
     dtype = management.unet_dtype(device, sum(p.numel() for p in unet.parameters()), dtypes)
     model_config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, dtypes))
     model_config.latent_format = comfy.latent_formats.SD15(checkpoint.vae.config.scaling_factor)
+    colours = folder / "latent_rgb.json"  # mini's own, for previews; others have those of Stable Diffusion
+    vars(model_config.latent_format).update(json.loads(colours.read_text()) if colours.exists() else {})
     types, noise = comfy.model_base.ModelType, checkpoint.scheduler
     model_type = types.V_PREDICTION if noise.config.prediction_type == "v_prediction" else types.EPS
     model = to_native(unet, model_config, model_type)
@@ -160,4 +163,4 @@ class LoadCheckpoint(io.ComfyNode):
             if folder is None:
                 raise TavError(missing(checkpoint))
             loaded = load_checkpoint(folder)
-            return io.NodeOutput(native_unet(loaded), native_clip(loaded, folder / "tokenizer"), NativeVAE(loaded))
+            return io.NodeOutput(native_unet(loaded, folder), native_clip(loaded, folder / "tokenizer"), NativeVAE(loaded))

@@ -168,7 +168,8 @@ def preview(model: ModelPatcher, unet, scheduler, latents: Tensor, text: Tensor,
     if vae is None:
         formats = model.model.latent_format
         factors = torch.tensor(formats.latent_rgb_factors, device=frames.device)
-        pictures = (torch.einsum("f c h w, c r -> f h w r", frames.float(), factors) + 1) / 2
+        bias = torch.tensor(getattr(formats, "latent_rgb_factors_bias", None) or [0.0, 0.0, 0.0], device=frames.device)
+        pictures = (torch.einsum("f c h w, c r -> f h w r", frames.float(), factors) + bias + 1) / 2
         return strip([from_images(pictures.clamp(0, 1).repeat_interleave(8, 1).repeat_interleave(8, 2))], [""])
     # not vae.decode: that would make room for itself, by unloading what is being tuned
     frames = model.model.process_latent_out(frames).to(vae.device, vae.vae_dtype)
