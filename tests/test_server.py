@@ -404,11 +404,16 @@ def test_videos_outside_of_the_input_folder(server, info, file):
     refused(server, graph, ["file", "is not in ComfyUI's input folder" if file == "nothing.mp4" else "leads out of input"])
 
 
-@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/../../x", " "])
-def test_weights_are_saved_in_their_folder_alone(server, graph, name):
+@pytest.mark.parametrize("name, told", [
+    ("../../x", "leads out of tune_a_video"), ("/tmp/x", "leads out of tune_a_video"), ("a/../../x", "leads out of tune_a_video"),
+    (" ", "name is empty"), ("x" * 300, "File name too long; choose another name"),
+])  # fmt: skip
+def test_weights_are_saved_in_their_folder_alone(server, graph, name, told):
     tuned = graph.tune()
     graph("TAVSaveTunedWeights", tuned_weights=tuned[1], name=name)
-    fails(server, graph, "TAVSaveTunedWeights", "leads out of tune_a_video" if name.strip() else "name is empty")
+    before = set(server.home.rglob("*.safetensors"))
+    fails(server, graph, "TAVSaveTunedWeights", told)
+    assert set(server.home.rglob("*.safetensors")) - before <= set(states(server))
 
 
 @pytest.mark.parametrize("file", ["../../x.safetensors", "../whole.safetensors", "/etc/hostname", "missing.safetensors"])
