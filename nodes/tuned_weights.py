@@ -37,12 +37,11 @@ class SaveTunedWeights(io.ComfyNode):
 
     @classmethod
     def execute(cls, tuned_weights: TunedWeights, name, prompt) -> io.NodeOutput:
-        with plain_errors():
+        with plain_errors(output="name"):
             if not name.strip():
                 raise TavError("name is empty; give the file a name")
             root = folder_paths.get_folder_paths(FOLDER)[0]
             path = inside(root, name.strip().removesuffix(".safetensors") + ".safetensors")
-            path.parent.mkdir(parents=True, exist_ok=True)
             info = type(tuned_weights.info)(**{**tuned_weights.info.__dict__, "prompt": prompt})
             write_tuned(path, tuned_weights.tensors, info)
         return io.NodeOutput(ui={"text": [f"saved {path.relative_to(root)}"]})
