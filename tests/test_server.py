@@ -152,8 +152,11 @@ def test_clip_becomes_an_edited_video_once(server, info):
     files = [graph("SaveVideo", video=graph("CreateVideo", images=frames, fps=graph.video[1])[0])
              for frames in (images[0], compared[0])]  # fmt: skip
     graph("SaveImage", images=compared[1])
-    graph("PreviewAny", source=noise[2])
+    error = graph("PreviewAny", source=noise[2])
     outputs = server.run(graph)
+    assert {noise.id, sampled.id} <= {m["data"]["node"] for m in server.messages if m["type"] == "preview"}
+    assert steps_seen(server, sampled) == [1, 2, 3, 4]
+    assert 0 < float(outputs[error.id]["text"][0]) < 0.5
 
     (edited, both) = (load_video(server.file(outputs[file.id]["images"][0])) for file in files)
     source = load_video(server.home / "input" / "clip.mp4")
