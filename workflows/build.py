@@ -103,8 +103,11 @@ class Workflow:
         node.data.update(title="Note", widgets_values=[text], inputs=[], outputs=[], properties={})
         return node
 
-    def add(self, kind: str, *, title: str | None = None, colour: str | None = None, **settings) -> Node:
-        """A node. Each setting is the value of a widget, or an output of another node; the rest has its default."""
+    def add(self, kind: str, *, title: str | None = None, colour: str | None = None, room: int = 0, **settings) -> Node:
+        """A node, with more room if needed for what it will show.
+
+        Each setting is the value of a widget, or an output of another node; the rest has its default.
+        """
         definition = self.definitions[kind]
         specs = {name: Spec(name, part == "optional", *spec) for part in ("required", "optional")
                  for name, spec in definition["input"].get(part, {}).items()}  # fmt: skip
@@ -121,7 +124,7 @@ class Workflow:
 
         texts = sum(spec.options.get("multiline", False) for spec in widgets)
         rows = max(len(sockets), len(definition["output"]))
-        height = rows * ROW + len(values) * WIDGET + texts * TEXT + 16 + SHOWS.get(kind, 0)
+        height = rows * ROW + len(values) * WIDGET + texts * TEXT + 16 + SHOWS.get(kind, 0) + room
         node = self._place(kind, height, colour)
         node.outputs = list(definition["output_name"])
         node.data["inputs"] = [spec.socket() for spec in sockets + widgets]
@@ -185,7 +188,7 @@ def source(w: Workflow, mini: bool = True) -> tuple:
         clip = w.add("TAVLoadVideo", file=DEMO, count=8, width=128, height=128)
         checkpoint = w.add("TAVLoadCheckpoint")
     else:
-        clip = w.add("TAVLoadVideo", file="skiing.mp4", stride=2, count=16)
+        clip = w.add("TAVLoadVideo", file="skiing.mp4", stride=2, count=16, room=240)
         checkpoint = w.add("CheckpointLoaderSimple", ckpt_name="v1-5-pruned-emaonly.safetensors")
     inflated = w.add("TAVInflate", model=checkpoint.MODEL)
     latent = w.add("VAEEncode", pixels=clip.images, vae=checkpoint.VAE)
