@@ -51,10 +51,10 @@ class OneShotTune(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="The clip, from VAE Encode: its frames are the batch."),
                 io.Conditioning.Input("positive", tooltip="One sentence that describes the clip, from CLIP Text Encode."),
                 io.Int.Input("steps", default=500, min=1, max=100_000,
-                             tooltip="The paper: 300 to 500 on SD 1.5. 150 suit the mini checkpoint. A larger number goes on "
+                             tooltip="The paper: 300 to 500 on SD 1.5. 200 suit the mini checkpoint. A larger number goes on "
                              "from a shorter run."),
                 io.Float.Input("learning_rate", default=3e-5, min=1e-7, max=1.0, step=1e-7, round=1e-8,
-                               tooltip="The paper: 0.00003. The mini checkpoint wants 0.0015."),
+                               tooltip="The paper: 0.00003. The mini checkpoint wants 0.002."),
                 # a seed that changes after each run, as the frontend gives it by default, would train each time
                 io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False,
                              tooltip="Of noise and timesteps; the same seed gives the same weights."),

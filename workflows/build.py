@@ -201,7 +201,7 @@ def sentence(w: Workflow, clip_model, title: str, text: str) -> Node:
 
 def tuning(w: Workflow, inflated, latent, described, edit, vae, mini: bool = True) -> Node:
     w.group("3  Tune", "purple", 380)
-    settings = dict(steps=150, learning_rate=0.0015, timestep_sampling="stratified", gradient_checkpointing=False,
+    settings = dict(steps=200, learning_rate=0.002, timestep_sampling="stratified", gradient_checkpointing=False,
                     preview_every=50) if mini else dict(steps=500, learning_rate=3e-5, preview_every=100)  # fmt: skip
     tuned = w.add("TAVOneShotTune", model=inflated, latent=latent, positive=described, preview_prompt=edit, vae=vae, **settings)
     w.add("PreviewImage", title="Loss curve", images=tuned.loss_curve)
