@@ -116,7 +116,7 @@ def ddim_invert(
         TavError: see `ddim_timesteps` and `VideoUNet.forward`.
     """
     timesteps, levels, prediction_type = _schedule(scheduler, num_steps)
-    x = latents.float()
+    x = latents.float().contiguous()  # kernels round by layout: noise from a file must give the same video
     trajectory = [x]
     for i, t in enumerate(timesteps):
         output = _predict(unet, x, t, encoder_hidden_states)
@@ -179,7 +179,7 @@ def ddim_sample(
             raise TavError(f"negative_hidden_states has {lengths}; pad both to one length")
         text = torch.cat([negative, positive])  # (2 b f) n d
 
-    x = latents.float()
+    x = latents.float().contiguous()
     for i, t in reversed(list(enumerate(timesteps))):
         if guided:
             negative, positive = _predict(unet, torch.cat([x, x]), t, text).chunk(2)
