@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .compare import Compare
 from .inflate import Inflate
+from .inject import AttentionInjection
 from .invert import DDIMInversion
 from .load_checkpoint import LoadCheckpoint
 from .load_video import LoadVideo
@@ -12,7 +13,7 @@ from .tune import OneShotTune
 from .tuned_weights import ApplyTunedWeights, LoadTunedWeights, SaveTunedWeights
 
 NODES = [LoadVideo, LoadCheckpoint, Inflate, OneShotTune, SaveTunedWeights, LoadTunedWeights, ApplyTunedWeights,
-         DDIMInversion, VideoSampler, Compare]  # fmt: skip
+         DDIMInversion, AttentionInjection, VideoSampler, Compare]  # fmt: skip
 
 
 class Extension(ComfyExtension):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..tav_core import TavError
 from .common import clean_latents, hidden_states, plain_errors, report, schema
+from .inject import without_injection
 from .native import scheduler_of
 
 
@@ -93,6 +94,7 @@ class DDIMInversion(io.ComfyNode):
     def execute(cls, model, latent, conditioning, steps, scheduler, measure, sigmas=None) -> io.NodeOutput:
         with plain_errors():
             scheduler_of(model)  # raises for a model that this isn't for
+            model = without_injection(model)
             clip = clean_latents(model, latent)
             hidden_states(model, conditioning, "conditioning")
             levels = sigmas_for(model, steps, scheduler, sigmas)

@@ -26,6 +26,7 @@ from ..tav_core.inflate import OverFrames, VideoGroupNorm
 
 PREFIX = "diffusion_model."
 FRAMES = "tav_num_frames"  # in transformer_options: the length of the clip that the MODEL was tuned on
+SOURCE_ROWS = "tav_source_rows"  # so many entries of the batch, the first ones, lead the attention of the others
 _LEAVES = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -49,10 +50,11 @@ class NativeVideoUNet(VideoUNet):
                 raise TavError(f"LATENT has {frames} frames, this MODEL was tuned on {tuned}; give it {tuned} frames "
                                f"(set count in Load Video), or a multiple: several clips")  # fmt: skip
             frames = tuned
-        out = super().forward(
-            rearrange(x, "(b f) c h w -> b c f h w", f=frames), timesteps[::frames], context,
-            **_residuals(control, x.dtype),
-        )  # fmt: skip
+        with self.frame_context.led_by(options.get(SOURCE_ROWS, 0) // frames):
+            out = super().forward(
+                rearrange(x, "(b f) c h w -> b c f h w", f=frames), timesteps[::frames], context,
+                **_residuals(control, x.dtype),
+            )  # fmt: skip
         return rearrange(out, "b c f h w -> (b f) c h w")
 
 

@@ -84,22 +84,36 @@ def _load_tuned_unet(args, checkpoint: Checkpoint):
     return unet, info
 
 
-def _save_noise(path: Path, noise: Tensor, prompt: str, steps: int):
-    metadata = {"format": NOISE_FORMAT, "prompt": prompt, "steps": str(steps)}
+def _save_noise(path: Path, noise: Tensor, prompt: str, preset: pipeline.Preset):
+    metadata = {"format": NOISE_FORMAT, "prompt": prompt, "steps": str(preset.sampling_steps),
+                "inverted_with": "caption" if preset.caption_as_negative else "empty prompt"}  # fmt: skip
     with atomic_path(path) as temporary:
         save_file({"latents": noise.cpu().contiguous()}, temporary, metadata)
 
 
-def _read_noise(path: Path) -> tuple[Tensor, int]:
-    """Inverted noise `1 c f h w` and the number of steps that it was inverted with."""
+def _read_noise(path: Path, preset: pipeline.Preset) -> tuple[Tensor, str]:
+    """Inverted noise `1 c f h w` and the sentence of its clip.
+
+    Raises:
+        TavError: a file that isn't noise, or noise that was inverted in another way than `preset` samples.
+    """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != NOISE_FORMAT:
                 raise TavError(f"--noise {path} is not a file of `invert`; make one with python -m tav_core invert")
-            return file.get_tensor("latents"), int(metadata["steps"])
+            noise = file.get_tensor("latents")
     except (OSError, SafetensorError) as error:
         raise TavError(f"--noise {path} can't be read ({error}); make one with python -m tav_core invert") from error
+    steps, inverted_with = int(metadata["steps"]), metadata.get("inverted_with", "empty prompt")
+    if steps != preset.sampling_steps:
+        raise TavError(f"--sampling-steps is {preset.sampling_steps}, but {path} was inverted with {steps}; "
+                       f"use --sampling-steps {steps}")  # fmt: skip
+    if (inverted_with == "caption") != (preset.caption_as_negative > 0):
+        remedy = "a value above 0" if inverted_with == "caption" else "0"
+        raise TavError(f"--caption-as-negative is {preset.caption_as_negative:g}, but {path} was inverted with the "
+                       f"{inverted_with}; give it {remedy}, or invert again")  # fmt: skip
+    return noise, metadata["prompt"]
 
 
 def _name(number: int, prompt: str) -> str:
@@ -130,7 +144,7 @@ def run_edit(args, checkpoint: Checkpoint, clip: Clip, progress: Progress) -> tu
     source = timed("encode", pipeline.prepare, checkpoint, clip.frames, args.prompt)
     unet, result = timed("tune", _tune, args, checkpoint, source, progress)
     noise = timed("invert", pipeline.invert, checkpoint, unet, source, preset, callback=progress)
-    _save_noise(args.output / "noise.safetensors", noise, args.prompt, preset.sampling_steps)
+    _save_noise(args.output / "noise.safetensors", noise, args.prompt, preset)
     save_video(clip.frames, args.output / "source.mp4", clip.fps)
     videos = {"source": clip.frames}
     files = {}
@@ -138,7 +152,7 @@ def run_edit(args, checkpoint: Checkpoint, clip: Clip, progress: Progress) -> tu
         label = "reconstruction" if number == 0 else prompt
         print(f"{label} ...", flush=True)
         videos[label] = timed("sample", pipeline.sample, checkpoint, unet, noise, prompt, preset,
-                              negative_prompt=args.negative_prompt, callback=progress)  # fmt: skip
+                              source_prompt=args.prompt, negative_prompt=args.negative_prompt, callback=progress)  # fmt: skip
         files[label] = f"{_name(number, prompt) if number else 'reconstruction'}.mp4"
         save_video(videos[label], args.output / files[label], clip.fps)
     strip(list(videos.values()), list(videos), args.output / "strip.png")
@@ -206,7 +220,7 @@ def _invert_command(args):
     preset = preset_of(args)
     source = pipeline.prepare(checkpoint, _clip(args, checkpoint).frames, info.prompt)
     noise = pipeline.invert(checkpoint, unet, source, preset, callback=progress)
-    _save_noise(args.output, noise, info.prompt, preset.sampling_steps)
+    _save_noise(args.output, noise, info.prompt, preset)
     print(args.output)
 
 
@@ -216,17 +230,14 @@ def _sample_command(args):
     unet, info = _load_tuned_unet(args, checkpoint)
     preset = preset_of(args)
     if args.noise:
-        noise, steps = _read_noise(args.noise)
-        if steps != preset.sampling_steps:
-            raise TavError(f"--sampling-steps is {preset.sampling_steps}, but {args.noise} was inverted with {steps}; "
-                           f"use --sampling-steps {steps}")  # fmt: skip
+        noise, source_prompt = _read_noise(args.noise, preset)
     else:
         factor = checkpoint.downscale
         shape = (1, checkpoint.unet.config.in_channels, info.num_frames, info.height // factor, info.width // factor)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(preset.tuning.seed))
+        noise, source_prompt = torch.randn(shape, generator=torch.Generator().manual_seed(preset.tuning.seed)), None
     for number, prompt in enumerate(args.edit, 1):
-        video = pipeline.sample(checkpoint, unet, noise, prompt, preset, negative_prompt=args.negative_prompt,
-                                callback=progress)  # fmt: skip
+        video = pipeline.sample(checkpoint, unet, noise, prompt, preset, source_prompt=source_prompt,
+                                negative_prompt=args.negative_prompt, callback=progress)  # fmt: skip
         path = args.output / f"{_name(number, prompt)}.mp4"
         save_video(video, path, args.fps)
         print(path)

@@ -2,6 +2,11 @@
 
 Tune-A-Video (arXiv 2212.11565), section 3.2: the queries of frame i look at frame 0 and frame i-1; a temporal
 self-attention follows the feed-forward of every transformer block.
+
+Attention injection, beyond the paper: edits that attend as their source clip does keep its layout and motion (after
+Plug-and-Play, arXiv 2211.12572, section 4.1, and FateZero, arXiv 2303.09535, section 3.2). The sources are the first
+videos of the batch; all others take the queries and keys of self- and temporal attention from them, and the queries
+of cross-attention. Values stay their own.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,11 +37,14 @@ class FrameContext:
         frames: frames per video in the forward that is running (the batch is `(b f)`).
         attention_fn: computes every attention of the U-Net, `(q, k, v, mask=None)` on `b heads n d`.
         checkpointing: recompute resnets and transformer blocks in the backward pass.
+        sources: so many videos of the batch, the first ones, lead the attention of the others (which are a
+            multiple of them); 0 without attention injection.
     """
 
     frames: int = 1
     attention_fn: Callable[..., Tensor] = sdpa
     checkpointing: bool = False
+    sources: int = 0
 
     @contextmanager
     def running(self, frames: int) -> Iterator[None]:
@@ -46,6 +54,15 @@ class FrameContext:
             yield
         finally:
             self.frames = previous
+
+    @contextmanager
+    def led_by(self, sources: int) -> Iterator[None]:
+        """Attention injection from the first `sources` videos of the batch, for the forwards inside."""
+        previous, self.sources = self.sources, sources
+        try:
+            yield
+        finally:
+            self.sources = previous
 
 
 def attend(
@@ -63,16 +80,25 @@ def attend(
     return attn.to_out[1](attn.to_out[0](out))
 
 
+def _led(project: Callable[[Tensor], Tensor], x: Tensor, leaders: int) -> Tensor:
+    """`project(x)`, or with `leaders` that of the first entries of `x`, repeated for all."""
+    if not leaders:
+        return project(x)
+    return project(x[:leaders]).repeat(len(x) // leaders, 1, 1)
+
+
 def frame_attention(
-    attn: Attention, x: Tensor, frames: int, mode: str, fn: Callable[..., Tensor] = sdpa
+    attn: Attention, x: Tensor, frames: int, mode: str, fn: Callable[..., Tensor] = sdpa, leaders: int = 0
 ) -> Tensor:
     """Spatial self-attention whose keys and values come from chosen frames; `(b f) n c` to the same.
 
     Modes: "sparse-causal" looks from frame i at [frame 0 | frame max(i-1, 0)], "first" at frame 0 alone,
-    "full" at all frames.
+    "full" at all frames. `leaders`: entries of the batch whose queries and keys serve all, 0 for their own.
     """
-    q = attn.to_q(x)
-    k, v = (rearrange(proj(x), "(b f) n c -> b f n c", f=frames) for proj in (attn.to_k, attn.to_v))
+    q = _led(attn.to_q, x, leaders)
+    k, v = (
+        rearrange(y, "(b f) n c -> b f n c", f=frames) for y in (_led(attn.to_k, x, leaders), attn.to_v(x))
+    )
     if mode == "sparse-causal":
         previous = torch.arange(frames, device=x.device).sub(1).clamp(min=0)
         k, v = (
@@ -89,12 +115,12 @@ def frame_attention(
 
 
 def temporal_attention(
-    attn: Attention, x: Tensor, causal: bool = False, fn: Callable[..., Tensor] = sdpa
+    attn: Attention, x: Tensor, causal: bool = False, fn: Callable[..., Tensor] = sdpa, leaders: int = 0
 ) -> Tensor:
-    """Self-attention over frames, `(b n) f c` to the same; `causal` hides later frames."""
+    """Self-attention over frames, `(b n) f c` to the same; `causal` hides later frames, `leaders` as above."""
     frames = x.shape[1]
     mask = torch.ones(frames, frames, dtype=torch.bool, device=x.device).tril() if causal else None  # f f
-    return attend(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x), fn, mask)
+    return attend(attn, _led(attn.to_q, x, leaders), _led(attn.to_k, x, leaders), attn.to_v(x), fn, mask)
 
 
 class FrameAttnProcessor:
@@ -116,17 +142,18 @@ class FrameAttnProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        fn = self.context.attention_fn
+        fn, leaders = self.context.attention_fn, self.context.sources * self.context.frames
         if encoder_hidden_states is None and self.mode is not None:
             if attention_mask is not None:
                 raise TavError("attention_mask is not defined over frames; leave it out")
-            out = frame_attention(attn, hidden_states, self.context.frames, self.mode, fn)
+            out = frame_attention(attn, hidden_states, self.context.frames, self.mode, fn, leaders)
         else:
             seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
             if attention_mask is not None:
                 mask = attn.prepare_attention_mask(attention_mask, seen.shape[1], hidden_states.shape[0])
                 attention_mask = rearrange(mask, "(b heads) n m -> b heads n m", heads=attn.heads)
-            q, k, v = attn.to_q(hidden_states), attn.to_k(seen), attn.to_v(seen)
+            q = _led(attn.to_q, hidden_states, leaders)
+            k, v = _led(attn.to_k, seen, leaders if seen is hidden_states else 0), attn.to_v(seen)
             out = attend(attn, q, k, v, fn, attention_mask)
         if attn.residual_connection:
             out = out + hidden_states

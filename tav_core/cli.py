@@ -59,7 +59,8 @@ def add_preset_arguments(parser: argparse.ArgumentParser):
     group = parser.add_argument_group("method", "a preset, and single settings that replace the preset's")
     summary = "; ".join(
         f"{name}: {p.tuning.steps} steps at {p.tuning.learning_rate:g}, {p.sampling_steps} sampling steps, "
-        f"guidance {p.guidance_scale:g}" for name, p in PRESETS.items()
+        f"guidance {p.guidance_scale:g}, attention injection {p.attention_injection:g}, "
+        f"caption as negative {p.caption_as_negative:g}" for name, p in PRESETS.items()
     )  # fmt: skip
     group.add_argument("--preset", choices=PRESETS, help=f"mini for the mini checkpoint, else paper. {summary}")
     group.add_argument("--steps", type=int, metavar="N", help="tuning steps")
@@ -70,6 +71,10 @@ def add_preset_arguments(parser: argparse.ArgumentParser):
                        help="tune in less memory, but slower")  # fmt: skip
     group.add_argument("--sampling-steps", type=int, metavar="N", help="DDIM steps of inversion and of sampling")
     group.add_argument("--guidance-scale", type=float, metavar="X", help="classifier-free guidance of the edits")
+    group.add_argument("--attention-injection", type=float, metavar="X",
+                       help="share of the sampling steps in which edits attend as the clip does (0 to 1): more keeps more of its layout and motion")  # fmt: skip
+    group.add_argument("--caption-as-negative", type=float, metavar="X",
+                       help="how far guidance starts from the clip's own sentence instead of the negative prompt (0 to 1)")  # fmt: skip
 
 
 def preset_of(args: argparse.Namespace) -> Preset:
@@ -77,7 +82,8 @@ def preset_of(args: argparse.Namespace) -> Preset:
     return with_settings(
         PRESETS[args.preset or default_preset(args.checkpoint)], steps=args.steps, learning_rate=args.learning_rate, seed=args.seed, dtype=args.dtype,
         gradient_checkpointing=args.gradient_checkpointing, sampling_steps=args.sampling_steps,
-        guidance_scale=args.guidance_scale,
+        guidance_scale=args.guidance_scale, attention_injection=args.attention_injection,
+        caption_as_negative=args.caption_as_negative,
     )  # fmt: skip
 
 

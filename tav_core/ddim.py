@@ -143,6 +143,8 @@ def ddim_sample(
     eta: float = 0.0,
     generator: torch.Generator | None = None,
     callback: Callback | None = None,
+    attention_injection: float = 0.0,
+    source_hidden_states: Tensor | None = None,
 ) -> Tensor:
     """Denoise `latents` to a clean video with classifier-free guidance (Ho & Salimans, arXiv 2207.12598).
 
@@ -156,36 +158,53 @@ def ddim_sample(
         negative_hidden_states: embedding of the negative (or empty) prompt, as long as the prompt's.
         eta: 0 (DDIM) to 1 (DDPM) share of fresh noise, drawn from `generator`.
         callback: as in `ddim_invert`, with stage "sample".
+        attention_injection: share of the steps, from the first on, in which a second walk from the same noise,
+            without guidance back to the source clip, leads the attention (see `attention`); needs a `VideoUNet`.
+        source_hidden_states: embedding that the source clip was inverted with, for the attention injection.
 
     Returns:
         float32 `b c f h w`.
 
     Raises:
-        TavError: guidance without `negative_hidden_states`, an eta outside 0 ... 1; see also `ddim_invert`.
+        TavError: guidance without `negative_hidden_states`, injection without `source_hidden_states`, an eta or
+            attention_injection outside 0 ... 1; see also `ddim_invert`.
     """
     timesteps, levels, prediction_type = _schedule(scheduler, num_steps)
     guided = guidance_scale > 1
     if guided and negative_hidden_states is None:
         raise TavError(f"guidance_scale={guidance_scale} needs negative_hidden_states; pass it or set 1")
-    if not 0 <= eta <= 1:
-        raise TavError(f"eta={eta} is out of range; give a number from 0 to 1")
-    text = encoder_hidden_states
-    if guided:
-        b, _, f, _, _ = latents.shape
-        negative = per_frame("negative_hidden_states", negative_hidden_states, b, f)
-        positive = per_frame("encoder_hidden_states", encoder_hidden_states, b, f)
-        if negative.shape != positive.shape:
-            lengths = f"{negative.shape[1]} tokens, encoder_hidden_states {positive.shape[1]}"
-            raise TavError(f"negative_hidden_states has {lengths}; pad both to one length")
-        text = torch.cat([negative, positive])  # (2 b f) n d
+    for name, value in (("eta", eta), ("attention_injection", attention_injection)):
+        if not 0 <= value <= 1:
+            raise TavError(f"{name}={value} is out of range; give a number from 0 to 1")
+    injected_steps = round(attention_injection * num_steps)
+    if injected_steps and source_hidden_states is None:
+        raise TavError(f"attention_injection={attention_injection} needs source_hidden_states; pass it or set 0")
+
+    b, _, f, _, _ = latents.shape
+    texts = {"source_hidden_states": source_hidden_states, "negative_hidden_states": negative_hidden_states,
+             "encoder_hidden_states": encoder_hidden_states}  # fmt: skip
+    used = [bool(injected_steps), guided, True]
+    rows = [per_frame(name, text, b, f) for (name, text), use in zip(texts.items(), used) if use]
+    if len({row.shape for row in rows}) > 1:
+        shapes = ", ".join(f"{name} {text.shape[1]}" for (name, text), use in zip(texts.items(), used) if use)
+        raise TavError(f"the texts differ in their number of tokens ({shapes}); pad them to one length")
+    led_text, text = torch.cat(rows), torch.cat(rows[bool(injected_steps) :])
 
     x = latents.float().contiguous()
+    source = x
     for i, t in reversed(list(enumerate(timesteps))):
-        if guided:
-            negative, positive = _predict(unet, torch.cat([x, x]), t, text).chunk(2)
-            output = negative + guidance_scale * (positive - negative)
+        videos = [x, x] if guided else [x]
+        if num_steps - i <= injected_steps:
+            with unet.frame_context.led_by(b):
+                source_output, *outputs = _predict(unet, torch.cat([source, *videos]), t, led_text).split(b)
+            eps, x0 = to_eps_x0(source_output, source, levels[i + 1], prediction_type)
+            source = ddim_step(x0, eps, levels[i + 1], levels[i])
         else:
-            output = _predict(unet, x, t, text)
+            outputs = _predict(unet, torch.cat(videos), t, text).split(b)
+        output = outputs[-1]
+        if guided:
+            negative, positive = outputs
+            output = negative + guidance_scale * (positive - negative)
         eps, x0 = to_eps_x0(output, x, levels[i + 1], prediction_type)
         noise = randn_tensor(x.shape, generator, x.device, x.dtype) if eta > 0 else None
         x = ddim_step(x0, eps, levels[i + 1], levels[i], eta, noise)

@@ -62,7 +62,8 @@ class TemporalTail:
     def forward(self, *args, **kwargs) -> Tensor:
         x, context = super().forward(*args, **kwargs), self.frame_context  # (b f) n c
         y = rearrange(x, "(b f) n c -> (b n) f c", f=context.frames)
-        y = temporal_attention(self.attn_temp, self.norm_temp(y), self.temporal_causal, context.attention_fn)
+        y = temporal_attention(self.attn_temp, self.norm_temp(y), self.temporal_causal, context.attention_fn,
+                               leaders=context.sources * x.shape[1])  # fmt: skip
         return x + rearrange(y, "(b n) f c -> (b f) n c", n=x.shape[1])
 
 

@@ -3,7 +3,7 @@
     source = prepare(checkpoint, frames, prompt)        # latents and text embedding, computed once
     unet, result = tune_on(checkpoint, source, preset)   # one-shot tuning
     noise = invert(checkpoint, unet, source, preset)     # DDIM inversion
-    video = sample(checkpoint, unet, noise, "an edited prompt", preset)
+    video = sample(checkpoint, unet, noise, "an edited prompt", preset, source_prompt=prompt)
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video
@@ -25,11 +26,26 @@ Callback = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings of a whole edit. `sampling_steps` serve inversion and sampling alike."""
+    """Settings of a whole edit. `sampling_steps` serve inversion and sampling alike.
+
+    Attributes:
+        attention_injection: share of the sampling steps in which the edit attends as the clip does, 0 ... 1: more
+            keeps more of its layout and motion (see `attention`; 0 in the paper).
+        caption_as_negative: how much of the negative prompt is the clip's own sentence, 0 ... 1: guidance then
+            follows what an edit changes in it, and the clip is inverted with it. 0 is the paper, 1 negative-prompt
+            inversion (arXiv 2305.16807).
+    """
 
     tuning: TuneConfig
     sampling_steps: int = 50
     guidance_scale: float = 12.5
+    attention_injection: float = 0.0
+    caption_as_negative: float = 0.0
+
+    def __post_init__(self):
+        for name in ("attention_injection", "caption_as_negative"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise TavError(f"{name}={getattr(self, name)} is out of range; give a number from 0 to 1")
 
 
 PRESETS = {
@@ -37,7 +53,7 @@ PRESETS = {
     "paper": Preset(TuneConfig(steps=500, learning_rate=3e-5), sampling_steps=50, guidance_scale=12.5),
     # found with `python -m tav_core.mini benchmark`: the small checkpoint wants to learn fast; a large one doesn't
     "mini": Preset(TuneConfig(steps=200, learning_rate=2e-3, timestep_sampling="stratified"), sampling_steps=25,
-                   guidance_scale=5.0),
+                   guidance_scale=5.0, attention_injection=0.6, caption_as_negative=0.25),
 }
 
 
@@ -90,32 +106,47 @@ def tune_on(checkpoint: Checkpoint, source: Source, preset: Preset, *, attention
 
 def invert(checkpoint: Checkpoint, unet: VideoUNet, source: Source, preset: Preset,
            callback: Callback | None = None) -> Tensor:  # fmt: skip
-    """The noise `1 c f h w` that carries the clip's structure: DDIM inversion with the empty prompt."""
-    return ddim_invert(unet, source.latents, encode_prompt(checkpoint, ""), checkpoint.scheduler,
+    """The noise `1 c f h w` that carries the clip's structure: DDIM inversion."""
+    return ddim_invert(unet, source.latents, _inversion_text(checkpoint, source.prompt, preset), checkpoint.scheduler,
                        preset.sampling_steps, callback=callback)  # fmt: skip
 
 
 def sample(checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, preset: Preset, *,
-           negative_prompt: str = "", callback: Callback | None = None) -> Tensor:  # fmt: skip
+           source_prompt: str | None = None, negative_prompt: str = "", callback: Callback | None = None) -> Tensor:  # fmt: skip
     """The clip of `prompt` from `noise`, uint8 `f h w c`.
 
+    Args:
+        source_prompt: the sentence of the clip that was inverted to `noise`; None for random noise, which has no clip
+            to take attention or a caption from.
+
     Raises:
-        TavError: an empty prompt.
+        TavError: an empty prompt, or settings out of range (see `ddim_sample`).
     """
     if not prompt.strip():
         raise TavError("--edit is empty; describe the edited clip in one sentence")
-    latents = ddim_sample(unet, noise.to(unet.device), encode_prompt(checkpoint, prompt), checkpoint.scheduler, preset.sampling_steps,
-                          guidance_scale=preset.guidance_scale,
-                          negative_hidden_states=encode_prompt(checkpoint, negative_prompt), callback=callback)  # fmt: skip
+    negative, settings = encode_prompt(checkpoint, negative_prompt), {}
+    if source_prompt is not None:
+        negative = torch.lerp(negative, encode_prompt(checkpoint, source_prompt), preset.caption_as_negative)
+        settings = {"attention_injection": preset.attention_injection,
+                    "source_hidden_states": _inversion_text(checkpoint, source_prompt, preset)}  # fmt: skip
+    latents = ddim_sample(unet, noise.to(unet.device), encode_prompt(checkpoint, prompt), checkpoint.scheduler,
+                          preset.sampling_steps, guidance_scale=preset.guidance_scale, negative_hidden_states=negative,
+                          callback=callback, **settings)  # fmt: skip
     return decode_video(checkpoint, latents)
+
+
+def _inversion_text(checkpoint: Checkpoint, prompt: str, preset: Preset) -> Tensor:
+    return encode_prompt(checkpoint, prompt if preset.caption_as_negative else "")
 
 
 def with_settings(preset: Preset, *, steps: int | None = None, learning_rate: float | None = None,
                   seed: int | None = None, dtype: str | None = None, gradient_checkpointing: bool | None = None,
-                  sampling_steps: int | None = None, guidance_scale: float | None = None) -> Preset:  # fmt: skip
+                  sampling_steps: int | None = None, guidance_scale: float | None = None,
+                  attention_injection: float | None = None, caption_as_negative: float | None = None) -> Preset:  # fmt: skip
     """A preset with some of its settings replaced; None keeps the preset's own."""
     tuning = dict(steps=steps, learning_rate=learning_rate, seed=seed, dtype=dtype,
                   gradient_checkpointing=gradient_checkpointing)  # fmt: skip
-    sampling = dict(sampling_steps=sampling_steps, guidance_scale=guidance_scale)
+    sampling = dict(sampling_steps=sampling_steps, guidance_scale=guidance_scale,
+                    attention_injection=attention_injection, caption_as_negative=caption_as_negative)  # fmt: skip
     tuning, sampling = ({k: v for k, v in s.items() if v is not None} for s in (tuning, sampling))
     return replace(preset, tuning=replace(preset.tuning, **tuning), **sampling)

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from einops import rearrange
 
 from tav_core.attention import FrameAttnProcessor, FrameContext, frame_attention, sdpa, temporal_attention
+from tav_core.ddim import ddim_sample
 from tav_core.errors import TavError
 from tav_core.inflate import VideoUNet, inflate, trainable_parameters
 
@@ -176,6 +178,61 @@ def test_causal_temporal_attention_sees_no_later_frame():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", ["sparse-causal", "first", "full"])
+def test_the_source_leads_the_attention(layout, mode):
+    unet = stir(inflate(make_unet(**LAYOUTS[layout]), attention=mode))
+    (source, _, text), labels = inputs(), {"class_labels": torch.zeros(1, dtype=torch.long)} if layout == "class labels" else {}
+    other, wish = source.flip(2), text.flip(1)
+    alone = [unet(x, 10, y, **labels) for x, y in ((source, text), (other, wish))]
+    with unet.frame_context.led_by(1):
+        led = unet(torch.cat([source, other, source]), 10, torch.cat([text, wish, text]), **labels).split(1)
+    assert difference(led[0], alone[0]) < 1e-5  # the source is as ever
+    assert difference(led[2], alone[0]) < 1e-5  # who is like it, too
+    assert difference(led[1], alone[1]) > 1e-4  # the other one isn't
+    assert difference(unet(other, 10, wish, **labels), alone[1]) == 0  # and nothing of it stays
+
+
+def test_led_attention_is_the_formula():
+    torch.manual_seed(0)
+    attn, x, frames = Attention(16, heads=2, dim_head=8), torch.randn(6, 5, 16), 3  # 2 videos
+    own = frame_attention(attn, x, frames, "first")
+    attn.to_q.register_forward_hook(lambda module, args, out: q.append(out))
+    q: list = []
+    led = frame_attention(attn, x, frames, "first", leaders=3)
+    assert q[0].shape == (3, 5, 16) and difference(led[:3], own[:3]) < 1e-6
+    k, v = attn.to_k(x[:1]), attn.to_v(x[3:4])
+    heads = [rearrange(y, "b n (heads d) -> b heads n d", heads=2) for y in (q[0], k, v)]
+    weights = (heads[0] @ heads[1].mT / 8**0.5).softmax(-1)
+    wanted = attn.to_out[0](rearrange(weights @ heads[2], "b heads n d -> b n (heads d)"))
+    assert difference(led[3:], wanted) < 1e-6
+
+
+def test_attention_injection_in_sampling():
+    unet, (noise, _, text) = stir(inflate(make_unet())), inputs()
+    scheduler, wish = DDIMScheduler(clip_sample=False), text.flip(1)
+    settings = dict(guidance_scale=3.0, negative_hidden_states=torch.zeros_like(text))
+    calls = []
+    unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+
+    def sampled(words, **changes):
+        return ddim_sample(unet, noise, words, scheduler, 4, **{**settings, **changes})
+
+    led = [sampled(wish, attention_injection=share, source_hidden_states=text) for share in (0.0, 0.5, 1.0)]
+    assert calls == [2] * 4 + [3, 3, 2, 2] + [3] * 4
+    assert difference(led[0], sampled(wish)) == 0
+    assert min(difference(led[0], led[1]), difference(led[1], led[2])) > 1e-3
+    # a clip that is sampled as itself follows itself
+    alone = dict(guidance_scale=1.0, attention_injection=1.0, source_hidden_states=text)
+    assert difference(sampled(text, **alone), sampled(text, guidance_scale=1.0)) < 1e-4
+    with pytest.raises(TavError, match="attention_injection=0.5 needs source_hidden_states"):
+        sampled(wish, attention_injection=0.5)
+    with pytest.raises(TavError, match="attention_injection=1.5 is out of range; give a number from 0 to 1"):
+        sampled(wish, attention_injection=1.5, source_hidden_states=text)
+    with pytest.raises(TavError, match="source_hidden_states 4, .*encoder_hidden_states 5.*pad them"):
+        sampled(wish, attention_injection=1.0, source_hidden_states=text[:, :4])
+
+
 def test_timesteps_and_text_come_in_many_forms():
     unet = stir(inflate(make_unet()))
     x, t, text = inputs(b=2)

@@ -331,6 +331,29 @@ def test_inversion_and_sampling_are_those_of_the_core(pack, mini):
     assert (mini.model.model.process_latent_in(edited["samples"]).movedim(0, 1)[None] - wanted).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_attention_injection_is_that_of_the_core(pack, mini, monkeypatch, split):
+    if split:  # positive and negative prompt in calls of their own, as when memory is short
+        monkeypatch.setattr(mini.inflated.model, "memory_required", lambda *args, **kwargs: 1e15)
+    nodes, caption, edit = pack.nodes, "a red ball is sliding on the grass", "a blue star is sliding on the snow"
+    model = nodes.AttentionInjection.execute(mini.inflated, mini.encode(caption), 0.5).args[0]
+    noise = nodes.DDIMInversion.execute(model, mini.latent, mini.encode(caption), 10, "ddim_uniform", False).args[0]
+    plain = nodes.DDIMInversion.execute(mini.inflated, mini.latent, mini.encode(caption), 10, "ddim_uniform", False).args[0]
+    assert torch.equal(noise["samples"], plain["samples"])  # inversion is never led
+
+    unet, scheduler = inflate(mini.checkpoint.unet), DDIMScheduler.from_config(mini.checkpoint.scheduler.config, set_alpha_to_one=True)
+    said, wish, empty = (encode_prompt(mini.checkpoint, words) for words in (caption, edit, ""))
+    start = ddim_invert(unet, mini.latents, said, scheduler, 10)
+    outs = []
+    for _ in range(2):  # nothing of a walk is left for the next one
+        edited = nodes.VideoSampler.execute(model, mini.encode(edit), mini.encode(""), noise, 10, 5.0, "ddim_uniform", 0.0, False, 0)
+        outs.append(mini.model.model.process_latent_in(edited.args[0]["samples"]).movedim(0, 1)[None])
+    assert torch.equal(*outs)
+    settings = dict(guidance_scale=5.0, negative_hidden_states=empty, source_hidden_states=said)
+    wanted, without = (ddim_sample(unet, start, wish, scheduler, 10, attention_injection=share, **settings) for share in (0.5, 0.0))
+    assert (outs[0] - wanted).abs().max() < 1e-3 < 0.1 < (wanted - without).abs().max()
+
+
 def test_inversion_is_exact_on_any_sigmas_where_the_noise_is_constant(pack, mini, monkeypatch):
     import comfy.samplers
 

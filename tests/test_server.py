@@ -21,6 +21,7 @@ NODES = {
     "TAVLoadTunedWeights": "Load Tuned Weights (Tune-A-Video)",
     "TAVApplyTunedWeights": "Apply Tuned Weights (Tune-A-Video)",
     "TAVDDIMInversion": "DDIM Inversion (Tune-A-Video)",
+    "TAVAttentionInjection": "Attention Injection (Tune-A-Video)",
     "TAVVideoSampler": "Video Sampler (Tune-A-Video)",
     "TAVCompare": "Compare (Tune-A-Video)",
 }
@@ -317,13 +318,16 @@ def test_stock_sampler_equals_video_sampler(server, graph):
     assert torch.equal(latents(server, outputs, on_sigmas), expected)
 
 
-def test_every_stock_sampler_runs(server, info, graph):
-    tuned = graph.tune()
+@pytest.mark.parametrize("led", [False, True])
+def test_every_stock_sampler_runs(server, info, graph, led):
+    model = graph.tune()[0]
+    if led:
+        model = graph("TAVAttentionInjection", model=model, conditioning=graph.empty, share=0.5)[0]
     names = info["KSampler"]["input"]["required"]["sampler_name"][0]
     assert len(names) > 30
     saved = {}
     for name in names:
-        sampled = graph("KSampler", model=tuned[0], seed=1, steps=2, cfg=5.0, sampler_name=name, scheduler="normal",
+        sampled = graph("KSampler", model=model, seed=1, steps=2, cfg=5.0, sampler_name=name, scheduler="normal",
                         positive=graph.edit, negative=graph.empty, latent_image=graph.latent)  # fmt: skip
         saved[name] = graph("SaveLatent", samples=sampled[0])
     outputs = server.run(graph)

@@ -164,13 +164,15 @@ def benchmark(checkpoint: Checkpoint, judge: Judge, preset: Preset, *, seeds: in
     scores = {arm: {"seen": Scores(), "unseen": Scores()} for arm in ARMS}
 
     def run(arm: str, name: str, clip: BenchmarkClip, unet, noise, frames: np.ndarray):
+        source_prompt = None if arm == "random_noise" else clip.caption()
         into = scores[arm]["seen" if clip.seen else "unseen"]
-        again = sample(checkpoint, unet, noise, clip.caption(), preset).numpy()
+        again = sample(checkpoint, unet, noise, clip.caption(), preset, source_prompt=source_prompt).numpy()
         into.add(reconstruction=_rmse(again, frames))
         if on_video:
             on_video(f"{name}-{arm}-again", again)
         for kind, value in clip.edits.items():
-            video = sample(checkpoint, unet, noise, clip.caption(**{KINDS[kind]: value}), preset).numpy()
+            video = sample(checkpoint, unet, noise, clip.caption(**{KINDS[kind]: value}), preset,
+                           source_prompt=source_prompt).numpy()  # fmt: skip
             into.add(**score_edit(judge, video, clip, kind))
             if on_video:
                 on_video(f"{name}-{arm}-{kind}", video)

@@ -1,0 +1,107 @@
+"""Attention Injection: a MODEL whose samples attend as the clip does that their noise was inverted from."""
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.utils
+import torch
+from comfy.conds import CONDCrossAttn
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+from torch import Tensor
+
+from .common import hidden_states, plain_errors, schema
+from .native import SOURCE_ROWS, video_unet
+
+WRAPPER = "model_function_wrapper"
+
+
+class SourceWalk:
+    """Wraps every call of a MODEL in a sampler: the clip walks beside the edit, from the same noise, and leads.
+
+    A walk starts anew wherever a sampler stands at its first noise level, so that it needs no word from the sampler,
+    and goes from one level to the next by Euler's method (DDIM).
+
+    Args:
+        text: what the clip was inverted with, `1 n d`.
+        share: of the sampler's steps, from the first on, in which the clip leads (0 ... 1).
+        inner: the wrapper that the MODEL had before.
+    """
+
+    def __init__(self, text: Tensor, share: float, inner: Callable | None):
+        self.text, self.share, self.inner = text, share, inner
+
+    def __call__(self, apply_model: Callable, args: dict[str, Any]) -> Tensor:
+        x, c, kinds = args["input"], dict(args["c"]), args["cond_or_uncond"]
+        options, sigma = c["transformer_options"], args["timestep"][0]
+        levels = options["sample_sigmas"]
+        led_steps = round(self.share * (len(levels) - 1))
+        if led_steps == 0 or sigma < levels[led_steps - 1] * (1 - 1e-4):  # a sampler's second look at a step counts as well
+            return self.call(apply_model, args)
+
+        rows = len(x) // len(kinds)
+        if sigma >= levels[0] * (1 - 1e-4):
+            self.source = x[:rows]
+        elif sigma != self.sigma:
+            self.source = self.source + (sigma - self.sigma) * (self.source - self.denoised) / self.sigma
+        text = CONDCrossAttn(comfy.utils.repeat_to_batch_size(self.text.to(x), rows))
+        c["c_crossattn"] = text.concat([CONDCrossAttn(c["c_crossattn"])])
+        if c.get("control"):  # the clip itself is under no ControlNet
+            c["control"] = {place: [_led_by_none(t, rows) for t in entries] for place, entries in c["control"].items()}
+        c["transformer_options"] = {**options, "cond_or_uncond": [1, *kinds], SOURCE_ROWS: rows}
+        led = {**args, "input": torch.cat([self.source, x]), "c": c, "cond_or_uncond": [1, *kinds],
+               "timestep": torch.cat([args["timestep"][:rows], args["timestep"]])}  # fmt: skip
+        self.sigma, (self.denoised, out) = sigma, self.call(apply_model, led).split([rows, len(x)])
+        return out
+
+    def call(self, apply_model: Callable, args: dict[str, Any]) -> Tensor:
+        if self.inner:
+            return self.inner(apply_model, args)
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+
+def _led_by_none(residual: Tensor | None, rows: int) -> Tensor | None:
+    return None if residual is None else torch.cat([torch.zeros_like(residual[:rows]), residual])
+
+
+def without_injection(model: ModelPatcher) -> ModelPatcher:
+    """The MODEL without `SourceWalk`, for inverting with it."""
+    walk = model.model_options.get(WRAPPER)
+    if not isinstance(walk, SourceWalk):
+        return model
+    model = model.clone()
+    del model.model_options[WRAPPER]
+    if walk.inner:
+        model.set_model_unet_function_wrapper(walk.inner)
+    return model
+
+
+class AttentionInjection(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="TAVAttentionInjection",
+            display_name="Attention Injection (Tune-A-Video)",
+            description="Keeps more of the clip's layout and motion in the edits: in the first steps they attend as the clip does. "
+            "Goes between the tuned MODEL and any sampler that starts from the noise of DDIM Inversion.",
+            search_aliases=["plug and play", "fatezero", "keep structure", "keep motion"],
+            inputs=[
+                io.Model.Input("model", tooltip="The tuned MODEL."),
+                io.Conditioning.Input("conditioning", tooltip="What the clip was inverted with: that of DDIM Inversion."),
+                io.Float.Input("share", default=0.6, min=0.0, max=1.0, step=0.05,
+                               tooltip="Share of the sampling steps, from the first on. More keeps more of the clip's layout and motion; "
+                               "less lets the edit go further. 0: as in the paper."),
+            ],
+            outputs=[io.Model.Output(tooltip="For a sampler with add_noise disabled. A sampling step takes half as long again.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, conditioning, share) -> io.NodeOutput:
+        with plain_errors():
+            video_unet(model)  # raises for a model that isn't inflated
+            text = hidden_states(model, conditioning, "conditioning")
+            model = without_injection(model)
+            inner = model.model_options.get(WRAPPER)
+            model = model.clone()
+            model.set_model_unet_function_wrapper(SourceWalk(text, share, inner))
+        return io.NodeOutput(model)
