@@ -75,7 +75,7 @@ class DDIMInversion(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The tuned MODEL."),
                 io.Latent.Input("latent", tooltip="The clip, from VAE Encode."),
-                io.Conditioning.Input("conditioning", tooltip="An empty prompt, from CLIP Text Encode, as in the paper."),
+                io.Conditioning.Input("conditioning", tooltip="An empty prompt, as in the paper; or the sentence of the clip, which finds back better."),
                 io.Int.Input("steps", default=50, min=1, max=1000, tooltip="As many as the sampler will take. The paper: 50."),
                 io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="ddim_uniform",
                                tooltip="The one that the sampler will use. ddim_uniform is that of the paper."),

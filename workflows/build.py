@@ -208,6 +208,11 @@ def tuning(w: Workflow, inflated, latent, described, edit, vae, mini: bool = Tru
     return tuned
 
 
+def injected(w: Workflow, model, described) -> Node:
+    """The tuned MODEL, for sampling: its edits attend as the clip does."""
+    return w.add("TAVAttentionInjection", model=model, conditioning=described)
+
+
 def result(w: Workflow, name: str, clip: Node, clips: list, labels: list[str]):
     """Compares IMAGE batches and saves the video."""
     w.group("6  Compare and save", "pale_blue", 420)
@@ -231,9 +236,10 @@ def one_shot(w: Workflow, name: str, mini: bool = True, note: str = ""):
     tuned = tuning(w, inflated, latent, described, edit, vae, mini)
     w.group("4  Invert", "cyan")
     steps = 25 if mini else 50
-    noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=empty, steps=steps)
+    noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=described if mini else empty, steps=steps)
     w.group("5  Edit", "cyan", below=True)
-    sample = w.add("TAVVideoSampler", model=tuned.MODEL, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
+    model = injected(w, tuned.MODEL, described) if mini else tuned.MODEL  # 03 is the paper, to the letter
+    sample = w.add("TAVVideoSampler", model=model, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
                    steps=steps, cfg=5.0 if mini else 12.5)  # fmt: skip
     frames = w.add("VAEDecode", samples=sample, vae=vae)
     result(w, name, clip, [clip.images, frames], ["source", edited])
@@ -248,7 +254,7 @@ Press **Run**. Everything needed ships with the pack, and a CPU is enough.
 2. One sentence says what the clip shows, another what it should show.
 3. *One-Shot Tune* learns this one clip. The loss and previews of the edit appear in the node. Cancel when you like and run again: it goes on where it stopped.
 4. *DDIM Inversion* finds the noise that holds the motion of the clip.
-5. *Video Sampler* draws the edit from that noise.
+5. *Video Sampler* draws the edit from that noise. *Attention Injection* keeps it close to the clip: lower *share* for a freer edit.
 6. Source and edit, side by side, are saved as a video.
 
 **Try**: change the words of the second sentence and run again. Only the edit is computed anew. The mini checkpoint knows shapes (ball, star, ...), colours, places (grass, snow, sand, ...) and styles (sketch, ...):
@@ -271,7 +277,7 @@ The graph of 01 with the stock *Load Checkpoint* and the settings of the paper. 
 
 500 steps at a learning rate of 0.00003, 50 steps of inversion and sampling, cfg 12.5. A GPU is needed; with 12 GB keep *gradient_checkpointing* on and *count* at 8.
 
-LoRAs go between *Load Checkpoint* and *Inflate*.
+LoRAs go between *Load Checkpoint* and *Inflate*. If an edit loses the motion, put *Attention Injection* before *Video Sampler* (workflow 01 shows how), or lower *cfg*.
 """)  # fmt: skip
 
 
@@ -294,12 +300,13 @@ If you ran 01 before, the tuning isn't repeated.
     w.group("Keep", "yellow", 380, below=True)
     w.add("TAVSaveTunedWeights", tuned_weights=tuned.tuned_weights, name=SAVED, prompt=PROMPT)
     w.group("4  Invert", "cyan")
-    noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=empty, steps=25)
+    noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=described, steps=25)
+    model = injected(w, tuned.MODEL, described)
     frames = []
     for kind, edit in edits.items():
         if kind in ("subject", "background"):
             w.group("5a  Edit the subject" if kind == "subject" else "5b  Edit the rest", "cyan")
-        sample = w.add("TAVVideoSampler", title=f"Video Sampler: {kind}", model=tuned.MODEL, positive=edit, negative=empty,
+        sample = w.add("TAVVideoSampler", title=f"Video Sampler: {kind}", model=model, positive=edit, negative=empty,
                        noise=noise.noise, sigmas=noise.sigmas, steps=25, cfg=5.0)  # fmt: skip
         frames.append(w.add("VAEDecode", samples=sample, vae=vae))
     result(w, name, clip, [clip.images, *frames], ["source", *EDITS])
@@ -315,15 +322,17 @@ Checkpoint, LoRAs and the settings of *Inflate* must be those of the tuning, and
 """, 330)  # fmt: skip
     clip, inflated, clip_model, vae, latent = source(w)
     w.group("2  Sentences", "green", below=True)
+    described = sentence(w, clip_model, "What the clip shows", PROMPT)
     edit = sentence(w, clip_model, "What it should show", EDITS["style"])
     empty = sentence(w, clip_model, "Nothing (leave it empty)", "")
     w.group("3  Load what was tuned", "purple")
     loaded = w.add("TAVLoadTunedWeights", file=f"{SAVED}.safetensors")
     tuned = w.add("TAVApplyTunedWeights", model=inflated, tuned_weights=loaded.tuned_weights)
     w.group("4  Invert", "cyan")
-    noise = w.add("TAVDDIMInversion", model=tuned, latent=latent, conditioning=empty, steps=25)
+    noise = w.add("TAVDDIMInversion", model=tuned, latent=latent, conditioning=described, steps=25)
     w.group("5  Edit", "cyan", below=True)
-    sample = w.add("TAVVideoSampler", model=tuned, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
+    model = injected(w, tuned, described)
+    sample = w.add("TAVVideoSampler", model=model, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
                    steps=25, cfg=5.0)  # fmt: skip
     frames = w.add("VAEDecode", samples=sample, vae=vae)
     result(w, name, clip, [clip.images, frames], ["source", EDITS["style"]])
@@ -349,9 +358,10 @@ What matters:
     empty = sentence(w, clip_model, "Nothing (leave it empty)", "")
     tuned = tuning(w, inflated, latent, described, edit, vae)
     w.group("4  Invert", "cyan")
-    noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=empty, steps=25, scheduler=scheduler)
+    noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=described, steps=25, scheduler=scheduler)
     w.group("5  Edit with a stock sampler", "cyan", below=True)
-    sample = w.add("KSamplerAdvanced", model=tuned.MODEL, positive=edit, negative=empty, latent_image=noise.noise,
+    model = injected(w, tuned.MODEL, described)
+    sample = w.add("KSamplerAdvanced", model=model, positive=edit, negative=empty, latent_image=noise.noise,
                    add_noise="disable", steps=25, cfg=5.0, sampler_name=sampler, scheduler=scheduler)  # fmt: skip
     frames = w.add("VAEDecode", samples=sample, vae=vae)
     result(w, name, clip, [clip.images, frames], ["source", f"{EDIT} ({sampler}, {scheduler})"])
@@ -375,8 +385,9 @@ Instead of *Upscale Image By* you can use *Upscale Image (using Model)*. With th
     empty = sentence(w, clip_model, "Nothing (leave it empty)", "")
     tuned = tuning(w, inflated, latent, described, edit, vae)
     w.group("4  Invert and edit", "cyan")
-    noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=empty, steps=25)
-    sample = w.add("TAVVideoSampler", model=tuned.MODEL, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
+    noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=described, steps=25)
+    model = injected(w, tuned.MODEL, described)
+    sample = w.add("TAVVideoSampler", model=model, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
                    steps=25, cfg=5.0)  # fmt: skip
     w.group("5a  Upscale the images", "red")
     small = w.add("VAEDecode", samples=sample, vae=vae)
