@@ -140,6 +140,8 @@ def run(node, model: ModelPatcher, latents: Tensor, text: Tensor, config: TuneCo
 
         first = read_state(state)[0].step if state.exists() else 0
         result = tune(unet, scheduler, latents, text, config, state_path=state, callback=on_step)
+        if first == config.steps:
+            report(node, f"tuned before, {first} steps, loss {result.probe_losses[-1][1]:.4f}")
         frames, height, width = latents.shape[2:]
         info = tuned_info(base, video_unet(model).inflation, prompt="", num_frames=frames, width=8 * width,
                           height=8 * height, config=dataclasses.asdict(config), base_name="")  # fmt: skip

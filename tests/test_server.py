@@ -1,6 +1,7 @@
 """The nodes in a running ComfyUI, as the frontend uses them: over HTTP and a websocket, in one process that lives on."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -245,6 +246,8 @@ def test_interrupted_and_killed_tuning_goes_on_to_the_same_weights(server, info)
     tuned, losses = long_run(graph, "again", preview_every=9_999)
     assert json.loads(server.run(graph)[losses.id]["text"][0]) == whole
     assert steps_seen(server, tuned) == []
+    said = [m["data"]["text"] for m in server.messages if m["type"] == "text" and m["data"]["node"] == tuned.id]
+    assert re.fullmatch(r"tuned before, 130 steps, loss 0\.\d{4}", said[-1])
 
     # and a longer one goes on from it
     graph = Graph(info).source(frames=2)
