@@ -109,6 +109,8 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, tmp_pat
         ({"--steps": 0}, "steps"),
         ({"--learning-rate": 5}, "learning_rate"),
         ({"--sampling-steps": 0}, "1000"),
+        ({"--attention-injection": 1.5}, "attention_injection=1.5"),
+        ({"--caption-as-negative": -1}, "caption_as_negative=-1"),
     ]
     for change, words in cases:
         args = [str(x) for pair in {**base, **change}.items() for x in pair]
@@ -118,6 +120,9 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, tmp_pat
         assert not (tmp_path / "out").exists(), change
     done = tav("sample", "--tuned", edited / "noise.safetensors", "--edit", "x", "--output", tmp_path, check=False)
     assert done.returncode == 2 and "tuned weights" in done.stderr
+    done = tav("sample", "--tuned", edited / "tuned.safetensors", "--noise", edited / "noise.safetensors", "--edit", "x",
+               "--output", tmp_path, *FAST, "--caption-as-negative", "0", check=False)  # fmt: skip
+    assert done.returncode == 2 and "inverted with the caption; give it a value above 0" in done.stderr
 
 
 def test_render_makes_the_clip_of_the_world(tmp_path):
