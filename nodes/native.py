@@ -35,7 +35,7 @@ class NativeUNet(UNet2DConditionModel):
 
     def forward(self, x, timesteps, context=None, y=None, control=None, transformer_options=None, **kwargs):
         check_context(self, context)
-        return super().forward(x, timesteps, context, return_dict=False, **_residuals(control, x.dtype))[0]
+        return super().forward(x, timesteps, context, return_dict=False, **_residuals(self, control, x.dtype))[0]
 
 
 class NativeVideoUNet(VideoUNet):
@@ -53,7 +53,7 @@ class NativeVideoUNet(VideoUNet):
         with self.frame_context.led_by(options.get(SOURCE_ROWS, 0) // frames):
             out = super().forward(
                 rearrange(x, "(b f) c h w -> b c f h w", f=frames), timesteps[::frames], context,
-                **_residuals(control, x.dtype),
+                **_residuals(self, control, x.dtype),
             )  # fmt: skip
         return rearrange(out, "b c f h w -> (b f) c h w")
 
@@ -64,18 +64,28 @@ def check_context(unet: UNet2DConditionModel, context: Tensor):
         raise TavError(f"CONDITIONING has width {width}, this MODEL takes {wanted}; use the CLIP of the same checkpoint")
 
 
-def _residuals(control: dict[str, list[Tensor | None]] | None, dtype: torch.dtype) -> dict[str, Any]:
-    """What ComfyUI's ControlNets add, as diffusers takes it."""
+def _residuals(unet: UNet2DConditionModel, control: dict[str, list[Tensor | None]] | None, dtype: torch.dtype) -> dict[str, Any]:
+    """What ComfyUI's ControlNets and T2I-Adapters add, as diffusers takes it.
+
+    Raises:
+        TavError: an adapter of another family.
+    """
     if not control:
         return {}
+    residuals: dict[str, Any] = {}
+    if down := control.get("output"):
+        (*_, middle) = control.get("middle") or [None]
+        residuals["down_block_additional_residuals"] = [0 if entry is None else entry.to(dtype) for entry in down]
+        residuals["mid_block_additional_residual"] = 0 if middle is None else middle.to(dtype)
     if any(entry is not None for entry in control.get("input", [])):
-        raise TavError("T2I-Adapters do not work on this MODEL yet; use a ControlNet")
-    down, (*_, middle) = control.get("output", []), control.get("middle") or [None]
-    # both or none: diffusers takes one alone for a T2I-Adapter
-    return dict(
-        down_block_additional_residuals=[0 if entry is None else entry.to(dtype) for entry in down],
-        mid_block_additional_residual=0 if middle is None else middle.to(dtype),
-    )
+        # an entry for each of ComfyUI's input blocks, last first: those behind the last resnet of a level have one
+        entries, layers = control["input"][::-1], unet.config.layers_per_block
+        layers = [layers] * len(unet.down_blocks) if isinstance(layers, int) else layers
+        ends = [sum(layers[: level + 1]) + level for level in range(len(layers))]
+        if any(entry is not None and i not in ends for i, entry in enumerate(entries)) or len(entries) <= ends[-1]:
+            raise TavError("the T2I-Adapter is for another family of models; use one for Stable Diffusion 1.x")
+        residuals["down_intrablock_additional_residuals"] = [entries[i].to(dtype) for i in ends]
+    return residuals
 
 
 def comfy_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
