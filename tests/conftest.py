@@ -1,9 +1,11 @@
+import importlib.util
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from comfyui_install import comfyui_path
+from comfyui_install import comfyui_path, enable
 from comfyui_server import Server
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
@@ -11,6 +13,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tav_core.checkpoint import CONFIGS, MINI, load_checkpoint
 from tav_core.errors import TavError
+
+ROOT = Path(__file__).parents[1]
 
 # the models are tiny: more threads only wait for each other, for minutes on a busy machine
 torch.set_num_threads(1)
@@ -57,6 +61,48 @@ def server(request, tmp_path_factory):
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def inference_mode():
+    with torch.inference_mode():  # as ComfyUI runs its nodes
+        yield
+
+
+@pytest.fixture(scope="session")
+def pack(request):
+    """The pack as ComfyUI imports it, beside the `tav_core` of the tests."""
+    enable(comfyui_path(request.config.cache.mkdir("comfyui")))
+    spec = importlib.util.spec_from_file_location("tune_a_video", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    module = sys.modules["tune_a_video"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for node in module.nodes.NODES:
+        node.GET_SCHEMA()
+        node.hidden = type("Hidden", (), dict(unique_id="1", prompt=None, extra_pnginfo=None))
+    module.nodes.invert.report = module.nodes.tune.report = lambda node, text: None
+    return module
+
+
+@pytest.fixture(scope="module")
+def mini(pack):
+    """The nodes' MODEL, CLIP, VAE and clip, and tav_core's own."""
+    nodes = pack.nodes
+    model, text, vae = nodes.LoadCheckpoint.execute("mini").args
+    images, fps, count = nodes.LoadVideo.execute(nodes.load_video.DEMO, 0, 2, 4, 128, 128, "crop").args
+    assert (tuple(images.shape), fps, count) == ((4, 128, 128, 3), 4.0, 4)
+
+    class Mini:
+        checkpoint = load_checkpoint("mini")
+        latent = {"samples": vae.encode(images)}
+        inflated = nodes.Inflate.execute(model, "sparse-causal", False, "video").args[0]
+
+        @staticmethod
+        def encode(words):
+            return text.encode_from_tokens_scheduled(text.tokenize(words))
+
+    Mini.model, Mini.vae, Mini.images = model, vae, images
+    Mini.latents = model.model.process_latent_in(Mini.latent["samples"]).movedim(0, 1)[None]
+    return Mini
 
 
 @pytest.fixture

@@ -3,93 +3,16 @@
 The pack has its own `tav_core` here, so its errors are told by their base class, ValueError.
 """
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from comfyui_install import comfyui_path, enable
 from diffusers import DDIMScheduler
+from reduced import clip, inflated, native, prompt, relative, sample
 
-from tav_core import TuneConfig, ddim_invert, ddim_sample, encode_prompt, encode_video, inflate, load_checkpoint, tune
+from tav_core import TuneConfig, ddim_invert, ddim_sample, encode_prompt, encode_video, inflate, tune
 
-ROOT = Path(__file__).parents[1]
-TEXT = 48  # width of the text embedding
-
-
-@pytest.fixture(scope="module", autouse=True)
-def inference_mode():
-    with torch.inference_mode():  # as ComfyUI runs its nodes
-        yield
-
-
-@pytest.fixture(scope="session")
-def pack(request):
-    """The pack as ComfyUI imports it, beside the `tav_core` of the tests."""
-    enable(comfyui_path(request.config.cache.mkdir("comfyui")))
-    spec = importlib.util.spec_from_file_location("tune_a_video", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    module = sys.modules["tune_a_video"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for node in module.nodes.NODES:
-        node.GET_SCHEMA()
-        node.hidden = type("Hidden", (), dict(unique_id="1", prompt=None, extra_pnginfo=None))
-    module.nodes.invert.report = module.nodes.tune.report = lambda node, text: None
-    return module
-
-
-def native(second=False, v_prediction=False, **changes):
-    """A MODEL of a reduced SD 1.5 (or 2.x) layout, random weights, as the stock loader would make it."""
-    import comfy.model_base
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    config = dict(
-        image_size=32, in_channels=4, out_channels=4, model_channels=32, num_res_blocks=[2, 2, 2, 2], channel_mult=[1, 2, 4, 4],
-        transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0], transformer_depth_output=[1] * 9 + [0] * 3, transformer_depth_middle=1,
-        use_linear_in_transformer=second, context_dim=TEXT, use_spatial_transformer=True, legacy=False, adm_in_channels=None,
-        use_temporal_attention=False,
-    ) | changes  # fmt: skip
-    model_config = (comfy.supported_models.SD20 if second else comfy.supported_models.SD15)(config)
-    if second:  # 64 channels a head leave none of these
-        model_config.unet_config["num_head_channels"] = 16
-    model_config.set_inference_dtype(torch.float32, None)
-    types = comfy.model_base.ModelType
-    with torch.inference_mode(False):
-        torch.manual_seed(0)
-        model = comfy.model_base.BaseModel(model_config, types.V_PREDICTION if v_prediction else types.EPS)
-        for name, parameter in model.diffusion_model.named_parameters():
-            fan = parameter[0].numel() if parameter.ndim > 1 else 1
-            torch.nn.init.normal_(parameter, std=fan**-0.5 if parameter.ndim > 1 else 0.1)
-            if name.endswith("weight") and parameter.ndim == 1:  # of a norm
-                parameter.data += 1
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
-
-
-def prompt(seed, batch=1):
-    return [[torch.randn(batch, 77, TEXT, generator=torch.Generator().manual_seed(seed)), {}]]
-
-
-def clip(frames=1, seed=9):
-    return torch.randn(frames, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
-
-
-def sample(model, frames=1, cfg=4.0, sampler="euler", scheduler="normal", steps=3, positive=None, noise=None):
-    import comfy.sample
-
-    noise = clip(frames) if noise is None else noise
-    return comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, positive or prompt(1), prompt(2),
-                               torch.zeros_like(noise), disable_pbar=True, seed=3)  # fmt: skip
-
-
-def relative(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
-
-
-def inflated(pack, model, **options):
-    return pack.nodes.native.inflate_model(model, **options)
+pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
 @pytest.mark.parametrize("second", [False, True])
@@ -270,28 +193,6 @@ def test_the_noise_schedule_survives_the_bridge(pack):
 # --------------------------------------------------------------------------------- nodes against tav_core
 
 
-@pytest.fixture(scope="module")
-def mini(pack):
-    """The nodes' MODEL, CLIP, VAE and clip, and tav_core's own."""
-    nodes = pack.nodes
-    model, text, vae = nodes.LoadCheckpoint.execute("mini").args
-    images, fps, count = nodes.LoadVideo.execute(nodes.load_video.DEMO, 0, 2, 4, 128, 128, "crop").args
-    assert (tuple(images.shape), fps, count) == ((4, 128, 128, 3), 4.0, 4)
-
-    class Mini:
-        checkpoint = load_checkpoint("mini")
-        latent = {"samples": vae.encode(images)}
-        inflated = nodes.Inflate.execute(model, "sparse-causal", False, "video").args[0]
-
-        @staticmethod
-        def encode(words):
-            return text.encode_from_tokens_scheduled(text.tokenize(words))
-
-    Mini.model, Mini.vae, Mini.images = model, vae, images
-    Mini.latents = model.model.process_latent_in(Mini.latent["samples"]).movedim(0, 1)[None]
-    return Mini
-
-
 def test_text_and_latents_are_those_of_the_core(mini):
     for words in ("a red ball is sliding on the grass", "", "a zebra, sketch style"):
         assert (mini.encode(words)[0][0] - encode_prompt(mini.checkpoint, words)).abs().max() < 1e-5
@@ -415,106 +316,3 @@ def test_tuning_is_that_of_the_core(pack, mini, tmp_path, monkeypatch):
         pack.nodes.ApplyTunedWeights.execute(other, weights)
     with pytest.raises(ValueError, match="belong to the base model"):
         pack.nodes.ApplyTunedWeights.execute(inflated(pack, native()), weights)
-
-
-# ------------------------------------------------------------------------------------------- with ControlNets
-
-
-def control_net(seed):
-    """A stock CONTROL_NET of the layout of `native()`, random weights."""
-    import comfy.cldm.cldm
-    import comfy.controlnet
-
-    config = native().model.model_config.unet_config
-    with torch.inference_mode(False):
-        torch.manual_seed(seed)
-        net = comfy.cldm.cldm.ControlNet(hint_channels=3, dtype=torch.float32, **{
-            key: value for key, value in config.items() if key not in ("dtype", "out_channels", "transformer_depth_output")
-        })  # fmt: skip
-        for parameter in net.parameters():
-            fan = parameter[0].numel() if parameter.ndim > 1 else 1
-            torch.nn.init.normal_(parameter, std=fan**-0.5 if parameter.ndim > 1 else 0.1)
-    return comfy.controlnet.ControlNet(net, load_device=torch.device("cpu"))
-
-
-def t2i_adapter(seed, **changes):
-    """A stock T2I-Adapter of the layout of `native()`, random weights."""
-    import comfy.controlnet
-    import comfy.t2i_adapter.adapter
-
-    with torch.inference_mode(False):
-        torch.manual_seed(seed)
-        settings = dict(cin=3 * 64, channels=[32, 64, 128, 128], nums_rb=2, ksize=1, sk=True, use_conv=False, xl=False)
-        adapter = comfy.t2i_adapter.adapter.Adapter(**settings | changes)
-    return comfy.controlnet.T2IAdapter(adapter, adapter.input_channels, 8, "nearest-exact", device=torch.device("cpu"))
-
-
-def hints(frames=1, seed=5):
-    return torch.rand(frames, 128, 128, 3, generator=torch.Generator().manual_seed(seed))
-
-
-def controlled(positive, *applied, negative=None):
-    """What the stock node Apply ControlNet makes of two prompts. `applied`: net, hint, strength, start, end."""
-    from nodes import ControlNetApplyAdvanced
-
-    negative = negative or prompt(2)
-    for net, hint, *range_ in applied:
-        positive, negative = ControlNetApplyAdvanced().apply_controlnet(positive, negative, net, hint, *range_)
-    return positive, negative
-
-
-def steered(model, prompts, noise, cfg=4.0):
-    import comfy.sample
-
-    return comfy.sample.sample(model, noise, 4, cfg, "euler", "normal", *prompts, torch.zeros_like(noise), disable_pbar=True, seed=3)
-
-
-@pytest.mark.parametrize("nets", [
-    [(control_net, 0.8, 0.0, 1.0)], [(control_net, 1.0, 0.3, 0.7)], [(control_net, 0.5, 0.0, 1.0), (control_net, 1.0, 0.0, 0.6)],
-    [(t2i_adapter, 1.0, 0.0, 1.0)], [(t2i_adapter, 0.7, 0.0, 0.6), (control_net, 0.7, 0.2, 1.0)],
-], ids=["strength", "start and end", "two", "T2I-Adapter", "one of each"])  # fmt: skip
-@pytest.mark.parametrize("on", ["both", "positive"])
-def test_controlnets_and_adapters_steer_as_on_the_native_model(pack, nets, on):
-    model = native()
-    applied = [(make(seed), hints(seed=seed), *settings) for seed, (make, *settings) in enumerate(nets)]
-    prompts = controlled(prompt(1), *applied)
-    if on == "positive":
-        prompts = prompts[0], prompt(2)
-    without = sample(model, steps=4)
-    expected = steered(model, prompts, clip())
-    assert relative(expected, without) > 1e-2
-    wrapped = inflated(pack, model)
-    assert relative(steered(wrapped, prompts, clip()), expected) < 1e-4
-    # one hint is for all frames
-    together = steered(wrapped, prompts, clip().expand(3, -1, -1, -1))
-    assert relative(together, expected.expand(3, -1, -1, -1)) < 1e-4
-
-
-def test_each_frame_has_its_hint(pack):
-    wrapped, net, noise = inflated(pack, native(), norm="frame"), control_net(1), clip(3)
-    both = [hints(3), hints(3)]
-    both[1][2] = 0
-    first, second = (steered(wrapped, controlled(prompt(1), (net, hint, 1.0, 0.0, 1.0)), noise) for hint in both)
-    # the last frame is looked at by no other, and temporal attention is still silent
-    assert relative(second[:2], first[:2]) < 1e-6 < 1e-3 < relative(second[2], first[2])
-    alone = steered(wrapped, controlled(prompt(1), (net, both[0][:1], 1.0, 0.0, 1.0)), noise[:1])
-    assert relative(first[:1], alone) < 1e-4
-
-
-def test_a_controlnet_and_attention_injection_together(pack):
-    model, net, noise = inflated(pack, native()), control_net(1), clip(3)
-    led = pack.nodes.AttentionInjection.execute(model, prompt(2), 0.5).args[0]
-    prompts = controlled(prompt(1), (net, hints(3), 1.0, 0.0, 1.0))
-    runs = {name: steered(*run, noise) for name, run in {
-        "plain": (model, prompts), "led": (led, prompts), "led freely": (led, (prompt(1), prompt(2))),
-        "off": (led, controlled(prompt(1), (net, hints(3), 0.0, 0.0, 1.0))),
-    }.items()}  # fmt: skip
-    assert all(torch.isfinite(run).all() for run in runs.values())
-    assert relative(runs["off"], runs["led freely"]) < 1e-5
-    assert min(relative(runs["led"], runs[name]) for name in ("plain", "led freely")) > 1e-2
-
-
-def test_an_adapter_of_another_family_is_refused(pack):
-    adapter = t2i_adapter(1, cin=3 * 256, xl=True)
-    with pytest.raises(ValueError, match="the T2I-Adapter is for another family of models; use one for Stable Diffusion 1.x"):
-        steered(inflated(pack, native()), controlled(prompt(1), (adapter, hints(), 1.0, 0.0, 1.0)), clip())

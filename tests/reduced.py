@@ -1,0 +1,58 @@
+"""MODELs of reduced layouts with random weights, as ComfyUI's own loaders would make them, and stock sampling on them."""
+
+import torch
+
+TEXT = 48  # width of the text embedding
+
+
+def native(second=False, v_prediction=False, **changes):
+    """A MODEL of a reduced SD 1.5 (or 2.x) layout, random weights, as the stock loader would make it."""
+    import comfy.model_base
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = dict(
+        image_size=32, in_channels=4, out_channels=4, model_channels=32, num_res_blocks=[2, 2, 2, 2], channel_mult=[1, 2, 4, 4],
+        transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0], transformer_depth_output=[1] * 9 + [0] * 3, transformer_depth_middle=1,
+        use_linear_in_transformer=second, context_dim=TEXT, use_spatial_transformer=True, legacy=False, adm_in_channels=None,
+        use_temporal_attention=False,
+    ) | changes  # fmt: skip
+    model_config = (comfy.supported_models.SD20 if second else comfy.supported_models.SD15)(config)
+    if second:  # 64 channels a head leave none of these
+        model_config.unet_config["num_head_channels"] = 16
+    model_config.set_inference_dtype(torch.float32, None)
+    types = comfy.model_base.ModelType
+    with torch.inference_mode(False):
+        torch.manual_seed(0)
+        model = comfy.model_base.BaseModel(model_config, types.V_PREDICTION if v_prediction else types.EPS)
+        for name, parameter in model.diffusion_model.named_parameters():
+            fan = parameter[0].numel() if parameter.ndim > 1 else 1
+            torch.nn.init.normal_(parameter, std=fan**-0.5 if parameter.ndim > 1 else 0.1)
+            if name.endswith("weight") and parameter.ndim == 1:  # of a norm
+                parameter.data += 1
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def prompt(seed, batch=1):
+    return [[torch.randn(batch, 77, TEXT, generator=torch.Generator().manual_seed(seed)), {}]]
+
+
+def clip(frames=1, seed=9):
+    return torch.randn(frames, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def sample(model, frames=1, cfg=4.0, sampler="euler", scheduler="normal", steps=3, positive=None, noise=None):
+    import comfy.sample
+
+    noise = clip(frames) if noise is None else noise
+    return comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, positive or prompt(1), prompt(2),
+                               torch.zeros_like(noise), disable_pbar=True, seed=3)  # fmt: skip
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def inflated(pack, model, **options):
+    return pack.nodes.native.inflate_model(model, **options)

@@ -1,0 +1,107 @@
+"""ControlNets and T2I-Adapters through the stock nodes: on native MODELs and on inflated ones."""
+
+import pytest
+import torch
+from reduced import clip, inflated, native, prompt, relative, sample
+
+pytestmark = pytest.mark.usefixtures("inference_mode")
+
+
+def control_net(seed):
+    """A stock CONTROL_NET of the layout of `native()`, random weights."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+
+    config = native().model.model_config.unet_config
+    with torch.inference_mode(False):
+        torch.manual_seed(seed)
+        net = comfy.cldm.cldm.ControlNet(hint_channels=3, dtype=torch.float32, **{
+            key: value for key, value in config.items() if key not in ("dtype", "out_channels", "transformer_depth_output")
+        })  # fmt: skip
+        for parameter in net.parameters():
+            fan = parameter[0].numel() if parameter.ndim > 1 else 1
+            torch.nn.init.normal_(parameter, std=fan**-0.5 if parameter.ndim > 1 else 0.1)
+    return comfy.controlnet.ControlNet(net, load_device=torch.device("cpu"))
+
+
+def t2i_adapter(seed, **changes):
+    """A stock T2I-Adapter of the layout of `native()`, random weights."""
+    import comfy.controlnet
+    import comfy.t2i_adapter.adapter
+
+    with torch.inference_mode(False):
+        torch.manual_seed(seed)
+        settings = dict(cin=3 * 64, channels=[32, 64, 128, 128], nums_rb=2, ksize=1, sk=True, use_conv=False, xl=False)
+        adapter = comfy.t2i_adapter.adapter.Adapter(**settings | changes)
+    return comfy.controlnet.T2IAdapter(adapter, adapter.input_channels, 8, "nearest-exact", device=torch.device("cpu"))
+
+
+def hints(frames=1, seed=5):
+    return torch.rand(frames, 128, 128, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def controlled(positive, *applied, negative=None):
+    """What the stock node Apply ControlNet makes of two prompts. `applied`: net, hint, strength, start, end."""
+    from nodes import ControlNetApplyAdvanced
+
+    negative = negative or prompt(2)
+    for net, hint, *range_ in applied:
+        positive, negative = ControlNetApplyAdvanced().apply_controlnet(positive, negative, net, hint, *range_)
+    return positive, negative
+
+
+def steered(model, prompts, noise, cfg=4.0):
+    import comfy.sample
+
+    return comfy.sample.sample(model, noise, 4, cfg, "euler", "normal", *prompts, torch.zeros_like(noise), disable_pbar=True, seed=3)
+
+
+@pytest.mark.parametrize("nets", [
+    [(control_net, 0.8, 0.0, 1.0)], [(control_net, 1.0, 0.3, 0.7)], [(control_net, 0.5, 0.0, 1.0), (control_net, 1.0, 0.0, 0.6)],
+    [(t2i_adapter, 1.0, 0.0, 1.0)], [(t2i_adapter, 0.7, 0.0, 0.6), (control_net, 0.7, 0.2, 1.0)],
+], ids=["strength", "start and end", "two", "T2I-Adapter", "one of each"])  # fmt: skip
+@pytest.mark.parametrize("on", ["both", "positive"])
+def test_controlnets_and_adapters_steer_as_on_the_native_model(pack, nets, on):
+    model = native()
+    applied = [(make(seed), hints(seed=seed), *settings) for seed, (make, *settings) in enumerate(nets)]
+    prompts = controlled(prompt(1), *applied)
+    if on == "positive":
+        prompts = prompts[0], prompt(2)
+    without = sample(model, steps=4)
+    expected = steered(model, prompts, clip())
+    assert relative(expected, without) > 1e-2
+    wrapped = inflated(pack, model)
+    assert relative(steered(wrapped, prompts, clip()), expected) < 1e-4
+    # one hint is for all frames
+    together = steered(wrapped, prompts, clip().expand(3, -1, -1, -1))
+    assert relative(together, expected.expand(3, -1, -1, -1)) < 1e-4
+
+
+def test_each_frame_has_its_hint(pack):
+    wrapped, net, noise = inflated(pack, native(), norm="frame"), control_net(1), clip(3)
+    both = [hints(3), hints(3)]
+    both[1][2] = 0
+    first, second = (steered(wrapped, controlled(prompt(1), (net, hint, 1.0, 0.0, 1.0)), noise) for hint in both)
+    # the last frame is looked at by no other, and temporal attention is still silent
+    assert relative(second[:2], first[:2]) < 1e-6 < 1e-3 < relative(second[2], first[2])
+    alone = steered(wrapped, controlled(prompt(1), (net, both[0][:1], 1.0, 0.0, 1.0)), noise[:1])
+    assert relative(first[:1], alone) < 1e-4
+
+
+def test_a_controlnet_and_attention_injection_together(pack):
+    model, net, noise = inflated(pack, native()), control_net(1), clip(3)
+    led = pack.nodes.AttentionInjection.execute(model, prompt(2), 0.5).args[0]
+    prompts = controlled(prompt(1), (net, hints(3), 1.0, 0.0, 1.0))
+    runs = {name: steered(*run, noise) for name, run in {
+        "plain": (model, prompts), "led": (led, prompts), "led freely": (led, (prompt(1), prompt(2))),
+        "off": (led, controlled(prompt(1), (net, hints(3), 0.0, 0.0, 1.0))),
+    }.items()}  # fmt: skip
+    assert all(torch.isfinite(run).all() for run in runs.values())
+    assert relative(runs["off"], runs["led freely"]) < 1e-5
+    assert min(relative(runs["led"], runs[name]) for name in ("plain", "led freely")) > 1e-2
+
+
+def test_an_adapter_of_another_family_is_refused(pack):
+    adapter = t2i_adapter(1, cin=3 * 256, xl=True)
+    with pytest.raises(ValueError, match="the T2I-Adapter is for another family of models; use one for Stable Diffusion 1.x"):
+        steered(inflated(pack, native()), controlled(prompt(1), (adapter, hints(), 1.0, 0.0, 1.0)), clip())
