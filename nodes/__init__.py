@@ -7,12 +7,13 @@ from .inflate import Inflate
 from .inject import AttentionInjection
 from .invert import DDIMInversion
 from .load_checkpoint import LoadCheckpoint
+from .load_controlnet import LoadControlNet
 from .load_video import LoadVideo
 from .sample import VideoSampler
 from .tune import OneShotTune
 from .tuned_weights import ApplyTunedWeights, LoadTunedWeights, SaveTunedWeights
 
-NODES = [LoadVideo, LoadCheckpoint, Inflate, OneShotTune, SaveTunedWeights, LoadTunedWeights, ApplyTunedWeights,
+NODES = [LoadVideo, LoadCheckpoint, LoadControlNet, Inflate, OneShotTune, SaveTunedWeights, LoadTunedWeights, ApplyTunedWeights,
          DDIMInversion, AttentionInjection, VideoSampler, Compare]  # fmt: skip
 
 
