@@ -39,21 +39,23 @@ class FrameContext:
         checkpointing: recompute resnets and transformer blocks in the backward pass.
         sources: so many videos of the batch, the first ones, lead the attention of the others (which are a
             multiple of them); 0 without attention injection.
+        anchor: where the others take features from the sources as well, 0 ... 1, `(b f) 1 h w` (see `anchored`).
     """
 
     frames: int = 1
     attention_fn: Callable[..., Tensor] = sdpa
     checkpointing: bool = False
     sources: int = 0
+    anchor: Tensor | None = None
 
     @contextmanager
-    def running(self, frames: int) -> Iterator[None]:
-        """Set the frame count for the duration of a forward."""
-        previous, self.frames = self.frames, frames
+    def running(self, frames: int, anchor: Tensor | None = None) -> Iterator[None]:
+        """Set what belongs to one forward for its duration."""
+        previous, self.frames, self.anchor = (self.frames, self.anchor), frames, anchor
         try:
             yield
         finally:
-            self.frames = previous
+            self.frames, self.anchor = previous
 
     @contextmanager
     def led_by(self, sources: int) -> Iterator[None]:
@@ -85,6 +87,15 @@ def _led(project: Callable[[Tensor], Tensor], x: Tensor, leaders: int) -> Tensor
     if not leaders:
         return project(x)
     return project(x[:leaders]).repeat(len(x) // leaders, 1, 1)
+
+
+def anchored(x: Tensor, context: FrameContext) -> Tensor:
+    """Features `(b f) c h w`, where the anchor holds those of the sources (Plug-and-Play, section 4.1)."""
+    if context.anchor is None or not context.sources:
+        return x
+    leaders = context.sources * context.frames
+    led = x[:leaders].repeat(len(x) // leaders, 1, 1, 1)
+    return torch.lerp(x, led, F.adaptive_max_pool2d(context.anchor.to(x), x.shape[-2:]))
 
 
 def frame_attention(

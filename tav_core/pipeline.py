@@ -3,10 +3,11 @@
     source = prepare(checkpoint, frames, prompt)        # latents and text embedding, computed once
     unet, result = tune_on(checkpoint, source, preset)   # one-shot tuning
     noise = invert(checkpoint, unet, source, preset)     # DDIM inversion
+    subject = find_subject(checkpoint, unet, source, ["the sentence with another subject", ...])  # optional
     video = sample(checkpoint, unet, noise, "an edited prompt", preset, source_prompt=prompt)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video
 from .ddim import ddim_invert, ddim_sample
 from .errors import TavError
 from .inflate import VideoUNet, inflate
+from .subject import editable, subject_mask
 from .tuning import TuneConfig, TuneResult, tune
 from .video import to_pixels
 
@@ -111,17 +113,41 @@ def invert(checkpoint: Checkpoint, unet: VideoUNet, source: Source, preset: Pres
                        preset.sampling_steps, callback=callback)  # fmt: skip
 
 
+def find_subject(checkpoint: Checkpoint, unet: VideoUNet, source: Source, contrasts: Sequence[str], *, seed: int = 0) -> Tensor:
+    """Mask of the clip's subject, `1 1 f h w` of latent pixels (see `subject_mask`).
+
+    Args:
+        contrasts: the clip's sentence with other subjects: for "a red ball on the grass", "a blue star on the grass".
+
+    Raises:
+        TavError: no contrast, an empty one or the sentence itself.
+    """
+    if not contrasts:
+        raise TavError("--contrast is missing; give the clip's sentence with another subject, best three times")
+    for contrast in contrasts:
+        if not contrast.strip() or contrast == source.prompt:
+            raise TavError(f"--contrast {contrast!r} says nothing of another subject; change the subject's words in {source.prompt!r}")
+    others = torch.cat([encode_prompt(checkpoint, contrast) for contrast in contrasts])
+    return subject_mask(unet, source.latents, source.hidden_states, others, checkpoint.scheduler, seed=seed)
+
+
 def sample(checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, preset: Preset, *,
-           source_prompt: str | None = None, negative_prompt: str = "", callback: Callback | None = None) -> Tensor:  # fmt: skip
+           source_prompt: str | None = None, negative_prompt: str = "", subject: Tensor | None = None,
+           region: str = "everything", callback: Callback | None = None) -> Tensor:  # fmt: skip
     """The clip of `prompt` from `noise`, uint8 `f h w c`.
 
     Args:
         source_prompt: the sentence of the clip that was inverted to `noise`; None for random noise, which has no clip
             to take attention or a caption from.
+        subject: mask of the clip's subject, `1 1 f h w` (see `find_subject`): attention injection keeps it in its place.
+        region: what the edit may change: "everything", the "subject" or the "background"; the rest is what the noise
+            reconstructs. The last two need `subject` and `source_prompt`.
 
     Raises:
-        TavError: an empty prompt, or settings out of range (see `ddim_sample`).
+        TavError: an empty prompt, settings out of range (see `ddim_sample`), or a region without subject.
     """
+    if region != "everything" and (subject is None or source_prompt is None):
+        raise TavError(f"--region {region} needs to know where the subject is; give --contrast and noise of a clip")
     if not prompt.strip():
         raise TavError("--edit is empty; describe the edited clip in one sentence")
     negative, settings = encode_prompt(checkpoint, negative_prompt), {}
@@ -129,6 +155,9 @@ def sample(checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, 
         negative = torch.lerp(negative, encode_prompt(checkpoint, source_prompt), preset.caption_as_negative)
         settings = {"attention_injection": preset.attention_injection,
                     "source_hidden_states": _inversion_text(checkpoint, source_prompt, preset)}  # fmt: skip
+        if subject is not None:
+            subject = subject.to(unet.device)
+            settings |= {"anchor": subject, "region": editable(region, subject)}
     latents = ddim_sample(unet, noise.to(unet.device), encode_prompt(checkpoint, prompt), checkpoint.scheduler,
                           preset.sampling_steps, guidance_scale=preset.guidance_scale, negative_hidden_states=negative,
                           callback=callback, **settings)  # fmt: skip
