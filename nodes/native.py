@@ -17,7 +17,7 @@ import comfy.utils
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, copy_nested_dicts, get_all_wrappers
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from einops import rearrange
 from torch import Tensor, nn
@@ -138,6 +138,7 @@ def inflate_model(model: ModelPatcher, **options) -> ModelPatcher:
     inflated.model.model_sampling = model.get_model_object("model_sampling")
     inflated.model.memory_usage_factor = source.memory_usage_factor
     inflated.model_options = comfy.model_patcher.create_model_options_clone(model.model_options)
+    inflated.wrappers = copy_nested_dicts(model.wrappers)
     return inflated
 
 
