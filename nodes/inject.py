@@ -7,6 +7,7 @@ import comfy.utils
 import torch
 from comfy.conds import CONDCrossAttn
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -19,8 +20,8 @@ WRAPPER = "model_function_wrapper"
 class SourceWalk:
     """Wraps every call of a MODEL in a sampler: the clip walks beside the edit, from the same noise, and leads.
 
-    A walk starts anew wherever a sampler stands at its first noise level, so that it needs no word from the sampler,
-    and goes from one level to the next by Euler's method (DDIM).
+    A walk starts with the sampling and goes from one noise level to the next by Euler's method (DDIM). Only the first
+    call at a level takes it further: guidance such as perturbed attention calls the model again, changed.
 
     Args:
         text: what the clip was inverted with, `1 n d`.
@@ -31,6 +32,11 @@ class SourceWalk:
     def __init__(self, text: Tensor, share: float, inner: Callable | None):
         self.text, self.share, self.inner = text, share, inner
 
+    def sample(self, executor: Callable, *args, **kwargs) -> Tensor:
+        """Wraps the whole sampling."""
+        self.sigma = None
+        return executor(*args, **kwargs)
+
     def __call__(self, apply_model: Callable, args: dict[str, Any]) -> Tensor:
         x, c, kinds = args["input"], dict(args["c"]), args["cond_or_uncond"]
         options, sigma = c["transformer_options"], args["timestep"][0]
@@ -40,7 +46,7 @@ class SourceWalk:
             return self.call(apply_model, args)
 
         rows = len(x) // len(kinds)
-        if sigma >= levels[0] * (1 - 1e-4):
+        if self.sigma is None:
             self.source = x[:rows]
         elif sigma != self.sigma:
             self.source = self.source + (sigma - self.sigma) * (self.source - self.denoised) / self.sigma
@@ -51,7 +57,9 @@ class SourceWalk:
         c["transformer_options"] = {**options, "cond_or_uncond": [1, *kinds], SOURCE_ROWS: rows}
         led = {**args, "input": torch.cat([self.source, x]), "c": c, "cond_or_uncond": [1, *kinds],
                "timestep": torch.cat([args["timestep"][:rows], args["timestep"]])}  # fmt: skip
-        self.sigma, (self.denoised, out) = sigma, self.call(apply_model, led).split([rows, len(x)])
+        denoised, out = self.call(apply_model, led).split([rows, len(x)])
+        if sigma != self.sigma:
+            self.sigma, self.denoised = sigma, denoised
         return out
 
     def call(self, apply_model: Callable, args: dict[str, Any]) -> Tensor:
@@ -71,6 +79,7 @@ def without_injection(model: ModelPatcher) -> ModelPatcher:
         return model
     model = model.clone()
     del model.model_options[WRAPPER]
+    model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER)
     if walk.inner:
         model.set_model_unet_function_wrapper(walk.inner)
     return model
@@ -103,5 +112,7 @@ class AttentionInjection(io.ComfyNode):
             model = without_injection(model)
             inner = model.model_options.get(WRAPPER)
             model = model.clone()
-            model.set_model_unet_function_wrapper(SourceWalk(text, share, inner))
+            walk = SourceWalk(text, share, inner)
+            model.set_model_unet_function_wrapper(walk)
+            model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER, walk.sample)
         return io.NodeOutput(model)

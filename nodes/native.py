@@ -17,12 +17,15 @@ import comfy.utils
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, copy_nested_dicts, get_all_wrappers
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from einops import rearrange
 from torch import Tensor, nn
 
 from ..tav_core import TavError, VideoUNet, inflate, trainable_parameters
+from ..tav_core.attention import FrameAttnProcessor, FrameContext
 from ..tav_core.inflate import OverFrames, VideoGroupNorm
+from .patches import patched
 
 PREFIX = "diffusion_model."
 FRAMES = "tav_num_frames"  # in transformer_options: the length of the clip that the MODEL was tuned on
@@ -30,31 +33,40 @@ SOURCE_ROWS = "tav_source_rows"  # so many entries of the batch, the first ones,
 _LEAVES = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
 
 
-class NativeUNet(UNet2DConditionModel):
+class Wrapped:
+    """Mixin: what ComfyUI calls, within the wrappers that packs put around native models."""
+
+    def forward(self, x, timesteps, context=None, y=None, control=None, transformer_options=None, **kwargs):
+        options = {} if transformer_options is None else transformer_options
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
+        executor = WrapperExecutor.new_class_executor(self.predict, self, wrappers)
+        return executor.execute(x, timesteps, context, y, control, options, **kwargs)
+
+
+class NativeUNet(Wrapped, UNet2DConditionModel):
     """A diffusers U-Net that ComfyUI's samplers call. Its children have the names that diffusers LoRAs speak of."""
 
-    def forward(self, x, timesteps, context=None, y=None, control=None, transformer_options=None, **kwargs):
+    frame_context: FrameContext  # of one frame
+
+    def predict(self, x, timesteps, context, y, control, options, **kwargs):
         check_context(self, context)
-        return super().forward(x, timesteps, context, return_dict=False, **_residuals(self, control, x.dtype))[0]
+        with patched(self, x, control, options):
+            return UNet2DConditionModel.forward(self, x, timesteps, context, return_dict=False)[0]
 
 
-class NativeVideoUNet(VideoUNet):
+class NativeVideoUNet(Wrapped, VideoUNet):
     """The same for an inflated U-Net. `x` is `(chunks frames) c h w`: a chunk is a positive or a negative prompt."""
 
-    def forward(self, x, timesteps, context=None, y=None, control=None, transformer_options=None, **kwargs):
+    def predict(self, x, timesteps, context, y, control, options, **kwargs):
         check_context(self, context)
-        options = transformer_options or {}
         frames = len(x) // len(options.get("cond_or_uncond", [0]))
         if tuned := options.get(FRAMES):
             if frames % tuned:
                 raise TavError(f"LATENT has {frames} frames, this MODEL was tuned on {tuned}; give it {tuned} frames "
                                f"(set count in Load Video), or a multiple: several clips")  # fmt: skip
             frames = tuned
-        with self.frame_context.led_by(options.get(SOURCE_ROWS, 0) // frames):
-            out = super().forward(
-                rearrange(x, "(b f) c h w -> b c f h w", f=frames), timesteps[::frames], context,
-                **_residuals(self, control, x.dtype),
-            )  # fmt: skip
+        with self.frame_context.led_by(options.get(SOURCE_ROWS, 0) // frames), patched(self, x, control, options):
+            out = VideoUNet.forward(self, rearrange(x, "(b f) c h w -> b c f h w", f=frames), timesteps[::frames], context)
         return rearrange(out, "b c f h w -> (b f) c h w")
 
 
@@ -62,30 +74,6 @@ def check_context(unet: UNet2DConditionModel, context: Tensor):
     width, wanted = context.shape[-1], unet.config.cross_attention_dim
     if width != wanted:
         raise TavError(f"CONDITIONING has width {width}, this MODEL takes {wanted}; use the CLIP of the same checkpoint")
-
-
-def _residuals(unet: UNet2DConditionModel, control: dict[str, list[Tensor | None]] | None, dtype: torch.dtype) -> dict[str, Any]:
-    """What ComfyUI's ControlNets and T2I-Adapters add, as diffusers takes it.
-
-    Raises:
-        TavError: an adapter of another family.
-    """
-    if not control:
-        return {}
-    residuals: dict[str, Any] = {}
-    if down := control.get("output"):
-        (*_, middle) = control.get("middle") or [None]
-        residuals["down_block_additional_residuals"] = [0 if entry is None else entry.to(dtype) for entry in down]
-        residuals["mid_block_additional_residual"] = 0 if middle is None else middle.to(dtype)
-    if any(entry is not None for entry in control.get("input", [])):
-        # an entry for each of ComfyUI's input blocks, last first: those behind the last resnet of a level have one
-        entries, layers = control["input"][::-1], unet.config.layers_per_block
-        layers = [layers] * len(unet.down_blocks) if isinstance(layers, int) else layers
-        ends = [sum(layers[: level + 1]) + level for level in range(len(layers))]
-        if any(entry is not None and i not in ends for i, entry in enumerate(entries)) or len(entries) <= ends[-1]:
-            raise TavError("the T2I-Adapter is for another family of models; use one for Stable Diffusion 1.x")
-        residuals["down_intrablock_additional_residuals"] = [entries[i].to(dtype) for i in ends]
-    return residuals
 
 
 def comfy_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -116,9 +104,12 @@ def to_native(unet: UNet2DConditionModel, model_config: Any, model_type: Any) ->
                 module.__class__ = type("VideoGroupNorm", (OverFrames, operations.GroupNorm), {})
             elif type(module) in _LEAVES:  # casting, partial loading and interruption happen in these
                 module.__class__ = getattr(operations, type(module).__name__)
-        unet.__class__ = NativeVideoUNet if isinstance(unet, VideoUNet) else NativeUNet
         if isinstance(unet, VideoUNet):
-            unet.frame_context.attention_fn = comfy_attention
+            unet.__class__ = NativeVideoUNet
+        else:
+            unet.__class__, unet.frame_context = NativeUNet, FrameContext()
+            unet.set_attn_processor(FrameAttnProcessor(unet.frame_context, None))
+        unet.frame_context.attention_fn = comfy_attention
         return nn.Module.to(unet, device=device, dtype=model_config.unet_config["dtype"])
 
     offload = comfy.model_management.unet_offload_device()
@@ -147,6 +138,7 @@ def inflate_model(model: ModelPatcher, **options) -> ModelPatcher:
     inflated.model.model_sampling = model.get_model_object("model_sampling")
     inflated.model.memory_usage_factor = source.memory_usage_factor
     inflated.model_options = comfy.model_patcher.create_model_options_clone(model.model_options)
+    inflated.wrappers = copy_nested_dicts(model.wrappers)
     return inflated
 
 

@@ -103,5 +103,5 @@ def test_a_controlnet_and_attention_injection_together(pack):
 
 def test_an_adapter_of_another_family_is_refused(pack):
     adapter = t2i_adapter(1, cin=3 * 256, xl=True)
-    with pytest.raises(ValueError, match="the T2I-Adapter is for another family of models; use one for Stable Diffusion 1.x"):
+    with pytest.raises(ValueError, match="T2I-Adapter is for another family of models; use one for the family of MODEL"):
         steered(inflated(pack, native()), controlled(prompt(1), (adapter, hints(), 1.0, 0.0, 1.0)), clip())
