@@ -322,5 +322,6 @@ def run_fingerprint(unet: VideoUNet, scheduler: SchedulerMixin, clip: Take, conf
         "inflation": unet.inflation,
         "trainable parameters": {name: list(parameter.shape) for name, parameter in parameters.items()},
         "initial weights": hash_tensors(parameters.values()),
-        **{name: value for name, value in options.items() if name not in _NOT_IN_FINGERPRINT},
+        # without None, so that a state from before there was an option goes on
+        **{name: value for name, value in options.items() if name not in _NOT_IN_FINGERPRINT and value is not None},
     }
