@@ -11,9 +11,10 @@ from .load_video import LoadVideo
 from .sample import VideoSampler
 from .tune import OneShotTune
 from .tuned_weights import ApplyTunedWeights, LoadTunedWeights, SaveTunedWeights
+from .windows import ContextWindows
 
 NODES = [LoadVideo, LoadCheckpoint, Inflate, OneShotTune, SaveTunedWeights, LoadTunedWeights, ApplyTunedWeights,
-         DDIMInversion, AttentionInjection, VideoSampler, Compare]  # fmt: skip
+         ContextWindows, DDIMInversion, AttentionInjection, VideoSampler, Compare]  # fmt: skip
 
 
 class Extension(ComfyExtension):

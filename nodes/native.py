@@ -5,6 +5,7 @@ inflated MODEL as on any other.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import comfy.ldm.modules.attention
@@ -22,13 +23,14 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..tav_core import TavError, VideoUNet, inflate, trainable_parameters
+from ..tav_core import ContextWindows, TavError, VideoUNet, inflate, trainable_parameters
 from ..tav_core.attention import FrameAttnProcessor, FrameContext
 from ..tav_core.inflate import OverFrames, VideoGroupNorm
 from .patches import patched
 
 PREFIX = "diffusion_model."
 FRAMES = "tav_num_frames"  # in transformer_options: the length of the clip that the MODEL was tuned on
+WINDOWS = "tav_context_windows"  # context_length (0: the tuned one) and context_overlap
 SOURCE_ROWS = "tav_source_rows"  # so many entries of the batch, the first ones, lead the attention of the others
 _LEAVES = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
 
@@ -60,14 +62,36 @@ class NativeVideoUNet(Wrapped, VideoUNet):
     def predict(self, x, timesteps, context, y, control, options, **kwargs):
         check_context(self, context)
         frames = len(x) // len(options.get("cond_or_uncond", [0]))
-        if tuned := options.get(FRAMES):
+
+        def predict(latents, timesteps, context, control):  # b c f h w, of all frames or of a window
+            with patched(self, rearrange(latents, "b c f h w -> (b f) c h w"), control, options):
+                return VideoUNet.forward(self, latents, timesteps, context)
+
+        if windows := windows_of(options):
+            predict = partial(windows, predict)
+        elif tuned := options.get(FRAMES):
             if frames % tuned:
                 raise TavError(f"LATENT has {frames} frames, this MODEL was tuned on {tuned}; give it {tuned} frames "
-                               f"(set count in Load Video), or a multiple: several clips")  # fmt: skip
+                               "(set count in Load Video), a multiple (several clips), or a long clip through Context "
+                               "Windows")  # fmt: skip
             frames = tuned
-        with self.frame_context.led_by(options.get(SOURCE_ROWS, 0) // frames), patched(self, x, control, options):
-            out = VideoUNet.forward(self, rearrange(x, "(b f) c h w -> b c f h w", f=frames), timesteps[::frames], context)
+        with self.frame_context.led_by(options.get(SOURCE_ROWS, 0) // frames):
+            out = predict(rearrange(x, "(b f) c h w -> b c f h w", f=frames), timesteps[::frames], context, control=control)
         return rearrange(out, "b c f h w -> (b f) c h w")
+
+
+def windows_of(options: Mapping[str, Any]) -> ContextWindows | None:
+    """The context windows in the transformer_options of a MODEL.
+
+    Raises:
+        TavError: windows of the tuned length, and the MODEL isn't tuned; or an overlap that doesn't fit it.
+    """
+    if WINDOWS not in options:
+        return None
+    length, overlap = options[WINDOWS]
+    if not length and FRAMES not in options:
+        raise TavError("context_length is 0, the tuned length, and MODEL isn't tuned; give it a number, or tune MODEL")
+    return ContextWindows(length or options[FRAMES], overlap)
 
 
 def check_context(unet: UNet2DConditionModel, context: Tensor):

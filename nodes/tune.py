@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..tav_core import TuneConfig, TuneResult, base_fingerprint, ddim_invert, ddim_sample, loss_curve, strip, tune
 from ..tav_core.state import read_state
 from ..tav_core.tuned import tuned_info
-from ..tav_core.tuning import DTYPES, run_fingerprint
+from ..tav_core.tuning import DTYPES, Take, run_fingerprint
+from ..tav_core.windows import at_frames
 from .common import (
     NodeTunedWeights,
     TunedWeights,
@@ -30,7 +31,7 @@ from .common import (
     report,
     schema,
 )
-from .native import scheduler_of, trainable_copy, video_unet, with_tuned_weights
+from .native import WINDOWS, scheduler_of, trainable_copy, video_unet, with_tuned_weights
 
 KEPT_STATES = 4  # runs that can be resumed; for SD 1.5 a state takes 0.9 GB
 PREVIEW_STEPS, PREVIEW_GUIDANCE = 10, 5.0
@@ -86,15 +87,17 @@ class OneShotTune(io.ComfyNode):
             if dtype == "auto":
                 bf16 = comfy.model_management.should_use_bf16(comfy.model_management.get_torch_device())
                 dtype = "bf16" if bf16 else "fp32"
+            # of Context Windows; 0 are windows of the tuned length, to be used on longer clips than this one
+            length, _ = model.model_options["transformer_options"].get(WINDOWS, (0, 0))
             config = TuneConfig(steps=steps, learning_rate=learning_rate, seed=seed, dtype=dtype,
-                                gradient_checkpointing=gradient_checkpointing, timestep_sampling=timestep_sampling)  # fmt: skip
+                                gradient_checkpointing=gradient_checkpointing, timestep_sampling=timestep_sampling,
+                                context_length=length or None)  # fmt: skip
             latents, text = clean_latents(model, latent), hidden_states(model, positive)
             edit = hidden_states(model, preview_prompt, "preview_prompt") if preview_prompt else text
             tuned, result = run(cls, model, latents, text, config, preview_every, edit, vae)
-        frames = latents.shape[2]
         curve = image_of(loss_curve(result.losses, result.probe_losses))
         losses = json.dumps({"losses": result.losses, "probe_losses": result.probe_losses})
-        return io.NodeOutput(with_tuned_weights(model, tuned.tensors, frames), tuned, curve, losses,
+        return io.NodeOutput(with_tuned_weights(model, tuned.tensors, tuned.info.num_frames), tuned, curve, losses,
                              ui=ui.PreviewImage(curve, cls=cls))  # fmt: skip
 
 
@@ -115,10 +118,12 @@ def run(node, model: ModelPatcher, latents: Tensor, text: Tensor, config: TuneCo
         unet = trainable_copy(model)
         latents, text, edit = latents.clone(), text.clone(), edit.clone()
         base = base_fingerprint(unet)
-        state = state_path(base, run_fingerprint(unet, scheduler, latents, None, text, config), config.steps)
+        state = state_path(base, run_fingerprint(unet, scheduler, Take(latents, text), config), config.steps)
 
         patcher = ModelPatcher(Trainee(unet), load_device=device, offload_device=management.unet_offload_device())
-        room = model.memory_required(list(latents[0].transpose(0, 1).shape)) * (2 if config.gradient_checkpointing else 6)
+        frames = config.context_length or latents.shape[2]
+        room = model.memory_required(list(latents[0, :, :frames].transpose(0, 1).shape))
+        room *= 2 if config.gradient_checkpointing else 6
         with_vae = [vae.patcher] if preview_every and vae is not None else []
         management.load_models_gpu([patcher, *with_vae], memory_required=room, force_full_load=True)
         bar, said = progress_bar(config.steps), time.monotonic()
@@ -130,7 +135,10 @@ def run(node, model: ModelPatcher, latents: Tensor, text: Tensor, config: TuneCo
             if preview_every and (step % preview_every == 0 or step == total):
                 dtype = DTYPES[config.dtype]
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    picture = preview(model, unet, scheduler, latents.to(device), text.to(device), edit.to(device), vae)
+                    beginning = torch.arange(frames)
+                    shown = Take(latents, text).to(device).at(beginning)
+                    wish = at_frames("preview_prompt", edit.to(device), 1, latents.shape[2], beginning)
+                    picture = preview(model, unet, scheduler, shown.latents, shown.encoder_hidden_states, wish, vae)
             bar.update_absolute(step, total, ("JPEG", picture, 1024) if picture else None)
             if time.monotonic() - said > 0.5 or step == total:
                 said = time.monotonic()
@@ -142,7 +150,7 @@ def run(node, model: ModelPatcher, latents: Tensor, text: Tensor, config: TuneCo
         result = tune(unet, scheduler, latents, text, config, state_path=state, callback=on_step)
         if first == config.steps:
             report(node, f"tuned before, {first} steps, loss {result.probe_losses[-1][1]:.4f}")
-        frames, height, width = latents.shape[2:]
+        height, width = latents.shape[3:]
         info = tuned_info(base, video_unet(model).inflation, prompt="", num_frames=frames, width=8 * width,
                           height=8 * height, config=dataclasses.asdict(config), base_name="")  # fmt: skip
     return TunedWeights(result.weights, info), result

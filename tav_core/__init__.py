@@ -9,11 +9,12 @@ from .tuned import TunedInfo, base_fingerprint, load_tuned, read_tuned, save_tun
 from .tuning import TuneConfig, TuneResult, tune, tuning_loss
 from .video import Clip, load_video, save_video, to_frames, to_pixels
 from .visuals import loss_curve, side_by_side, strip
+from .windows import ContextWindows, WindowedUNet
 
 __all__ = [
-    "PRESETS", "Cancelled", "Checkpoint", "Clip", "Preset", "Source", "TavError", "TuneConfig", "TuneResult",
-    "TunedInfo", "VideoUNet", "base_fingerprint", "ddim_invert", "ddim_sample", "ddim_timesteps", "decode_video",
-    "encode_prompt", "encode_video", "inflate", "invert", "load_checkpoint", "load_tuned", "load_video", "loss_curve",
-    "prepare", "read_tuned", "sample", "save_tuned", "save_video", "side_by_side", "strip", "to_frames", "to_pixels",
-    "trainable_parameters", "tune", "tune_on", "tuning_loss",
+    "PRESETS", "Cancelled", "Checkpoint", "Clip", "ContextWindows", "Preset", "Source", "TavError", "TuneConfig",
+    "TuneResult", "TunedInfo", "VideoUNet", "WindowedUNet", "base_fingerprint", "ddim_invert", "ddim_sample",
+    "ddim_timesteps", "decode_video", "encode_prompt", "encode_video", "inflate", "invert", "load_checkpoint",
+    "load_tuned", "load_video", "loss_curve", "prepare", "read_tuned", "sample", "save_tuned", "save_video",
+    "side_by_side", "strip", "to_frames", "to_pixels", "trainable_parameters", "tune", "tune_on", "tuning_loss",
 ]  # fmt: skip

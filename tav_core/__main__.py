@@ -22,9 +22,10 @@ from .errors import Cancelled, TavError
 from .files import atomic_path
 from .inflate import inflate
 from .metrics import frame_difference, psnr
-from .tuned import load_tuned, read_tuned, save_tuned
+from .tuned import TunedInfo, load_tuned, read_tuned, save_tuned
 from .video import Clip, load_video, save_video
 from .visuals import loss_curve, side_by_side, strip
+from .windows import check_context_length
 
 NOISE_FORMAT = "tune-a-video-noise-1"
 
@@ -40,6 +41,8 @@ def _checkpoint(args) -> Checkpoint:
 
 
 def _clip(args, checkpoint: Checkpoint) -> Clip:
+    if args.context_length is not None:
+        check_context_length(args.context_length, args.frames)
     width, height = args.size or (checkpoint.size, checkpoint.size)
     pipeline.check_size(checkpoint, width=width, height=height)
     return load_video(args.video, start=args.start, stride=args.stride, count=args.frames, width=width, height=height,
@@ -70,7 +73,8 @@ def _tune(args, checkpoint: Checkpoint, source: pipeline.Source, progress: Progr
     except Cancelled as stop:
         raise Cancelled(f"{stop}; add --resume to go on") from None
     height, width = (n * checkpoint.downscale for n in source.latents.shape[-2:])
-    save_tuned(args.output / "tuned.safetensors", unet, prompt=source.prompt, num_frames=source.latents.shape[2],
+    frames = preset.tuning.context_length or source.latents.shape[2]
+    save_tuned(args.output / "tuned.safetensors", unet, prompt=source.prompt, num_frames=frames,
                width=width, height=height, config=asdict(preset.tuning), base_name=checkpoint.name)  # fmt: skip
     loss_curve(result.losses, result.probe_losses, args.output / "loss.png")
     return unet, result
@@ -82,6 +86,12 @@ def _load_tuned_unet(args, checkpoint: Checkpoint):
     unet = inflate(checkpoint.unet, **info.inflation)
     load_tuned(args.tuned, unet)
     return unet, info
+
+
+def _window_if_longer(args, info: TunedInfo, frames: int):
+    """A clip longer than the tuned one is seen in windows of the tuned length, unless --context-length is given."""
+    if args.context_length is None and frames > info.num_frames:
+        args.context_length = info.num_frames
 
 
 def _save_noise(path: Path, noise: Tensor, prompt: str, preset: pipeline.Preset):
@@ -217,6 +227,7 @@ def _invert_command(args):
     checkpoint = _checkpoint(args)
     unet, info = _load_tuned_unet(args, checkpoint)
     args.frames, args.size = args.frames or info.num_frames, args.size or (info.width, info.height)
+    _window_if_longer(args, info, args.frames)
     preset = preset_of(args)
     source = pipeline.prepare(checkpoint, _clip(args, checkpoint).frames, info.prompt)
     noise = pipeline.invert(checkpoint, unet, source, preset, callback=progress)
@@ -229,12 +240,17 @@ def _sample_command(args):
     checkpoint = _checkpoint(args)
     unet, info = _load_tuned_unet(args, checkpoint)
     preset = preset_of(args)
+    if args.frames is not None and (args.noise or args.frames < 1):
+        raise TavError(f"--frames {args.frames} can't be used here: it is the length of clips from random noise, 1 or "
+                       "more; leave it out")  # fmt: skip
     if args.noise:
         noise, source_prompt = _read_noise(args.noise, preset)
     else:
-        factor = checkpoint.downscale
-        shape = (1, checkpoint.unet.config.in_channels, info.num_frames, info.height // factor, info.width // factor)
+        factor, frames = checkpoint.downscale, info.num_frames if args.frames is None else args.frames
+        shape = (1, checkpoint.unet.config.in_channels, frames, info.height // factor, info.width // factor)
         noise, source_prompt = torch.randn(shape, generator=torch.Generator().manual_seed(preset.tuning.seed)), None
+    _window_if_longer(args, info, noise.shape[2])
+    preset = preset_of(args)
     for number, prompt in enumerate(args.edit, 1):
         video = pipeline.sample(checkpoint, unet, noise, prompt, preset, source_prompt=source_prompt,
                                 negative_prompt=args.negative_prompt, callback=progress)  # fmt: skip
@@ -345,6 +361,7 @@ def main():
     _edit_arguments(sample, required=True)
     sample.add_argument("--tuned", required=True, type=Path, metavar="FILE", help="tuned.safetensors of `tune` or `edit`")
     sample.add_argument("--noise", type=Path, metavar="FILE", help="noise of `invert` or `edit`; random without it")
+    sample.add_argument("--frames", type=int, metavar="N", help="length of clips from random noise (as tuned)")
     sample.add_argument("--fps", type=float, default=8.0, help="frame rate of the written videos (8)")
     sample.add_argument("--output", required=True, type=Path, metavar="DIR")
     _model_arguments(sample)

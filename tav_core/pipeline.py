@@ -22,6 +22,7 @@ from .inflate import VideoUNet, inflate
 from .subject import editable, subject_mask
 from .tuning import TuneConfig, TuneResult, tune
 from .video import to_pixels
+from .windows import ContextWindows, WindowedUNet
 
 Callback = Callable[[dict[str, Any]], None]
 
@@ -36,6 +37,8 @@ class Preset:
         caption_as_negative: how much of the negative prompt is the clip's own sentence, 0 ... 1: guidance then
             follows what an edit changes in it, and the clip is inverted with it. 0 is the paper, 1 negative-prompt
             inversion (arXiv 2305.16807).
+        context_overlap: frames that neighbouring windows share; with `tuning.context_length` all stages see a clip
+            window by window (see `windows`).
     """
 
     tuning: TuneConfig
@@ -43,11 +46,14 @@ class Preset:
     guidance_scale: float = 12.5
     attention_injection: float = 0.0
     caption_as_negative: float = 0.0
+    context_overlap: int = 4
 
     def __post_init__(self):
         for name in ("attention_injection", "caption_as_negative"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TavError(f"{name}={getattr(self, name)} is out of range; give a number from 0 to 1")
+        if self.tuning.context_length is not None:
+            ContextWindows(self.tuning.context_length, self.context_overlap)
 
 
 PRESETS = {
@@ -109,8 +115,14 @@ def tune_on(checkpoint: Checkpoint, source: Source, preset: Preset, *, attention
 def invert(checkpoint: Checkpoint, unet: VideoUNet, source: Source, preset: Preset,
            callback: Callback | None = None) -> Tensor:  # fmt: skip
     """The noise `1 c f h w` that carries the clip's structure: DDIM inversion."""
-    return ddim_invert(unet, source.latents, _inversion_text(checkpoint, source.prompt, preset), checkpoint.scheduler,
-                       preset.sampling_steps, callback=callback)  # fmt: skip
+    text = _inversion_text(checkpoint, source.prompt, preset)
+    return ddim_invert(_windowed(unet, preset), source.latents, text, checkpoint.scheduler, preset.sampling_steps,
+                       callback=callback)  # fmt: skip
+
+
+def _windowed(unet: VideoUNet, preset: Preset) -> VideoUNet | WindowedUNet:
+    length = preset.tuning.context_length
+    return unet if length is None else WindowedUNet(unet, ContextWindows(length, preset.context_overlap))
 
 
 def find_subject(checkpoint: Checkpoint, unet: VideoUNet, source: Source, contrasts: Sequence[str], *, seed: int = 0) -> Tensor:
@@ -158,9 +170,9 @@ def sample(checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, 
         if subject is not None:
             subject = subject.to(unet.device)
             settings |= {"anchor": subject, "region": editable(region, subject)}
-    latents = ddim_sample(unet, noise.to(unet.device), encode_prompt(checkpoint, prompt), checkpoint.scheduler,
-                          preset.sampling_steps, guidance_scale=preset.guidance_scale, negative_hidden_states=negative,
-                          callback=callback, **settings)  # fmt: skip
+    latents = ddim_sample(_windowed(unet, preset), noise.to(unet.device), encode_prompt(checkpoint, prompt),
+                          checkpoint.scheduler, preset.sampling_steps, guidance_scale=preset.guidance_scale,
+                          negative_hidden_states=negative, callback=callback, **settings)  # fmt: skip
     return decode_video(checkpoint, latents)
 
 
@@ -171,11 +183,13 @@ def _inversion_text(checkpoint: Checkpoint, prompt: str, preset: Preset) -> Tens
 def with_settings(preset: Preset, *, steps: int | None = None, learning_rate: float | None = None,
                   seed: int | None = None, dtype: str | None = None, gradient_checkpointing: bool | None = None,
                   sampling_steps: int | None = None, guidance_scale: float | None = None,
-                  attention_injection: float | None = None, caption_as_negative: float | None = None) -> Preset:  # fmt: skip
+                  attention_injection: float | None = None, caption_as_negative: float | None = None,
+                  context_length: int | None = None, context_overlap: int | None = None) -> Preset:  # fmt: skip
     """A preset with some of its settings replaced; None keeps the preset's own."""
     tuning = dict(steps=steps, learning_rate=learning_rate, seed=seed, dtype=dtype,
-                  gradient_checkpointing=gradient_checkpointing)  # fmt: skip
+                  gradient_checkpointing=gradient_checkpointing, context_length=context_length)  # fmt: skip
     sampling = dict(sampling_steps=sampling_steps, guidance_scale=guidance_scale,
-                    attention_injection=attention_injection, caption_as_negative=caption_as_negative)  # fmt: skip
+                    attention_injection=attention_injection, caption_as_negative=caption_as_negative,
+                    context_overlap=context_overlap)  # fmt: skip
     tuning, sampling = ({k: v for k, v in s.items() if v is not None} for s in (tuning, sampling))
     return replace(preset, tuning=replace(preset.tuning, **tuning), **sampling)

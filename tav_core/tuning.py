@@ -17,6 +17,7 @@ from .errors import TavError
 from .inflate import VideoUNet, trainable_parameters
 from .objective import draw_timesteps, generator_for, tuning_loss
 from .state import TuneState, check_same_run, hash_tensors, read_state, restore, save_state
+from .windows import at_frames, check_context_length, even_windows, random_window
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SCALE_INTERVAL = 2000  # good steps before the fp16 loss scale doubles
@@ -38,6 +39,7 @@ class TuneConfig:
         save_every: steps between writes of the state file.
         timestep_sampling: "uniform", or "stratified": consecutive draws cover the range evenly.
         loss_weighting: "none", or "min_snr" (gamma 5, arXiv 2303.09556).
+        context_length: None, or the frames that a step sees of a long clip: frame 0 and a random run (see `windows`).
     """
 
     steps: int = 500
@@ -55,6 +57,7 @@ class TuneConfig:
     save_every: int = 100
     timestep_sampling: str = "uniform"
     loss_weighting: str = "none"
+    context_length: int | None = None
 
     def __post_init__(self):
         for name, least in {
@@ -75,6 +78,29 @@ class TuneConfig:
         ):
             if not good(getattr(self, name)):
                 raise TavError(f"{name}={getattr(self, name)!r} is out of range; {remedy}")
+        if self.context_length is not None:
+            check_context_length(self.context_length)
+
+
+@dataclass(frozen=True)
+class Take:
+    """A clip and what is said of it: latents and their standard deviation (or None) `b c f h w`, text as in `tune`."""
+
+    latents: Tensor
+    encoder_hidden_states: Tensor
+    latents_std: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Take":
+        """In float32 on that device."""
+        return Take(*(None if x is None else x.to(device, torch.float32) for x in vars(self).values()))
+
+    def at(self, frames: Tensor | None) -> "Take":
+        """Those frames of it; None: all, untouched."""
+        if frames is None:
+            return self
+        (b, _, f, _, _), std = self.latents.shape, self.latents_std
+        text = at_frames("encoder_hidden_states", self.encoder_hidden_states, b, f, frames)
+        return Take(self.latents[:, :, frames], text, None if std is None else std[:, :, frames])
 
 
 @dataclass(frozen=True)
@@ -136,8 +162,9 @@ def tune(
             grad_norm, probe_loss (the latest or None), lr and seconds; raises to stop.
 
     Raises:
-        TavError: the state file belongs to another run or cannot be written; a loss or gradient that is
-            not finite, after which the weights are those of the last save (or of the start).
+        TavError: the state file belongs to another run or cannot be written; a clip shorter than the
+            context_length; a loss or gradient that is not finite, after which the weights are those of the
+            last save (or of the start).
     """
     if latents.ndim != 5:
         raise TavError(f"latents must be b c f h w, got shape {tuple(latents.shape)}; reshape them")
@@ -146,16 +173,18 @@ def tune(
         raise TavError(f"latents_std has shape {shapes}; give both one shape")
     if not isinstance(unet, VideoUNet):
         raise TavError(f"unet is a {type(unet).__name__}, which has nothing to tune; inflate it first")
+    frames, length = latents.shape[2], config.context_length
+    if length is not None:
+        check_context_length(length, frames)
     started = time.monotonic()
     state_path = Path(state_path) if state_path is not None else None
     parameters = trainable_parameters(unet)
     device = next(iter(parameters.values())).device
-    latents, text = latents.to(device, torch.float32), encoder_hidden_states.to(device, torch.float32)
-    std = latents_std.to(device, torch.float32) if latents_std is not None else None
+    clip = Take(latents, encoder_hidden_states, latents_std).to(device)
 
     total = len(scheduler.alphas_cumprod)
 
-    def loss_at(mean_or_sample: Tensor, noise: Tensor, t: Tensor, weighting: str) -> Tensor:
+    def loss_at(mean_or_sample: Tensor, noise: Tensor, t: Tensor, text: Tensor, weighting: str) -> Tensor:
         dtype = DTYPES[config.dtype]
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             return tuning_loss(unet, scheduler, mean_or_sample, noise, t.to(device), text, weighting)
@@ -165,15 +194,18 @@ def tune(
         draws = config.probe_size
         generator = generator_for(config.seed, "probe", 0)
         levels = (torch.arange(draws) + 0.5) / draws * total
+        windows = even_windows(frames, length, draws) if length is not None else [None] * draws
         losses = []
-        for t in levels.long():
-            noise = torch.randn(latents.shape, generator=generator).to(device)
-            losses.append(loss_at(latents, noise, t.expand(len(latents)), "none").item())
+        for t, window in zip(levels.long(), windows):
+            seen = clip.at(window)
+            noise = torch.randn(seen.latents.shape, generator=generator).to(device)
+            t = t.expand(len(seen.latents))
+            losses.append(loss_at(seen.latents, noise, t, seen.encoder_hidden_states, "none").item())
         return sum(losses) / draws
 
     with _computing(unet, parameters, config), torch.enable_grad():
         optimizer = make_optimizer(unet, config)
-        fingerprint = run_fingerprint(unet, scheduler, latents, std, text, config)
+        fingerprint = run_fingerprint(unet, scheduler, clip, config)
         state = TuneState(fingerprint, loss_scale=(2.0**16 if config.dtype == "fp16" else 1.0, 0))
         if state_path is not None and resume and state_path.exists():
             state, tensors = read_state(state_path)
@@ -198,15 +230,20 @@ def tune(
         if not state.probe_losses:
             state.probe_losses.append((0, probe()))
         for step in range(state.step, config.steps):
+            window = None
+            if length is not None:
+                window = random_window(frames, length, generator_for(config.seed, "window", step))
+            seen = clip.at(window)
+            mean, std = seen.latents, seen.latents_std
             generator = generator_for(config.seed, "step", step)
-            noise = torch.randn(latents.shape, generator=generator).to(device)
-            posterior = torch.randn(latents.shape, generator=generator).to(device)
-            t = draw_timesteps(config.timestep_sampling, config.seed, step, len(latents), total)
-            sample = latents if std is None else latents + std * posterior
+            noise = torch.randn(mean.shape, generator=generator).to(device)
+            posterior = torch.randn(mean.shape, generator=generator).to(device)
+            t = draw_timesteps(config.timestep_sampling, config.seed, step, len(mean), total)
+            sample = mean if std is None else mean + std * posterior
             lr = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
             optimizer.param_groups[0]["lr"] = lr
 
-            loss = loss_at(sample, noise, t, config.loss_weighting)
+            loss = loss_at(sample, noise, t, seen.encoder_hidden_states, config.loss_weighting)
             if not torch.isfinite(loss):
                 raise fail("loss", step)
             scale, age = state.loss_scale
@@ -272,25 +309,19 @@ def _computing(unet: VideoUNet, parameters: dict[str, nn.Parameter], config: Tun
         unet.frame_context.checkpointing = checkpointing
 
 
-def run_fingerprint(
-    unet: VideoUNet,
-    scheduler: SchedulerMixin,
-    latents: Tensor,
-    std: Tensor | None,
-    text: Tensor,
-    config: TuneConfig,
-) -> dict[str, Any]:
+def run_fingerprint(unet: VideoUNet, scheduler: SchedulerMixin, clip: Take, config: TuneConfig) -> dict[str, Any]:
     """What must be equal for a run to go on from its state file: name to hash or value."""
     parameters = trainable_parameters(unet)
     options = dataclasses.asdict(config) | {"betas": list(config.betas)}  # as JSON has it
     return {
-        "latents": hash_tensors([latents]),
-        "latents_std": hash_tensors([std] if std is not None else []),
-        "encoder_hidden_states": hash_tensors([text]),
+        "latents": hash_tensors([clip.latents]),
+        "latents_std": hash_tensors([clip.latents_std] if clip.latents_std is not None else []),
+        "encoder_hidden_states": hash_tensors([clip.encoder_hidden_states]),
         "noise schedule": hash_tensors([scheduler.alphas_cumprod]),
         "prediction_type": scheduler.config.prediction_type,
         "inflation": unet.inflation,
         "trainable parameters": {name: list(parameter.shape) for name, parameter in parameters.items()},
         "initial weights": hash_tensors(parameters.values()),
-        **{name: value for name, value in options.items() if name not in _NOT_IN_FINGERPRINT},
+        # without None, so that a state from before there was an option goes on
+        **{name: value for name, value in options.items() if name not in _NOT_IN_FINGERPRINT and value is not None},
     }

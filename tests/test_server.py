@@ -21,6 +21,7 @@ NODES = {
     "TAVSaveTunedWeights": "Save Tuned Weights (Tune-A-Video)",
     "TAVLoadTunedWeights": "Load Tuned Weights (Tune-A-Video)",
     "TAVApplyTunedWeights": "Apply Tuned Weights (Tune-A-Video)",
+    "TAVContextWindows": "Context Windows (Tune-A-Video)",
     "TAVDDIMInversion": "DDIM Inversion (Tune-A-Video)",
     "TAVAttentionInjection": "Attention Injection (Tune-A-Video)",
     "TAVVideoSampler": "Video Sampler (Tune-A-Video)",
@@ -385,6 +386,28 @@ def test_latent_of_another_length(server, graph, node):
         made = graph(node, model=model, positive=graph.edit, negative=graph.empty, latent_image=fewer, steps=2)
     graph("SaveLatent", samples=made[0])
     fails(server, graph, node, "LATENT has 3 frames, this MODEL was tuned on 4; give it 4 frames")
+
+
+def test_a_long_clip_through_context_windows(server, info):
+    graph = Graph(info).source(frames=8)
+    windowed = graph("TAVContextWindows", model=graph.inflated, context_length=4, context_overlap=2)[0]
+    tuned = graph.tune(model=windowed, steps=2)
+    graph("TAVSaveTunedWeights", tuned_weights=tuned[1], name="window", prompt=SOURCE)
+    noise = graph.invert(tuned[0])
+    ours = graph("SaveLatent", samples=graph.sample(tuned[0], noise[0])[0])
+    stock = graph("SaveLatent", samples=graph(
+        "KSamplerAdvanced", model=tuned[0], add_noise="disable", steps=STEPS, cfg=5.0, sampler_name="euler",
+        scheduler="ddim_uniform", positive=graph.edit, negative=graph.empty, latent_image=noise[0])[0])  # fmt: skip
+    outputs = server.run(graph)
+    expected = latents(server, outputs, ours)
+    assert expected.shape == (8, 4, SIZE // 8, SIZE // 8) and expected.std() > 0.1
+    assert (latents(server, outputs, stock) - expected).abs().max() < 1e-4
+
+
+def test_windows_of_an_untuned_model(server, graph):
+    windowed = graph("TAVContextWindows", model=graph.inflated)[0]
+    graph("SaveLatent", samples=graph.sample(windowed, graph.latent)[0])
+    fails(server, graph, "TAVVideoSampler", "context_length is 0, the tuned length, and MODEL isn't tuned; give it a number")
 
 
 def test_clip_of_another_family(server, graph):
