@@ -13,8 +13,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from .common import hidden_states, plain_errors, schema
+from .families import vector_of
 from .native import SOURCE_ROWS, video_unet
-from .sdxl import vector_of
 
 WRAPPER = "model_function_wrapper"
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from ..tav_core import TavError, VideoUNet, inflate, trainable_parameters
 from ..tav_core.attention import FrameAttnProcessor, FrameContext
 from ..tav_core.inflate import OverFrames, VideoGroupNorm
+from .families import InflatedSDXL, NativeModel, NativePatcher, VectorVideoUNet, check_lora
 from .patches import patched
-from .sdxl import InflatedSDXL, VectorVideoUNet
 
 PREFIX = "diffusion_model."
 FRAMES = "tav_num_frames"  # in transformer_options: the length of the clip that the MODEL was tuned on
@@ -116,9 +116,8 @@ def to_native(unet: UNet2DConditionModel, model_config: Any, model_type: Any) ->
         return nn.Module.to(unet, device=device, dtype=model_config.unet_config["dtype"])
 
     offload = comfy.model_management.unet_offload_device()
-    model = comfy.model_base.BaseModel(model_config, model_type, device=offload, unet_model=build)
-    patcher = getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)  # newer cores
-    return patcher(model, load_device=comfy.model_management.get_torch_device(), offload_device=offload)
+    model = NativeModel(model_config, model_type, device=offload, unet_model=build)
+    return NativePatcher(model, load_device=comfy.model_management.get_torch_device(), offload_device=offload)
 
 
 def inflate_model(model: ModelPatcher, **options) -> ModelPatcher:
@@ -217,10 +216,15 @@ def weights(model: ModelPatcher) -> dict[str, Tensor]:
     """The U-Net's weights by name, with every patch (LoRA, tuned weights) applied, on the offload device.
 
     Weights without patches are those of the model itself, not copies.
+
+    Raises:
+        TavError: a LoRA of another family.
     """
     baked = {}
     for key, ((weight, convert), *patches) in model.get_key_patches(PREFIX).items():
         if patches:
+            for _, patch, *_ in patches:
+                check_lora(key, weight, patch)
             dtype, device = weight.dtype, model.offload_device
             weight = convert(weight.to(device=device, dtype=torch.float32, copy=True), inplace=True)
             weight = comfy.lora.calculate_weight(patches, weight, key).to(dtype)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from reduced import POOLED, TEXT, clip, inflated, native, prompt, relative, sample
+from test_control import control_net, controlled, hints, steered, t2i_adapter
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
@@ -119,7 +120,7 @@ def test_a_clip_that_leads_its_like_changes_nothing(pack, models):
 
 
 def test_the_copy_that_is_tuned_predicts_what_the_model_does(pack, models):
-    wrapped, bridge, xl = inflated(pack, models[0]), pack.nodes.native, pack.nodes.sdxl
+    wrapped, bridge, xl = inflated(pack, models[0]), pack.nodes.native, pack.nodes.families
     text, noise = prompt(1), clip(3)
     vector = xl.vector_of(wrapped, text, noise)
     assert vector.shape == (1, POOLED + 6 * 256)
@@ -147,6 +148,44 @@ def test_foreign_conditioning_is_refused(pack, models):
             sample(wrapped, positive=conditioning)
         with pytest.raises(ValueError, match=told):
             nodes.OneShotTune.execute(wrapped, {"samples": clip(2)}, conditioning, 1, 1e-3, 0, "fp32", False, "uniform", 0)
+
+
+def test_loras_of_another_family_are_refused(pack, models):
+    import comfy.sd
+
+    first = native(context_dim=32)
+    for source in (models[0], first):
+        foreign = first if source is models[0] else models[0]
+        tensors = lora(source, lambda name, key: "lora_unet_" + name.replace(".", "_"))
+        patched, _ = comfy.sd.load_lora_for_models(foreign, None, tensors, 1.0, 0)
+        with pytest.raises(ValueError, match="the LoRA is for another family of models"):
+            inflated(pack, patched)
+        with pytest.raises(ValueError, match="the LoRA is for another family of models"):
+            comfy.sd.load_lora_for_models(inflated(pack, foreign), None, tensors, 1.0, 0)
+
+
+def test_controlnets(pack, models):
+    model, wrapped = models
+    for applied in ([(control_net(1, model), hints(), 0.8, 0.0, 1.0)], [(t2i_adapter(1, cin=3 * 256, channels=[32, 64, 128, 128], xl=True),
+                                                                         hints(), 0.8, 0.0, 1.0)]):  # fmt: skip
+        prompts = controlled(prompt(1), *applied)
+        expected = steered(model, prompts, clip())
+        assert relative(expected, steered(model, (prompt(1), prompt(2)), clip())) > 1e-2
+        assert relative(steered(wrapped, prompts, clip()), expected) < 1e-4
+
+
+def test_controlnets_of_another_family_are_refused(pack, models):
+    import comfy.controlnet
+
+    first = native(context_dim=32)
+    text = [[torch.randn(1, 77, 32), {}]]
+    for net, foreign, prompts in ((control_net(1, models[0]), first, (text, text)), (control_net(1, first), models[0], (prompt(1), prompt(2)))):
+        positive, negative = controlled(prompts[0], (net, hints(), 0.8, 0.0, 1.0), negative=prompts[1])
+        with pytest.raises(ValueError, match="the ControlNet is for another family of models"):
+            steered(inflated(pack, foreign), (positive, negative), clip())
+    light = comfy.controlnet.ControlLora({})
+    with pytest.raises(ValueError, match="use a whole ControlNet"):
+        steered(models[1], controlled(prompt(1), (light, hints(), 0.8, 0.0, 1.0)), clip())
 
 
 @pytest.mark.parametrize(("changes", "told"), [
