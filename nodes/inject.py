@@ -1,6 +1,7 @@
 """Attention Injection: a MODEL whose samples attend as the clip does that their noise was inverted from."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import comfy.utils
@@ -12,6 +13,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from .common import hidden_states, plain_errors, schema
+from .families import vector_of
 from .native import SOURCE_ROWS, video_unet
 
 WRAPPER = "model_function_wrapper"
@@ -25,12 +27,13 @@ class SourceWalk:
 
     Args:
         text: what the clip was inverted with, `1 n d`.
+        vector: the rest of it for latents of a size, where the MODEL is SDXL.
         share: of the sampler's steps, from the first on, in which the clip leads (0 ... 1).
         inner: the wrapper that the MODEL had before.
     """
 
-    def __init__(self, text: Tensor, share: float, inner: Callable | None):
-        self.text, self.share, self.inner = text, share, inner
+    def __init__(self, text: Tensor, vector: Callable[[Tensor], Tensor | None], share: float, inner: Callable | None):
+        self.text, self.vector, self.share, self.inner = text, vector, share, inner
 
     def sample(self, executor: Callable, *args, **kwargs) -> Tensor:
         """Wraps the whole sampling."""
@@ -52,6 +55,9 @@ class SourceWalk:
             self.source = self.source + (sigma - self.sigma) * (self.source - self.denoised) / self.sigma
         text = CONDCrossAttn(comfy.utils.repeat_to_batch_size(self.text.to(x), rows))
         c["c_crossattn"] = text.concat([CONDCrossAttn(c["c_crossattn"])])
+        if "y" in c:
+            vector = comfy.utils.repeat_to_batch_size(self.vector(x).to(c["y"]), rows)
+            c["y"] = torch.cat([vector, c["y"]])
         if c.get("control"):  # the clip itself is under no ControlNet
             c["control"] = {place: [_led_by_none(t, rows) for t in entries] for place, entries in c["control"].items()}
         c["transformer_options"] = {**options, "cond_or_uncond": [1, *kinds], SOURCE_ROWS: rows}
@@ -112,7 +118,7 @@ class AttentionInjection(io.ComfyNode):
             model = without_injection(model)
             inner = model.model_options.get(WRAPPER)
             model = model.clone()
-            walk = SourceWalk(text, share, inner)
+            walk = SourceWalk(text, partial(vector_of, model, conditioning), share, inner)
             model.set_model_unet_function_wrapper(walk)
             model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER, walk.sample)
         return io.NodeOutput(model)

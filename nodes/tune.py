@@ -31,6 +31,7 @@ from .common import (
     report,
     schema,
 )
+from .families import packed, vector_of
 from .native import WINDOWS, scheduler_of, trainable_copy, video_unet, with_tuned_weights
 
 KEPT_STATES = 4  # runs that can be resumed; for SD 1.5 a state takes 0.9 GB
@@ -92,13 +93,20 @@ class OneShotTune(io.ComfyNode):
             config = TuneConfig(steps=steps, learning_rate=learning_rate, seed=seed, dtype=dtype,
                                 gradient_checkpointing=gradient_checkpointing, timestep_sampling=timestep_sampling,
                                 context_length=length or None)  # fmt: skip
-            latents, text = clean_latents(model, latent), hidden_states(model, positive)
-            edit = hidden_states(model, preview_prompt, "preview_prompt") if preview_prompt else text
+            latents = clean_latents(model, latent)
+            text = conditions(model, positive, latents, "positive")
+            edit = conditions(model, preview_prompt, latents, "preview_prompt") if preview_prompt else text
             tuned, result = run(cls, model, latents, text, config, preview_every, edit, vae)
         curve = image_of(loss_curve(result.losses, result.probe_losses))
         losses = json.dumps({"losses": result.losses, "probe_losses": result.probe_losses})
         return io.NodeOutput(with_tuned_weights(model, tuned.tensors, tuned.info.num_frames), tuned, curve, losses,
                              ui=ui.PreviewImage(curve, cls=cls))  # fmt: skip
+
+
+def conditions(model: ModelPatcher, conditioning: list, latents: Tensor, field: str) -> Tensor:
+    """What `trainable_copy` takes as text."""
+    text, vector = hidden_states(model, conditioning, field), vector_of(model, conditioning, latents)
+    return text if vector is None else packed(text, vector)
 
 
 class Trainee(nn.Module):

@@ -7,12 +7,12 @@ from reduced import clip, inflated, native, prompt, relative, sample
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
-def control_net(seed):
-    """A stock CONTROL_NET of the layout of `native()`, random weights."""
+def control_net(seed, model=None):
+    """A stock CONTROL_NET of the layout of `model`, random weights."""
     import comfy.cldm.cldm
     import comfy.controlnet
 
-    config = native().model.model_config.unet_config
+    config = (model or native()).model.model_config.unet_config
     with torch.inference_mode(False):
         torch.manual_seed(seed)
         net = comfy.cldm.cldm.ControlNet(hint_channels=3, dtype=torch.float32, **{
