@@ -20,6 +20,7 @@ from ..tav_core import TavError, TunedInfo
 from .native import check_context, video_unet
 
 CATEGORY = "Tune-A-Video"
+NodeTakes = io.Custom("TAV_TAKES")
 NodeTunedWeights = io.Custom("TAV_TUNED_WEIGHTS")
 
 

@@ -40,12 +40,12 @@ def _checkpoint(args) -> Checkpoint:
     return checkpoint
 
 
-def _clip(args, checkpoint: Checkpoint) -> Clip:
+def _clip(args, checkpoint: Checkpoint, video: Path) -> Clip:
     if args.context_length is not None:
         check_context_length(args.context_length, args.frames)
     width, height = args.size or (checkpoint.size, checkpoint.size)
     pipeline.check_size(checkpoint, width=width, height=height)
-    return load_video(args.video, start=args.start, stride=args.stride, count=args.frames, width=width, height=height,
+    return load_video(video, start=args.start, stride=args.stride, count=args.frames, width=width, height=height,
                       fit=args.fit)  # fmt: skip
 
 
@@ -59,23 +59,24 @@ def _make_folder(path: Path):
         raise TavError(f"--output {path} can't be written to; choose another --output")
 
 
-def _tune(args, checkpoint: Checkpoint, source: pipeline.Source, progress: Progress):
-    """Tunes with the state kept in the output folder; the tuned weights and the loss curve are written there."""
+def _tune(args, checkpoint: Checkpoint, sources: list[pipeline.Source], progress: Progress):
+    """Tunes on the takes, with the state kept in the output folder; weights and loss curve are written there."""
     _make_folder(args.output)
-    preset, state_path = preset_of(args), args.output / "tuning-state.safetensors"
+    preset, (source, *more), state_path = preset_of(args), sources, args.output / "tuning-state.safetensors"
     if state_path.exists() and not args.resume:
         raise TavError(f"--output {args.output} holds an unfinished tuning; add --resume to go on with it, or delete "
                        f"{state_path.name} to start over")  # fmt: skip
     try:
         unet, result = pipeline.tune_on(checkpoint, source, preset, attention=args.attention,
-                                        temporal_causal=args.temporal_causal, norm=args.norm, state_path=state_path,
-                                        resume=args.resume, callback=progress)  # fmt: skip
+                                        temporal_causal=args.temporal_causal, norm=args.norm, more_sources=more,
+                                        state_path=state_path, resume=args.resume, callback=progress)  # fmt: skip
     except Cancelled as stop:
         raise Cancelled(f"{stop}; add --resume to go on") from None
     height, width = (n * checkpoint.downscale for n in source.latents.shape[-2:])
     frames = preset.tuning.context_length or source.latents.shape[2]
     save_tuned(args.output / "tuned.safetensors", unet, prompt=source.prompt, num_frames=frames,
-               width=width, height=height, config=asdict(preset.tuning), base_name=checkpoint.name)  # fmt: skip
+               width=width, height=height, config=asdict(preset.tuning), base_name=checkpoint.name,
+               more_prompts=[other.prompt for other in more])  # fmt: skip
     loss_curve(result.losses, result.probe_losses, args.output / "loss.png")
     return unet, result
 
@@ -152,7 +153,7 @@ def run_edit(args, checkpoint: Checkpoint, clip: Clip, progress: Progress) -> tu
         if not edit.strip():
             raise TavError("--edit is empty; describe the edited clip in one sentence")
     source = timed("encode", pipeline.prepare, checkpoint, clip.frames, args.prompt)
-    unet, result = timed("tune", _tune, args, checkpoint, source, progress)
+    unet, result = timed("tune", _tune, args, checkpoint, [source], progress)
     noise = timed("invert", pipeline.invert, checkpoint, unet, source, preset, callback=progress)
     _save_noise(args.output / "noise.safetensors", noise, args.prompt, preset)
     save_video(clip.frames, args.output / "source.mp4", clip.fps)
@@ -186,7 +187,7 @@ def run_edit(args, checkpoint: Checkpoint, clip: Clip, progress: Progress) -> tu
 def _edit(args):
     progress = Progress().stop_at_interrupt()
     checkpoint = _checkpoint(args)
-    summary, _ = run_edit(args, checkpoint, _clip(args, checkpoint), progress)
+    summary, _ = run_edit(args, checkpoint, _clip(args, checkpoint, args.video), progress)
     _report(args.output, summary)
 
 
@@ -196,7 +197,7 @@ def _demo(args):
     args.video, args.prompt, args.edit = CLIP, PROMPT, list(EDITS.values())
     progress = Progress().stop_at_interrupt()
     checkpoint = _checkpoint(args)
-    summary, videos = run_edit(args, checkpoint, _clip(args, checkpoint), progress)
+    summary, videos = run_edit(args, checkpoint, _clip(args, checkpoint, args.video), progress)
     summary["judged"] = {kind: score(kind, videos[prompt].numpy()) for kind, prompt in EDITS.items()}
     _write_json(args.output / "summary.json", summary)
     _report(args.output, summary)
@@ -213,10 +214,15 @@ def _report(output: Path, summary: dict[str, Any]):
 
 
 def _tune_command(args):
+    videos, prompts = len(args.video), len(args.prompt)
+    if videos != prompts:
+        raise TavError(f"there are {videos} --video and {prompts} --prompt; give each --video its own --prompt, in the "
+                       "same order")  # fmt: skip
     progress = Progress().stop_at_interrupt()
     checkpoint = _checkpoint(args)
-    source = pipeline.prepare(checkpoint, _clip(args, checkpoint).frames, args.prompt)
-    _, result = _tune(args, checkpoint, source, progress)
+    sources = [pipeline.prepare(checkpoint, _clip(args, checkpoint, video).frames, prompt)
+               for video, prompt in zip(args.video, args.prompt)]  # fmt: skip
+    _, result = _tune(args, checkpoint, sources, progress)
     (args.output / "tuning-state.safetensors").unlink(missing_ok=True)
     print(f"probe loss {result.probe_losses[0][1]:.4f} -> {result.probe_losses[-1][1]:.4f}")
     print(args.output / "tuned.safetensors")
@@ -226,12 +232,16 @@ def _invert_command(args):
     progress = Progress().stop_at_interrupt()
     checkpoint = _checkpoint(args)
     unet, info = _load_tuned_unet(args, checkpoint)
+    if info.more_prompts and args.prompt is None:
+        said = ", ".join(repr(prompt) for prompt in [info.prompt, *info.more_prompts])
+        raise TavError(f"--tuned {args.tuned} was tuned on several clips ({said}); say with --prompt what --video shows")
+    prompt = info.prompt if args.prompt is None else args.prompt
     args.frames, args.size = args.frames or info.num_frames, args.size or (info.width, info.height)
     _window_if_longer(args, info, args.frames)
     preset = preset_of(args)
-    source = pipeline.prepare(checkpoint, _clip(args, checkpoint).frames, info.prompt)
+    source = pipeline.prepare(checkpoint, _clip(args, checkpoint, args.video).frames, prompt)
     noise = pipeline.invert(checkpoint, unet, source, preset, callback=progress)
-    _save_noise(args.output, noise, info.prompt, preset)
+    _save_noise(args.output, noise, prompt, preset)
     print(args.output)
 
 
@@ -288,9 +298,11 @@ def _device_argument(group):
                        help="cpu, cuda, cuda:1, mps ... (cuda where there is one)")  # fmt: skip
 
 
-def _video_arguments(parser, frames: int | None = 8):
+def _video_arguments(parser, frames: int | None = 8, several: bool = False):
     group = parser.add_argument_group("video")
-    group.add_argument("--video", required=True, type=Path, metavar="FILE", help="mp4, webm or gif, or a folder of images")
+    takes = "; several times, each with its --prompt, to learn from several takes" if several else ""
+    group.add_argument("--video", required=True, type=Path, metavar="FILE", action="append" if several else "store",
+                       help=f"mp4, webm or gif, or a folder of images{takes}")  # fmt: skip
     group.add_argument("--start", type=int, default=0, metavar="N", help="first frame to take (0)")
     group.add_argument("--stride", type=int, default=1, metavar="N", help="take every N-th frame (1)")
     group.add_argument("--frames", type=int, metavar="N", default=frames,
@@ -342,10 +354,11 @@ def main():
     _tuning_arguments(edit)
     add_preset_arguments(edit)
 
-    tune = command("tune", _tune_command, "tune on a clip and write DIR/tuned.safetensors")
-    tune.add_argument("--prompt", required=True, metavar="TEXT", help="one sentence that describes the clip")
+    tune = command("tune", _tune_command, "tune on a clip, or on several, and write DIR/tuned.safetensors")
+    tune.add_argument("--prompt", required=True, action="append", metavar="TEXT",
+                      help="one sentence that describes the clip; one for each --video, in the same order")  # fmt: skip
     tune.add_argument("--output", required=True, type=Path, metavar="DIR")
-    _video_arguments(tune)
+    _video_arguments(tune, several=True)
     _model_arguments(tune)
     _tuning_arguments(tune)
     add_preset_arguments(tune)
@@ -353,6 +366,7 @@ def main():
     invert = command("invert", _invert_command, "invert a clip with tuned weights to the noise it would come from")
     invert.add_argument("--tuned", required=True, type=Path, metavar="FILE", help="tuned.safetensors of `tune` or `edit`")
     invert.add_argument("--output", required=True, type=Path, metavar="FILE", help="a .safetensors file for the noise")
+    invert.add_argument("--prompt", metavar="TEXT", help="one sentence that describes the clip (that of the tuning)")
     _video_arguments(invert, frames=None)
     _model_arguments(invert)
     add_preset_arguments(invert)

@@ -20,7 +20,7 @@ from .ddim import ddim_invert, ddim_sample
 from .errors import TavError
 from .inflate import VideoUNet, inflate
 from .subject import editable, subject_mask
-from .tuning import TuneConfig, TuneResult, tune
+from .tuning import Take, TuneConfig, TuneResult, tune
 from .video import to_pixels
 from .windows import ContextWindows, WindowedUNet
 
@@ -103,12 +103,15 @@ def check_size(checkpoint: Checkpoint, *, width: int, height: int):
 
 
 def tune_on(checkpoint: Checkpoint, source: Source, preset: Preset, *, attention: str = "sparse-causal",
-            temporal_causal: bool = False, norm: str = "video", state_path: str | Path | None = None,
-            resume: bool = True, callback: Callback | None = None) -> tuple[VideoUNet, TuneResult]:  # fmt: skip
-    """Inflates a copy of the checkpoint's U-Net and tunes it on the clip (see `inflate` and `tune`)."""
+            temporal_causal: bool = False, norm: str = "video", more_sources: Sequence[Source] = (),
+            state_path: str | Path | None = None, resume: bool = True,
+            callback: Callback | None = None) -> tuple[VideoUNet, TuneResult]:  # fmt: skip
+    """Inflates a copy of the checkpoint's U-Net and tunes it on the clip, or on several (see `inflate` and `tune`)."""
+    more = [Take(other.latents, other.hidden_states, other.latents_std) for other in more_sources]
     unet = inflate(checkpoint.unet, attention=attention, temporal_causal=temporal_causal, norm=norm)
     result = tune(unet, checkpoint.scheduler, source.latents, source.hidden_states, preset.tuning,
-                  latents_std=source.latents_std, state_path=state_path, resume=resume, callback=callback)  # fmt: skip
+                  latents_std=source.latents_std, more_takes=more, state_path=state_path, resume=resume,
+                  callback=callback)  # fmt: skip
     return unet, result
 
 

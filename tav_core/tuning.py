@@ -1,9 +1,12 @@
-"""One-shot tuning of a video U-Net on a single clip (Tune-A-Video, arXiv 2212.11565, section 3.3)."""
+"""One-shot tuning of a video U-Net on a single clip (Tune-A-Video, arXiv 2212.11565, section 3.3).
+
+Beyond the paper, several takes can be learned in one tuning, so that what they share, a motion, is learned from all.
+"""
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 
 from .errors import TavError
 from .inflate import VideoUNet, trainable_parameters
-from .objective import draw_timesteps, generator_for, tuning_loss
+from .objective import draw_take, draw_timesteps, generator_for, tuning_loss
 from .state import TuneState, check_same_run, hash_tensors, read_state, restore, save_state
 from .windows import at_frames, check_context_length, even_windows, random_window
 
@@ -94,10 +97,8 @@ class Take:
         """In float32 on that device."""
         return Take(*(None if x is None else x.to(device, torch.float32) for x in vars(self).values()))
 
-    def at(self, frames: Tensor | None) -> "Take":
-        """Those frames of it; None: all, untouched."""
-        if frames is None:
-            return self
+    def at(self, frames: Tensor) -> "Take":
+        """Those frames of it."""
         (b, _, f, _, _), std = self.latents.shape, self.latents_std
         text = at_frames("encoder_hidden_states", self.encoder_hidden_states, b, f, frames)
         return Take(self.latents[:, :, frames], text, None if std is None else std[:, :, frames])
@@ -141,11 +142,12 @@ def tune(
     config: TuneConfig,
     *,
     latents_std: Tensor | None = None,
+    more_takes: Sequence[Take] = (),
     state_path: str | Path | None = None,
     resume: bool = True,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> TuneResult:
-    """Fit `unet`, in place, to one clip and its caption.
+    """Fit `unet`, in place, to one clip and its caption, or to several.
 
     A run that was stopped, by an exception of the callback or by force, goes on from its state file and ends
     in the very weights of an uninterrupted one: every draw depends on the seed and the step alone.
@@ -157,6 +159,8 @@ def tune(
         encoder_hidden_states: embedding of the caption, `1 n d`, `b n d` or `(b f) n d`.
         latents_std: standard deviation of the posterior in the scale of `latents`; it is sampled anew at
             every step. Without it the mean is used.
+        more_takes: further clips, each with its own sentence, size and length. Every step learns from one of all,
+            in a random order in which all have their turn; the probe loss is the mean of theirs.
         state_path: state file (safetensors), read if it exists and `resume`, written on the way.
         callback: called after every step with a dict of stage "tune", step (from 1), total, loss,
             grad_norm, probe_loss (the latest or None), lr and seconds; raises to stop.
@@ -166,23 +170,25 @@ def tune(
             context_length; a loss or gradient that is not finite, after which the weights are those of the
             last save (or of the start).
     """
-    if latents.ndim != 5:
-        raise TavError(f"latents must be b c f h w, got shape {tuple(latents.shape)}; reshape them")
-    if latents_std is not None and latents_std.shape != latents.shape:
-        shapes = f"{tuple(latents_std.shape)}, latents {tuple(latents.shape)}"
-        raise TavError(f"latents_std has shape {shapes}; give both one shape")
+    takes = [Take(latents, encoder_hidden_states, latents_std), *more_takes]
+    for number, take in enumerate(takes, 1):
+        shape, std = tuple(take.latents.shape), take.latents_std
+        if len(shape) != 5:
+            raise TavError(f"latents must be b c f h w, got shape {shape}; reshape them")
+        if std is not None and std.shape != shape:
+            raise TavError(f"latents_std has shape {tuple(std.shape)}, latents {shape}; give both one shape")
+        if shape[1] != latents.shape[1]:
+            raise TavError(f"take {number} has {shape[1]} channels, the first {latents.shape[1]}; encode all with one VAE")
+        if config.context_length is not None:
+            check_context_length(config.context_length, shape[2])
     if not isinstance(unet, VideoUNet):
         raise TavError(f"unet is a {type(unet).__name__}, which has nothing to tune; inflate it first")
-    frames, length = latents.shape[2], config.context_length
-    if length is not None:
-        check_context_length(length, frames)
     started = time.monotonic()
     state_path = Path(state_path) if state_path is not None else None
     parameters = trainable_parameters(unet)
     device = next(iter(parameters.values())).device
-    clip = Take(latents, encoder_hidden_states, latents_std).to(device)
-
-    total = len(scheduler.alphas_cumprod)
+    takes = [take.to(device) for take in takes]
+    total, length = len(scheduler.alphas_cumprod), config.context_length
 
     def loss_at(mean_or_sample: Tensor, noise: Tensor, t: Tensor, text: Tensor, weighting: str) -> Tensor:
         dtype = DTYPES[config.dtype]
@@ -194,18 +200,20 @@ def tune(
         draws = config.probe_size
         generator = generator_for(config.seed, "probe", 0)
         levels = (torch.arange(draws) + 0.5) / draws * total
-        windows = even_windows(frames, length, draws) if length is not None else [None] * draws
         losses = []
-        for t, window in zip(levels.long(), windows):
-            seen = clip.at(window)
-            noise = torch.randn(seen.latents.shape, generator=generator).to(device)
-            t = t.expand(len(seen.latents))
-            losses.append(loss_at(seen.latents, noise, t, seen.encoder_hidden_states, "none").item())
-        return sum(losses) / draws
+        for take in takes:
+            parts = [take] * draws
+            if length is not None:
+                parts = [take.at(window) for window in even_windows(take.latents.shape[2], length, draws)]
+            for t, seen in zip(levels.long(), parts):
+                noise = torch.randn(seen.latents.shape, generator=generator).to(device)
+                t = t.expand(len(seen.latents))
+                losses.append(loss_at(seen.latents, noise, t, seen.encoder_hidden_states, "none").item())
+        return sum(losses) / len(losses)
 
     with _computing(unet, parameters, config), torch.enable_grad():
         optimizer = make_optimizer(unet, config)
-        fingerprint = run_fingerprint(unet, scheduler, clip, config)
+        fingerprint = run_fingerprint(unet, scheduler, takes, config)
         state = TuneState(fingerprint, loss_scale=(2.0**16 if config.dtype == "fp16" else 1.0, 0))
         if state_path is not None and resume and state_path.exists():
             state, tensors = read_state(state_path)
@@ -230,10 +238,10 @@ def tune(
         if not state.probe_losses:
             state.probe_losses.append((0, probe()))
         for step in range(state.step, config.steps):
-            window = None
+            seen = takes[draw_take(config.seed, step, len(takes))]
             if length is not None:
-                window = random_window(frames, length, generator_for(config.seed, "window", step))
-            seen = clip.at(window)
+                window = random_window(seen.latents.shape[2], length, generator_for(config.seed, "window", step))
+                seen = seen.at(window)
             mean, std = seen.latents, seen.latents_std
             generator = generator_for(config.seed, "step", step)
             noise = torch.randn(mean.shape, generator=generator).to(device)
@@ -309,14 +317,16 @@ def _computing(unet: VideoUNet, parameters: dict[str, nn.Parameter], config: Tun
         unet.frame_context.checkpointing = checkpointing
 
 
-def run_fingerprint(unet: VideoUNet, scheduler: SchedulerMixin, clip: Take, config: TuneConfig) -> dict[str, Any]:
+def run_fingerprint(
+    unet: VideoUNet, scheduler: SchedulerMixin, takes: Sequence[Take], config: TuneConfig
+) -> dict[str, Any]:
     """What must be equal for a run to go on from its state file: name to hash or value."""
     parameters = trainable_parameters(unet)
     options = dataclasses.asdict(config) | {"betas": list(config.betas)}  # as JSON has it
     return {
-        "latents": hash_tensors([clip.latents]),
-        "latents_std": hash_tensors([clip.latents_std] if clip.latents_std is not None else []),
-        "encoder_hidden_states": hash_tensors([clip.encoder_hidden_states]),
+        "latents": hash_tensors(take.latents for take in takes),
+        "latents_std": hash_tensors(take.latents_std for take in takes if take.latents_std is not None),
+        "encoder_hidden_states": hash_tensors(take.encoder_hidden_states for take in takes),
         "noise schedule": hash_tensors([scheduler.alphas_cumprod]),
         "prediction_type": scheduler.config.prediction_type,
         "inflation": unet.inflation,

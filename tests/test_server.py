@@ -18,6 +18,7 @@ NODES = {
     "TAVLoadCheckpoint": "Load Checkpoint (Tune-A-Video)",
     "TAVInflate": "Inflate (Tune-A-Video)",
     "TAVOneShotTune": "One-Shot Tune (Tune-A-Video)",
+    "TAVTake": "Take (Tune-A-Video)",
     "TAVSaveTunedWeights": "Save Tuned Weights (Tune-A-Video)",
     "TAVLoadTunedWeights": "Load Tuned Weights (Tune-A-Video)",
     "TAVApplyTunedWeights": "Apply Tuned Weights (Tune-A-Video)",
@@ -386,6 +387,18 @@ def test_latent_of_another_length(server, graph, node):
         made = graph(node, model=model, positive=graph.edit, negative=graph.empty, latent_image=fewer, steps=2)
     graph("SaveLatent", samples=made[0])
     fails(server, graph, node, "LATENT has 3 frames, this MODEL was tuned on 4; give it 4 frames")
+
+
+def test_several_takes(server, graph):
+    flipped = graph("ImageFlip", image=graph.video[0], flip_method="y-axis: horizontally")
+    second = graph("VAEEncode", pixels=flipped[0], vae=graph.vae)[0]
+    takes = graph("TAVTake", latent=second, positive=graph.edit)[0]
+    third = graph("LatentFromBatch", samples=second, batch_index=0, length=2)[0]
+    takes = graph("TAVTake", latent=third, positive=graph.said, takes=takes)[0]
+    told = [graph("PreviewAny", source=graph.tune(steps=3, dtype="fp32", **more)[3]) for more in ({"takes": takes}, {})]
+    outputs = server.run(graph)
+    several, one = (json.loads(outputs[node.id]["text"][0])["losses"] for node in told)
+    assert len(several) == len(one) == 3 and several != one
 
 
 def test_a_long_clip_through_context_windows(server, info):
