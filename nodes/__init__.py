@@ -9,13 +9,14 @@ from .invert import DDIMInversion
 from .load_checkpoint import LoadCheckpoint
 from .load_video import LoadVideo
 from .sample import VideoSampler
+from .subject import SubjectMask
 from .take import Take
 from .tune import OneShotTune
 from .tuned_weights import ApplyTunedWeights, LoadTunedWeights, SaveTunedWeights
 from .windows import ContextWindows
 
 NODES = [LoadVideo, LoadCheckpoint, Inflate, Take, OneShotTune, SaveTunedWeights, LoadTunedWeights, ApplyTunedWeights,
-         ContextWindows, DDIMInversion, AttentionInjection, VideoSampler, Compare]  # fmt: skip
+         ContextWindows, DDIMInversion, SubjectMask, AttentionInjection, VideoSampler, Compare]  # fmt: skip
 
 
 class Extension(ComfyExtension):

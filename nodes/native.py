@@ -34,6 +34,7 @@ PREFIX = "diffusion_model."
 FRAMES = "tav_num_frames"  # in transformer_options: the length of the clip that the MODEL was tuned on
 WINDOWS = "tav_context_windows"  # context_length (0: the tuned one) and context_overlap
 SOURCE_ROWS = "tav_source_rows"  # so many entries of the batch, the first ones, lead the attention of the others
+ANCHOR = "tav_anchor"  # where the features of those lead as well, `(chunks frames) 1 h w`
 _LEAVES = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -79,7 +80,7 @@ class NativeVideoUNet(Wrapped, VideoUNet):
             frames = tuned
         with self.frame_context.led_by(options.get(SOURCE_ROWS, 0) // frames):
             out = predict(rearrange(x, "(b f) c h w -> b c f h w", f=frames), timesteps[::frames], context, control=control,
-                          class_labels=y)  # fmt: skip
+                          anchor=options.get(ANCHOR), class_labels=y)  # fmt: skip
         return rearrange(out, "b c f h w -> (b f) c h w")
 
 

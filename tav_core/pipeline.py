@@ -3,8 +3,8 @@
     source = prepare(checkpoint, frames, prompt)        # latents and text embedding, computed once
     unet, result = tune_on(checkpoint, source, preset)   # one-shot tuning
     noise = invert(checkpoint, unet, source, preset)     # DDIM inversion
-    subject = find_subject(checkpoint, unet, source, ["the sentence with another subject", ...])  # optional
-    video = sample(checkpoint, unet, noise, "an edited prompt", preset, source_prompt=prompt)
+    subject = find_subject(checkpoint, unet, source, contrasts, preset)  # optional
+    video = sample(checkpoint, unet, noise, "an edited prompt", preset, source_prompt=prompt, subject=subject)
 """
 
 from collections.abc import Callable, Sequence
@@ -128,22 +128,21 @@ def _windowed(unet: VideoUNet, preset: Preset) -> VideoUNet | WindowedUNet:
     return unet if length is None else WindowedUNet(unet, ContextWindows(length, preset.context_overlap))
 
 
-def find_subject(checkpoint: Checkpoint, unet: VideoUNet, source: Source, contrasts: Sequence[str], *, seed: int = 0) -> Tensor:
+def find_subject(checkpoint: Checkpoint, unet: VideoUNet, source: Source, contrasts: Sequence[str], preset: Preset) -> Tensor:
     """Mask of the clip's subject, `1 1 f h w` of latent pixels (see `subject_mask`).
 
     Args:
         contrasts: the clip's sentence with other subjects: for "a red ball on the grass", "a blue star on the grass".
 
     Raises:
-        TavError: no contrast, an empty one or the sentence itself.
+        TavError: a contrast that is empty or the sentence itself.
     """
-    if not contrasts:
-        raise TavError("--contrast is missing; give the clip's sentence with another subject, best three times")
     for contrast in contrasts:
         if not contrast.strip() or contrast == source.prompt:
             raise TavError(f"--contrast {contrast!r} says nothing of another subject; change the subject's words in {source.prompt!r}")
     others = torch.cat([encode_prompt(checkpoint, contrast) for contrast in contrasts])
-    return subject_mask(unet, source.latents, source.hidden_states, others, checkpoint.scheduler, seed=seed)
+    return subject_mask(_windowed(unet, preset), source.latents, source.hidden_states, others, checkpoint.scheduler,
+                        seed=preset.tuning.seed)  # fmt: skip
 
 
 def sample(checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, preset: Preset, *,
@@ -162,7 +161,7 @@ def sample(checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, 
         TavError: an empty prompt, settings out of range (see `ddim_sample`), or a region without subject.
     """
     if region != "everything" and (subject is None or source_prompt is None):
-        raise TavError(f"--region {region} needs to know where the subject is; give --contrast and noise of a clip")
+        raise TavError(f"--region {region} needs to know where the subject is; invert the clip with --contrast")
     if not prompt.strip():
         raise TavError("--edit is empty; describe the edited clip in one sentence")
     negative, settings = encode_prompt(checkpoint, negative_prompt), {}

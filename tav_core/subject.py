@@ -49,19 +49,31 @@ def subject_mask(
     Raises:
         TavError: a threshold out of range, or sentences that make no difference anywhere.
     """
+    texts = torch.cat([encoder_hidden_states, contrast_hidden_states]).to(unet.dtype)
+    predictions = []
+    for t, alpha, noise in probes(latents, scheduler, seed):
+        noisy = (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise).to(unet.dtype)
+        predictions.append(torch.cat([unet(noisy, t, text[None]).float() for text in texts]))
+    return mask_of(predictions, threshold)
+
+
+def probes(latents: Tensor, scheduler: SchedulerMixin, seed: int) -> list[tuple[int, Tensor, Tensor]]:
+    """Where a model is asked: timestep, cumulative alpha and the noise, as `latents`, of each level."""
+    generator = torch.Generator().manual_seed(seed)
+    timesteps = [round(level * scheduler.config.num_train_timesteps) for level in _LEVELS]
+    return [(t, scheduler.alphas_cumprod[t].to(latents.device),
+             randn_tensor(latents.shape, generator, latents.device, torch.float32)) for t in timesteps]  # fmt: skip
+
+
+def mask_of(predictions: list[Tensor], threshold: float) -> Tensor:
+    """The mask `1 1 f h w` from what was predicted at each level, `1+k c f h w`: for the sentence, then for the others."""
     if not 0 < threshold < 1:
         raise TavError(f"threshold={threshold} is out of range; give a number between 0 and 1")
-    generator = torch.Generator().manual_seed(seed)
-    texts = torch.cat([encoder_hidden_states, contrast_hidden_states]).to(unet.dtype)
     difference = torch.zeros(())
-    for level in _LEVELS:
-        t = round(level * scheduler.config.num_train_timesteps)
-        alpha = scheduler.alphas_cumprod[t].to(latents.device)
-        noise = randn_tensor(latents.shape, generator, latents.device, torch.float32)
-        noisy = (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise).to(unet.dtype)
-        sentence, *others = (unet(noisy, t, text[None]).float() for text in texts)
-        changes = [(other - sentence).square().mean(1, keepdim=True) for other in others]  # 1 1 f h w
-        difference = difference + sum(change / change.mean().clamp(min=1e-12) for change in changes).cpu()
+    for prediction in predictions:
+        changes = (prediction[1:] - prediction[:1]).square().mean(1, keepdim=True)  # k 1 f h w
+        share = changes / changes.mean((1, 2, 3, 4), keepdim=True).clamp(min=1e-12)
+        difference = difference + share.sum(0, keepdim=True).cpu()
     low, high = difference.flatten().quantile(torch.tensor([0.02, 0.98]))
     if high <= low:
         raise TavError("the contrast sentences change nothing; name another subject in them")

@@ -193,13 +193,14 @@ def benchmark(checkpoint: Checkpoint, judge: Judge, preset: Preset, *, seeds: in
         progress(f"clip {number + 1}/{len(clips)}: {clip.caption()}, untuned")
         # without tuning and with eta 0 nothing is random: one run stands for all seeds
         run("untuned", f"clip{number}", clip, untuned, invert(checkpoint, untuned, source, preset), frames,
-            find_subject(checkpoint, untuned, source, clip.contrasts()))  # fmt: skip
+            find_subject(checkpoint, untuned, source, clip.contrasts(), preset))  # fmt: skip
         for seed in range(seeds):
             progress(f"clip {number + 1}/{len(clips)}: {clip.caption()}, tuned with seed {seed}")
-            tuned, _ = tune_on(checkpoint, source, replace(preset, tuning=replace(preset.tuning, seed=seed)))
+            seeded = replace(preset, tuning=replace(preset.tuning, seed=seed))
+            tuned, _ = tune_on(checkpoint, source, seeded)
             name = f"clip{number}-seed{seed}"
             run("tuned", name, clip, tuned, invert(checkpoint, tuned, source, preset), frames,
-                find_subject(checkpoint, tuned, source, clip.contrasts(), seed=seed))  # fmt: skip
+                find_subject(checkpoint, tuned, source, clip.contrasts(), seeded))  # fmt: skip
             noise = torch.randn(source.latents.shape, generator=torch.Generator().manual_seed(seed))
             run("random_noise", name, clip, tuned, noise, frames)
     return {arm: {content: s.means() for content, s in by.items()} for arm, by in scores.items()}
