@@ -52,14 +52,17 @@ class InflatedSDXL(OneFamily, comfy.model_base.SDXL):
 
 
 class NativePatcher(getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)):  # newer cores
-    """A MODEL around a diffusers U-Net: foreign LoRAs are refused."""
+    """A MODEL around a diffusers U-Net: LoRAs that would do nothing to it are refused."""
 
     def add_patches(self, patches, *args, **kwargs):
-        weights = self.model.state_dict()
-        for key, patch in patches.items():
-            if key in weights:
-                check_lora(key, weights[key], patch)
-        return super().add_patches(patches, *args, **kwargs)
+        weights, added = self.model.state_dict(), super().add_patches(patches, *args, **kwargs)
+        if not added:
+            raise TavError("the LoRA (or merge) names no weights of MODEL: it is for another family, or has the names of the "
+                           "original code; connect it before Inflate")  # fmt: skip
+        for key in added:
+            if isinstance(key, str):
+                check_lora(key, weights[key], patches[key])
+        return added
 
 
 def check_lora(key: str, weight: Tensor, patch: Any):

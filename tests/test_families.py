@@ -30,6 +30,42 @@ def test_sampled_as_by_the_native_model(pack, v_prediction):
     assert relative(sample(wrapped, noise=clip().expand(3, -1, -1, -1)), expected.expand(3, -1, -1, -1)) < 1e-4
 
 
+@pytest.mark.parametrize("family", ["SD15", "SD20", "SDXL"])
+def test_the_layouts_of_the_real_models(pack, family):
+    """Names and shapes of every weight, without the weights."""
+    import comfy.model_base
+    import comfy.supported_models
+    import comfy.utils
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from diffusers import UNet2DConditionModel
+
+    xl, second = family == "SDXL", family == "SD20"
+    kind = getattr(comfy.supported_models, family)
+    config = dict(
+        image_size=32, in_channels=4, out_channels=4, use_spatial_transformer=True, legacy=False, use_temporal_attention=False,
+        model_channels=320, use_linear_in_transformer=xl or second, num_classes="sequential" if xl else None,
+        **(dict(num_res_blocks=[2] * 3, channel_mult=[1, 2, 4], transformer_depth=[0, 0, 2, 2, 10, 10], context_dim=2048,
+                transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10], transformer_depth_middle=10, adm_in_channels=2816,
+                num_head_channels=64)
+           if xl else
+           dict(num_res_blocks=[2] * 4, channel_mult=[1, 2, 4, 4], transformer_depth=[1] * 6 + [0] * 2, adm_in_channels=None,
+                transformer_depth_output=[1] * 9 + [0] * 3, transformer_depth_middle=1, context_dim=1024 if second else 768)),
+    )  # fmt: skip
+    model_config = kind(config)
+    unet = UNetModel(**model_config.unet_config, device="meta")
+
+    class Model(comfy.model_base.SDXL if xl else comfy.model_base.BaseModel):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.model_config = model_config
+
+    with torch.device("meta"):
+        ours = UNet2DConditionModel.from_config(pack.nodes.native.unet_layout(Model(), unet)).state_dict()
+    theirs, names = unet.state_dict(), comfy.utils.unet_to_diffusers(model_config.unet_config)
+    assert set(names[name] for name in ours) == set(theirs)
+    assert all(weight.shape == theirs[names[name]].shape for name, weight in ours.items())
+
+
 def test_pooled_text_and_sizes_count(models):
     model, wrapped = models
     expected = sample(model)
@@ -79,23 +115,27 @@ def test_loras(pack, models):
     assert relative(sample(inflated(pack, with_lora)), expected) < 1e-4
     downstream, _ = comfy.sd.load_lora_for_models(wrapped, None, diffusers, 0.7, 0)
     assert relative(sample(downstream), expected) < 1e-4
+    with pytest.raises(ValueError, match="the names of the original code; connect it before Inflate"):
+        comfy.sd.load_lora_for_models(wrapped, None, original, 0.7, 0)
 
 
-def test_tuning_and_inversion(pack, models, tmp_path, monkeypatch):
+def test_tuning_and_inversion(pack, tmp_path, monkeypatch):
     import folder_paths
 
     monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
-    wrapped, nodes, latent = models[1], pack.nodes, {"samples": clip(3) * 5}
+    model = native(xl=True)
+    model.model.diffusion_model.out[2].weight.data *= 0.5  # random weights lead over rough ground, where no step is small enough
+    wrapped, nodes, latent = inflated(pack, model), pack.nodes, {"samples": clip(2) * 5}
 
     def tune(positive, steps):
-        return nodes.OneShotTune.execute(wrapped, latent, positive, steps, 4e-3, 0, "fp32", True, "stratified", 0).args
+        return nodes.OneShotTune.execute(wrapped, latent, positive, steps, 1e-2, 0, "fp32", True, "stratified", 0).args
 
-    tuned, weights, _, losses = tune(prompt(1), 16)
+    tuned, weights, _, losses = tune(prompt(1), 12)
     (_, first), *_, (_, last) = json.loads(losses)["probe_losses"]
-    assert last < 0.95 * first
-    assert relative(sample(tuned, 3), sample(wrapped, 3)) > 1e-2
+    assert last < 0.97 * first
+    assert relative(sample(tuned, 2), sample(wrapped, 2)) > 1e-2
     applied = nodes.ApplyTunedWeights.execute(wrapped, weights).args[0]
-    assert torch.equal(sample(applied, 3), sample(tuned, 3))
+    assert torch.equal(sample(applied, 2), sample(tuned, 2))
     # what is tuned is what is sampled: the vector has its part in the loss
     larger = with_sizes(prompt(1), width=1024, height=1024)
     assert json.loads(tune(larger, 1)[3])["losses"] != json.loads(losses)["losses"][:1]

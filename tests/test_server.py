@@ -24,6 +24,7 @@ NODES = {
     "TAVApplyTunedWeights": "Apply Tuned Weights (Tune-A-Video)",
     "TAVContextWindows": "Context Windows (Tune-A-Video)",
     "TAVDDIMInversion": "DDIM Inversion (Tune-A-Video)",
+    "TAVSubjectMask": "Subject Mask (Tune-A-Video)",
     "TAVAttentionInjection": "Attention Injection (Tune-A-Video)",
     "TAVVideoSampler": "Video Sampler (Tune-A-Video)",
     "TAVCompare": "Compare (Tune-A-Video)",
