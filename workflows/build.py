@@ -407,12 +407,12 @@ def long_clip(w: Workflow, name: str):
 
 The graph of 01 with one node more: *Context Windows*, between *Inflate* and *One-Shot Tune*.
 
-The clip is looked at in overlapping windows, here of 4 frames, in the memory of 4 frames. Each step of the tuning learns another window; inversion and sampling blend what they draw where windows overlap, so that no seam shows.
+The clip is looked at in overlapping windows, here of 6 frames, in the memory of 6. Each step of the tuning learns another window; inversion and sampling blend what they draw where windows overlap, so that no seam shows.
 
 With a clip of your own: set *count* of *Load Video* to 60, 120 or what you like, *context_length* to 8 or 16 and *context_overlap* to half of it or less. More *steps* suit a longer clip.
 """, 330)  # fmt: skip
     clip, inflated, clip_model, vae, latent = source(w)
-    windowed = w.add("TAVContextWindows", model=inflated, context_length=4, context_overlap=2)
+    windowed = w.add("TAVContextWindows", model=inflated, context_length=6, context_overlap=3)
     w.group("2  Sentences", "green", below=True)
     described = sentence(w, clip_model, "What the clip shows", PROMPT)
     edit = sentence(w, clip_model, "What it should show", EDIT)
