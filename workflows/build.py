@@ -22,7 +22,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from tav_core.mini.demo import EDITS, PROMPT  # noqa: E402
+from tav_core.mini.demo import CONTRASTS, EDITS, PROMPT  # noqa: E402
 
 DEMO = "demo clip of the mini checkpoint"
 EDIT = EDITS["background"]
@@ -457,6 +457,39 @@ Each take can be edited afterwards. Here it is the second: it is inverted and sa
     result(w, name, clip, [mirrored, frames], ["second take", EDIT])
 
 
+def regions(w: Workflow, name: str):
+    w.group("Read me", "yellow", 360)
+    w.note("""# Only the subject, or all but the subject
+
+*Subject Mask* finds the subject of the clip: where the model would draw something else for a sentence about another one. Two such sentences are put together here; more find more.
+
+*Attention Injection* takes the mask. With *region* subject an edit changes the subject alone, with *region* background all else. What it may not change is what the noise reconstructs of the clip.
+
+Instead of *Subject Mask*, connect a mask that you drew or that another pack found.
+""", 290)  # fmt: skip
+    clip, inflated, clip_model, vae, latent = source(w)
+    w.group("2  Sentences", "green")
+    described = sentence(w, clip_model, "What the clip shows", PROMPT)
+    others = [sentence(w, clip_model, "The same with another subject", text) for text in CONTRASTS[:2]]
+    colour = sentence(w, clip_model, "Another colour", EDITS["colour"])
+    place = sentence(w, clip_model, "Another place", EDITS["background"])
+    empty = sentence(w, clip_model, "Nothing (leave it empty)", "")
+    tuned = tuning(w, inflated, latent, described, colour, vae)
+    w.group("4  Invert, and find the subject", "cyan")
+    noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=described, steps=25, measure=False)
+    contrast = w.add("ConditioningCombine", conditioning_1=others[0], conditioning_2=others[1])
+    subject = w.add("TAVSubjectMask", model=tuned.MODEL, latent=latent, conditioning=described, contrast=contrast)
+    mask = w.add("MaskToImage", mask=subject)
+    frames = []
+    for region, edit in (("subject", colour), ("background", place)):
+        w.group(f"5  Edit the {region}", "cyan", below=region == "background")
+        model = w.add("TAVAttentionInjection", model=tuned.MODEL, conditioning=described, region=region, subject=subject)
+        sample = w.add("TAVVideoSampler", model=model, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
+                       steps=25, cfg=5.0)  # fmt: skip
+        frames.append(w.add("VAEDecode", samples=sample, vae=vae))
+    result(w, name, clip, [clip.images, mask, *frames], ["source", "subject", EDITS["colour"], EDITS["background"]])
+
+
 WORKFLOWS = {
     "01-one-shot-edit-mini": mini_edit,
     "02-four-edits-mini": four_edits,
@@ -466,6 +499,7 @@ WORKFLOWS = {
     "06-upscale-mini": upscale,
     "07-long-clip-mini": long_clip,
     "08-two-takes-mini": two_takes,
+    "09-regions-mini": regions,
 }
 
 
