@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..tav_core import TavError
+from ..tav_core.attention import ANCHORED
 from ..tav_core.subject import REGIONS, editable
 from .common import hidden_states, plain_errors, schema
 from .families import vector_of
@@ -75,7 +76,8 @@ class SourceWalk:
             c["control"] = {place: [_led_by_none(t, rows) for t in entries] for place, entries in c["control"].items()}
         c["transformer_options"] = {**options, "cond_or_uncond": [1, *kinds], SOURCE_ROWS: rows if leads else 0}
         mask = None if self.subject is None else at_size(self.subject, x[:rows])
-        if leads and mask is not None:
+        anchored_steps = round(ANCHORED * led_steps)
+        if mask is not None and anchored_steps and sigma >= levels[anchored_steps - 1] * (1 - 1e-4):
             c["transformer_options"][ANCHOR] = mask.repeat(len(kinds) + 1, 1, 1, 1)
         led = {**args, "input": torch.cat([self.source, x]), "c": c, "cond_or_uncond": [1, *kinds],
                "timestep": torch.cat([args["timestep"][:rows], args["timestep"]])}  # fmt: skip

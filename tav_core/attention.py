@@ -23,6 +23,7 @@ from torch import Tensor
 from .errors import TavError
 
 MODES = ("sparse-causal", "first", "full")
+ANCHORED = 2 / 3  # of the led steps, the first, in which an anchor holds; longer, and an edit may lose its subject
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from einops import rearrange
 from torch import Tensor
 
+from .attention import ANCHORED
 from .errors import TavError
 from .inflate import per_frame
 
@@ -165,8 +166,8 @@ def ddim_sample(
             without guidance back to the source clip, leads the attention (see `attention`); needs a `VideoUNet`.
         source_hidden_states: embedding that the source clip was inverted with, for the attention injection and `region`.
         region: what the edit may change, 0 ... 1, `b 1 f h w`; everything else is what the noise reconstructs.
-        anchor: where the clip's features lead as well in the attention injection, 0 ... 1, `b 1 f h w`: keeps the
-            subject in its place.
+        anchor: where the clip's features lead as well in the first two thirds of these steps, 0 ... 1, `b 1 f h w`:
+            keeps the subject in its place.
 
     Returns:
         float32 `b c f h w`.
@@ -206,7 +207,8 @@ def ddim_sample(
         videos = [x, x] if guided else [x]
         if num_steps - i <= walking_steps:
             leads = num_steps - i <= injected_steps
-            settings = {"anchor": anchor} if leads and anchor is not None else {}
+            holds = anchor is not None and num_steps - i <= round(ANCHORED * injected_steps)
+            settings = {"anchor": anchor} if holds else {}
             with unet.frame_context.led_by(b if leads else 0):
                 output = _predict(unet, torch.cat([source, *videos]), t, beside_text, **settings)
             source_output, *outputs = output.split(b)
