@@ -177,6 +177,7 @@ def run_edit(args, checkpoint: Checkpoint, clip: Clip, progress: Progress) -> tu
     if set(regions) != {"everything"} and not args.contrast:
         raise TavError("--region needs to know where the subject is; give --contrast, the clip's sentence with another subject")
     source = timed("encode", pipeline.prepare, checkpoint, clip.frames, args.prompt)
+    pipeline.check_contrasts(args.prompt, args.contrast or [])
     unet, result = timed("tune", _tune, args, checkpoint, [source], progress)
     noise = timed("invert", pipeline.invert, checkpoint, unet, source, preset, callback=progress)
     subject = timed("find the subject", _subject, args, checkpoint, unet, source, preset)

@@ -137,12 +137,17 @@ def find_subject(checkpoint: Checkpoint, unet: VideoUNet, source: Source, contra
     Raises:
         TavError: a contrast that is empty or the sentence itself.
     """
-    for contrast in contrasts:
-        if not contrast.strip() or contrast == source.prompt:
-            raise TavError(f"--contrast {contrast!r} says nothing of another subject; change the subject's words in {source.prompt!r}")
+    check_contrasts(source.prompt, contrasts)
     others = torch.cat([encode_prompt(checkpoint, contrast) for contrast in contrasts])
     return subject_mask(_windowed(unet, preset), source.latents, source.hidden_states, others, checkpoint.scheduler,
                         seed=preset.tuning.seed)  # fmt: skip
+
+
+def check_contrasts(prompt: str, contrasts: Sequence[str]):
+    """Raises a TavError for a contrast that is empty or the sentence itself."""
+    for contrast in contrasts:
+        if not contrast.strip() or contrast == prompt:
+            raise TavError(f"--contrast {contrast!r} says nothing of another subject; change the subject's words in {prompt!r}")
 
 
 def sample(checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, preset: Preset, *,
