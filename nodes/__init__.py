@@ -10,11 +10,14 @@ from .load_checkpoint import LoadCheckpoint
 from .load_controlnet import LoadControlNet
 from .load_video import LoadVideo
 from .sample import VideoSampler
+from .subject import SubjectMask
+from .take import Take
 from .tune import OneShotTune
 from .tuned_weights import ApplyTunedWeights, LoadTunedWeights, SaveTunedWeights
+from .windows import ContextWindows
 
-NODES = [LoadVideo, LoadCheckpoint, LoadControlNet, Inflate, OneShotTune, SaveTunedWeights, LoadTunedWeights, ApplyTunedWeights,
-         DDIMInversion, AttentionInjection, VideoSampler, Compare]  # fmt: skip
+NODES = [LoadVideo, LoadCheckpoint, LoadControlNet, Inflate, Take, OneShotTune, SaveTunedWeights, LoadTunedWeights,
+         ApplyTunedWeights, ContextWindows, DDIMInversion, SubjectMask, AttentionInjection, VideoSampler, Compare]  # fmt: skip
 
 
 class Extension(ComfyExtension):

@@ -14,7 +14,7 @@ class Inflate(io.ComfyNode):
         return schema(
             node_id="TAVInflate",
             display_name="Inflate (Tune-A-Video)",
-            description="Turns a Stable Diffusion 1.x or 2.x MODEL into one that sees all frames of a LATENT batch as one "
+            description="Turns a Stable Diffusion 1.x, 2.x or SDXL MODEL into one that sees all frames of a LATENT batch as one "
             "video. LoRAs connected before it are baked in. Until it is tuned it draws almost what the image model draws.",
             search_aliases=["video model", "sparse-causal attention", "temporal attention"],
             inputs=[

@@ -1,17 +1,28 @@
-"""Attention Injection: a MODEL whose samples attend as the clip does that their noise was inverted from."""
+"""Attention Injection: a MODEL whose samples attend as the clip does that their noise was inverted from.
+
+It can also leave a part of the clip as it is: the noise reconstructs it.
+"""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import comfy.utils
 import torch
+import torch.nn.functional as F
 from comfy.conds import CONDCrossAttn
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
+from einops import rearrange
 from torch import Tensor
 
+from ..tav_core import TavError
+from ..tav_core.attention import ANCHORED
+from ..tav_core.subject import REGIONS, editable
 from .common import hidden_states, plain_errors, schema
-from .native import SOURCE_ROWS, video_unet
+from .families import vector_of
+from .native import ANCHOR, SOURCE_ROWS, video_unet
 
 WRAPPER = "model_function_wrapper"
 
@@ -19,39 +30,63 @@ WRAPPER = "model_function_wrapper"
 class SourceWalk:
     """Wraps every call of a MODEL in a sampler: the clip walks beside the edit, from the same noise, and leads.
 
-    A walk starts anew wherever a sampler stands at its first noise level, so that it needs no word from the sampler,
-    and goes from one level to the next by Euler's method (DDIM).
+    A walk starts with the sampling and goes from one noise level to the next by Euler's method (DDIM). Only the first
+    call at a level takes it further: guidance such as perturbed attention calls the model again, changed.
 
     Args:
         text: what the clip was inverted with, `1 n d`.
+        vector: the rest of it for latents of a size, where the MODEL is SDXL.
         share: of the sampler's steps, from the first on, in which the clip leads (0 ... 1).
+        subject: MASK of the clip's subject, `f h w` or `1 h w`, whose features lead as well; None without.
+        region: what may change, one of `REGIONS`.
         inner: the wrapper that the MODEL had before.
     """
 
-    def __init__(self, text: Tensor, share: float, inner: Callable | None):
-        self.text, self.share, self.inner = text, share, inner
+    def __init__(self, text: Tensor, vector: Callable[[Tensor], Tensor | None], share: float, subject: Tensor | None,
+                 region: str, inner: Callable | None):  # fmt: skip
+        self.text, self.vector, self.share, self.inner = text, vector, share, inner
+        self.subject, self.region = subject, region
+
+    def sample(self, executor: Callable, *args, **kwargs) -> Tensor:
+        """Wraps the whole sampling."""
+        self.sigma = None
+        return executor(*args, **kwargs)
 
     def __call__(self, apply_model: Callable, args: dict[str, Any]) -> Tensor:
         x, c, kinds = args["input"], dict(args["c"]), args["cond_or_uncond"]
         options, sigma = c["transformer_options"], args["timestep"][0]
         levels = options["sample_sigmas"]
         led_steps = round(self.share * (len(levels) - 1))
-        if led_steps == 0 or sigma < levels[led_steps - 1] * (1 - 1e-4):  # a sampler's second look at a step counts as well
+        # a sampler's second look at a step counts as well
+        leads = led_steps > 0 and sigma >= levels[led_steps - 1] * (1 - 1e-4)
+        if not leads and self.region == "everything":
             return self.call(apply_model, args)
 
         rows = len(x) // len(kinds)
-        if sigma >= levels[0] * (1 - 1e-4):
+        if self.sigma is None:
             self.source = x[:rows]
         elif sigma != self.sigma:
             self.source = self.source + (sigma - self.sigma) * (self.source - self.denoised) / self.sigma
         text = CONDCrossAttn(comfy.utils.repeat_to_batch_size(self.text.to(x), rows))
         c["c_crossattn"] = text.concat([CONDCrossAttn(c["c_crossattn"])])
+        if "y" in c:
+            vector = comfy.utils.repeat_to_batch_size(self.vector(x).to(c["y"]), rows)
+            c["y"] = torch.cat([vector, c["y"]])
         if c.get("control"):  # the clip itself is under no ControlNet
             c["control"] = {place: [_led_by_none(t, rows) for t in entries] for place, entries in c["control"].items()}
-        c["transformer_options"] = {**options, "cond_or_uncond": [1, *kinds], SOURCE_ROWS: rows}
+        c["transformer_options"] = {**options, "cond_or_uncond": [1, *kinds], SOURCE_ROWS: rows if leads else 0}
+        mask = None if self.subject is None else at_size(self.subject, x[:rows])
+        anchored_steps = round(ANCHORED * led_steps)
+        if mask is not None and anchored_steps and sigma >= levels[anchored_steps - 1] * (1 - 1e-4):
+            c["transformer_options"][ANCHOR] = mask.repeat(len(kinds) + 1, 1, 1, 1)
         led = {**args, "input": torch.cat([self.source, x]), "c": c, "cond_or_uncond": [1, *kinds],
                "timestep": torch.cat([args["timestep"][:rows], args["timestep"]])}  # fmt: skip
-        self.sigma, (self.denoised, out) = sigma, self.call(apply_model, led).split([rows, len(x)])
+        denoised, out = self.call(apply_model, led).split([rows, len(x)])
+        if sigma != self.sigma:
+            self.sigma, self.denoised = sigma, denoised
+        if self.region != "everything":  # the same for both prompts, so that guidance changes nothing there either
+            region = rearrange(editable(self.region, rearrange(mask, "f 1 h w -> 1 1 f h w")), "1 1 f h w -> f 1 h w")
+            out = torch.lerp(denoised.repeat(len(kinds), 1, 1, 1), out, region.repeat(len(kinds), 1, 1, 1))
         return out
 
     def call(self, apply_model: Callable, args: dict[str, Any]) -> Tensor:
@@ -64,6 +99,18 @@ def _led_by_none(residual: Tensor | None, rows: int) -> Tensor | None:
     return None if residual is None else torch.cat([torch.zeros_like(residual[:rows]), residual])
 
 
+def at_size(mask: Tensor, latents: Tensor) -> Tensor:
+    """A MASK, `f h w` or `1 h w`, for latents `f c h w`: `f 1 h w`.
+
+    Raises:
+        TavError: it has another number of frames.
+    """
+    if len(mask) not in (1, len(latents)):
+        raise TavError(f"subject has {len(mask)} masks for {len(latents)} frames; give one for all, or one for each frame")
+    mask = F.adaptive_avg_pool2d(mask[:, None].to(latents), latents.shape[-2:])
+    return mask.expand(len(latents), -1, -1, -1)
+
+
 def without_injection(model: ModelPatcher) -> ModelPatcher:
     """The MODEL without `SourceWalk`, for inverting with it."""
     walk = model.model_options.get(WRAPPER)
@@ -71,6 +118,7 @@ def without_injection(model: ModelPatcher) -> ModelPatcher:
         return model
     model = model.clone()
     del model.model_options[WRAPPER]
+    model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER)
     if walk.inner:
         model.set_model_unet_function_wrapper(walk.inner)
     return model
@@ -91,17 +139,27 @@ class AttentionInjection(io.ComfyNode):
                 io.Float.Input("share", default=0.6, min=0.0, max=1.0, step=0.05,
                                tooltip="Share of the sampling steps, from the first on. More keeps more of the clip's layout and motion; "
                                "less lets the edit go further. 0: as in the paper."),
+                io.Combo.Input("region", options=list(REGIONS), default="everything",
+                               tooltip="What the edit may change. The rest is what the noise reconstructs of the clip. "
+                               "subject and background need the mask."),
+                io.Mask.Input("subject", optional=True,
+                              tooltip="Where the subject is, a mask for each frame or one for all: from Subject Mask, or of any "
+                              "other node. It is kept in its place."),
             ],
             outputs=[io.Model.Output(tooltip="For a sampler with add_noise disabled. A sampling step takes half as long again.")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, conditioning, share) -> io.NodeOutput:
+    def execute(cls, model, conditioning, share, region="everything", subject=None) -> io.NodeOutput:
         with plain_errors():
+            if region != "everything" and subject is None:
+                raise TavError(f"region is {region}, but there is no mask; connect subject to Subject Mask")
             video_unet(model)  # raises for a model that isn't inflated
             text = hidden_states(model, conditioning, "conditioning")
             model = without_injection(model)
             inner = model.model_options.get(WRAPPER)
             model = model.clone()
-            model.set_model_unet_function_wrapper(SourceWalk(text, share, inner))
+            walk = SourceWalk(text, partial(vector_of, model, conditioning), share, subject, region, inner)
+            model.set_model_unet_function_wrapper(walk)
+            model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER, walk.sample)
         return io.NodeOutput(model)

@@ -5,6 +5,8 @@ inflated MODEL as on any other.
 """
 
 from collections.abc import Mapping
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import comfy.ldm.modules.attention
@@ -17,75 +19,89 @@ import comfy.utils
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, copy_nested_dicts, get_all_wrappers
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..tav_core import TavError, VideoUNet, inflate, trainable_parameters
+from ..tav_core import ContextWindows, TavError, VideoUNet, inflate, trainable_parameters
+from ..tav_core.attention import FrameAttnProcessor, FrameContext
 from ..tav_core.inflate import OverFrames, VideoGroupNorm
+from .families import InflatedSDXL, NativeModel, NativePatcher, VectorVideoUNet, check_lora
+from .patches import patched
 
 PREFIX = "diffusion_model."
 FRAMES = "tav_num_frames"  # in transformer_options: the length of the clip that the MODEL was tuned on
+WINDOWS = "tav_context_windows"  # context_length (0: the tuned one) and context_overlap
 SOURCE_ROWS = "tav_source_rows"  # so many entries of the batch, the first ones, lead the attention of the others
+ANCHOR = "tav_anchor"  # where the features of those lead as well, `(chunks frames) 1 h w`
 _LEAVES = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
 
 
-class NativeUNet(UNet2DConditionModel):
+class Wrapped:
+    """Mixin: what ComfyUI calls, within the wrappers that packs put around native models."""
+
+    def forward(self, x, timesteps, context=None, y=None, control=None, transformer_options=None, **kwargs):
+        options = {} if transformer_options is None else transformer_options
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
+        executor = WrapperExecutor.new_class_executor(self.predict, self, wrappers)
+        return executor.execute(x, timesteps, context, y, control, options, **kwargs)
+
+
+class NativeUNet(Wrapped, UNet2DConditionModel):
     """A diffusers U-Net that ComfyUI's samplers call. Its children have the names that diffusers LoRAs speak of."""
 
-    def forward(self, x, timesteps, context=None, y=None, control=None, transformer_options=None, **kwargs):
+    frame_context: FrameContext  # of one frame
+
+    def predict(self, x, timesteps, context, y, control, options, **kwargs):
         check_context(self, context)
-        return super().forward(x, timesteps, context, return_dict=False, **_residuals(self, control, x.dtype))[0]
+        with patched(self, x, control, options):
+            return UNet2DConditionModel.forward(self, x, timesteps, context, class_labels=y, return_dict=False)[0]
 
 
-class NativeVideoUNet(VideoUNet):
+class NativeVideoUNet(Wrapped, VideoUNet):
     """The same for an inflated U-Net. `x` is `(chunks frames) c h w`: a chunk is a positive or a negative prompt."""
 
-    def forward(self, x, timesteps, context=None, y=None, control=None, transformer_options=None, **kwargs):
+    def predict(self, x, timesteps, context, y, control, options, **kwargs):
         check_context(self, context)
-        options = transformer_options or {}
         frames = len(x) // len(options.get("cond_or_uncond", [0]))
-        if tuned := options.get(FRAMES):
+
+        def predict(latents, timesteps, context, control, **settings):  # b c f h w, of all frames or of a window
+            with patched(self, rearrange(latents, "b c f h w -> (b f) c h w"), control, options):
+                return VideoUNet.forward(self, latents, timesteps, context, **settings)
+
+        if windows := windows_of(options):
+            predict = partial(windows, predict)
+        elif tuned := options.get(FRAMES):
             if frames % tuned:
                 raise TavError(f"LATENT has {frames} frames, this MODEL was tuned on {tuned}; give it {tuned} frames "
-                               f"(set count in Load Video), or a multiple: several clips")  # fmt: skip
+                               "(set count in Load Video), a multiple (several clips), or a long clip through Context "
+                               "Windows")  # fmt: skip
             frames = tuned
         with self.frame_context.led_by(options.get(SOURCE_ROWS, 0) // frames):
-            out = super().forward(
-                rearrange(x, "(b f) c h w -> b c f h w", f=frames), timesteps[::frames], context,
-                **_residuals(self, control, x.dtype),
-            )  # fmt: skip
+            out = predict(rearrange(x, "(b f) c h w -> b c f h w", f=frames), timesteps[::frames], context, control=control,
+                          anchor=options.get(ANCHOR), class_labels=y)  # fmt: skip
         return rearrange(out, "b c f h w -> (b f) c h w")
+
+
+def windows_of(options: Mapping[str, Any]) -> ContextWindows | None:
+    """The context windows in the transformer_options of a MODEL.
+
+    Raises:
+        TavError: windows of the tuned length, and the MODEL isn't tuned; or an overlap that doesn't fit it.
+    """
+    if WINDOWS not in options:
+        return None
+    length, overlap = options[WINDOWS]
+    if not length and FRAMES not in options:
+        raise TavError("context_length is 0, the tuned length, and MODEL isn't tuned; give it a number, or tune MODEL")
+    return ContextWindows(length or options[FRAMES], overlap)
 
 
 def check_context(unet: UNet2DConditionModel, context: Tensor):
     width, wanted = context.shape[-1], unet.config.cross_attention_dim
     if width != wanted:
         raise TavError(f"CONDITIONING has width {width}, this MODEL takes {wanted}; use the CLIP of the same checkpoint")
-
-
-def _residuals(unet: UNet2DConditionModel, control: dict[str, list[Tensor | None]] | None, dtype: torch.dtype) -> dict[str, Any]:
-    """What ComfyUI's ControlNets and T2I-Adapters add, as diffusers takes it.
-
-    Raises:
-        TavError: an adapter of another family.
-    """
-    if not control:
-        return {}
-    residuals: dict[str, Any] = {}
-    if down := control.get("output"):
-        (*_, middle) = control.get("middle") or [None]
-        residuals["down_block_additional_residuals"] = [0 if entry is None else entry.to(dtype) for entry in down]
-        residuals["mid_block_additional_residual"] = 0 if middle is None else middle.to(dtype)
-    if any(entry is not None for entry in control.get("input", [])):
-        # an entry for each of ComfyUI's input blocks, last first: those behind the last resnet of a level have one
-        entries, layers = control["input"][::-1], unet.config.layers_per_block
-        layers = [layers] * len(unet.down_blocks) if isinstance(layers, int) else layers
-        ends = [sum(layers[: level + 1]) + level for level in range(len(layers))]
-        if any(entry is not None and i not in ends for i, entry in enumerate(entries)) or len(entries) <= ends[-1]:
-            raise TavError("the T2I-Adapter is for another family of models; use one for Stable Diffusion 1.x")
-        residuals["down_intrablock_additional_residuals"] = [entries[i].to(dtype) for i in ends]
-    return residuals
 
 
 def comfy_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -122,19 +138,21 @@ def to_native(unet: UNet2DConditionModel, model_config: Any, model_type: Any) ->
             if type(module) is VideoGroupNorm:
                 module.__class__ = type("VideoGroupNorm", (OverFrames, operations.GroupNorm), {})
         use_operations(unet, operations)
-        unet.__class__ = NativeVideoUNet if isinstance(unet, VideoUNet) else NativeUNet
         if isinstance(unet, VideoUNet):
-            unet.frame_context.attention_fn = comfy_attention
+            unet.__class__ = NativeVideoUNet
+        else:
+            unet.__class__, unet.frame_context = NativeUNet, FrameContext()
+            unet.set_attn_processor(FrameAttnProcessor(unet.frame_context, None))
+        unet.frame_context.attention_fn = comfy_attention
         return nn.Module.to(unet, device=device, dtype=model_config.unet_config["dtype"])
 
     offload = comfy.model_management.unet_offload_device()
-    model = comfy.model_base.BaseModel(model_config, model_type, device=offload, unet_model=build)
-    patcher = getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)  # newer cores
-    return patcher(model, load_device=comfy.model_management.get_torch_device(), offload_device=offload)
+    model = NativeModel(model_config, model_type, device=offload, unet_model=build)
+    return NativePatcher(model, load_device=comfy.model_management.get_torch_device(), offload_device=offload)
 
 
 def inflate_model(model: ModelPatcher, **options) -> ModelPatcher:
-    """The inflated MODEL of a native SD 1.x or 2.x MODEL, its LoRAs baked in. `model` stays as it is.
+    """The inflated MODEL of a native SD 1.x, 2.x or SDXL MODEL, its LoRAs baked in. `model` stays as it is.
 
     Args:
         options: those of `tav_core.inflate`.
@@ -150,9 +168,13 @@ def inflate_model(model: ModelPatcher, **options) -> ModelPatcher:
         model_config.set_inference_dtype(unet.dtype, source.manual_cast_dtype)
         model_config.latent_format = source.latent_format
         inflated = to_native(unet, model_config, source.model_type)
+        if isinstance(source, comfy.model_base.SDXL):
+            inflated.model.__class__ = InflatedSDXL
+            inflated.model.adopt(source)
     inflated.model.model_sampling = model.get_model_object("model_sampling")
     inflated.model.memory_usage_factor = source.memory_usage_factor
     inflated.model_options = comfy.model_patcher.create_model_options_clone(model.model_options)
+    inflated.wrappers = copy_nested_dicts(model.wrappers)
     return inflated
 
 
@@ -172,39 +194,50 @@ def to_diffusers(model: ModelPatcher) -> UNet2DConditionModel:
         return _filled(unet.config, weights(model))
     if not isinstance(unet, UNetModel):
         kind = type(model.model).__name__
-        raise TavError(f"MODEL is of another family ({kind}); give a Stable Diffusion 1.x or 2.x checkpoint")
-    layout = unet_layout(model.model.model_config.unet_config, unet)
+        raise TavError(f"MODEL is of another family ({kind}); give a Stable Diffusion 1.x, 2.x or SDXL checkpoint")
+    layout = unet_layout(model.model, unet)
     native = weights(model)
     names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    names = {name: key for name, key in names.items() if not name.startswith("add_embedding.")}  # class_embedding is the same
     return _filled(layout, {name: native[key] for name, key in names.items() if key in native})
 
 
-def unet_layout(config: Mapping[str, Any], unet: UNetModel) -> dict[str, Any]:
-    """The diffusers configuration of a native U-Net.
+def unet_layout(model: comfy.model_base.BaseModel, unet: UNetModel) -> dict[str, Any]:
+    """The diffusers configuration of the U-Net of a native model.
+
+    SDXL's embedding of pooled text and sizes becomes diffusers' projection of class embeddings, which computes the same
+    from the vector that ComfyUI makes of them.
 
     Raises:
-        TavError: SDXL, an inpainting model and others that Tune-A-Video isn't for.
+        TavError: an SDXL refiner, an inpainting model and others that Tune-A-Video isn't for.
     """
+    config: Mapping[str, Any] = model.model_config.unet_config
     channels, levels = unet.model_channels, len(config["channel_mult"])
-    if config.get("adm_in_channels") is not None:
-        raise TavError("MODEL is SDXL or unCLIP (it is conditioned on more than text); give SD 1.x or 2.x")
+    vector = config.get("adm_in_channels")
+    if vector is not None and not isinstance(model, comfy.model_base.SDXL):
+        raise TavError(f"MODEL is an SDXL refiner, unCLIP or the like ({type(model).__name__}); give SD 1.x, 2.x or the SDXL base")
     if unet.in_channels != 4:
         kind = {9: "an inpainting model", 8: "an image-editing model", 5: "a depth model"}.get(unet.in_channels, "unusual")
-        raise TavError(f"MODEL is {kind} ({unet.in_channels} input channels); give a text-to-image SD 1.x or 2.x checkpoint")
+        raise TavError(f"MODEL is {kind} ({unet.in_channels} input channels); give a text-to-image SD 1.x, 2.x or SDXL checkpoint")
     blocks = [config["num_res_blocks"]] * levels if isinstance(config["num_res_blocks"], int) else config["num_res_blocks"]
-    depth, attends = list(config["transformer_depth"]), []
-    for count in blocks:
-        attends.append(any(depth[:count]))
-        depth = depth[count:]
+    ends = list(accumulate(blocks))
+    depths = [config["transformer_depth"][end - 1] for end in ends]
+    middle = config["transformer_depth_middle"]
+    regular = [depth for depth, count in zip(depths, blocks) for _ in range(count)]
+    regular_output = [depth for depth, count in zip(depths, blocks) for _ in range(count + 1)]
+    if (list(config["transformer_depth"]), list(config["transformer_depth_output"])) != (regular, regular_output) or depths[-1] not in (0, middle):
+        raise TavError("MODEL is a distilled SDXL (its transformers differ within a level); give the SDXL base")
     widths = [channels * multiple for multiple in config["channel_mult"]]
     heads = config.get("num_heads", -1)
     if heads == -1:
         heads = [width // config["num_head_channels"] for width in widths]
     return dict(
         in_channels=4, out_channels=4, block_out_channels=widths, layers_per_block=list(blocks), norm_num_groups=32,
-        down_block_types=["CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
-        up_block_types=["CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
+        down_block_types=["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths],
+        up_block_types=["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)],
+        transformer_layers_per_block=[max(depth, 1) for depth in depths[:-1]] + [middle],
         cross_attention_dim=config["context_dim"], attention_head_dim=heads,
+        class_embed_type=None if vector is None else "projection", projection_class_embeddings_input_dim=vector,
         use_linear_projection=bool(config.get("use_linear_in_transformer")),
         upcast_attention=config.get("attn_precision") == torch.float32,
     )  # fmt: skip
@@ -214,10 +247,15 @@ def weights(model: ModelPatcher) -> dict[str, Tensor]:
     """The U-Net's weights by name, with every patch (LoRA, tuned weights) applied, on the offload device.
 
     Weights without patches are those of the model itself, not copies.
+
+    Raises:
+        TavError: a LoRA of another family.
     """
     baked = {}
     for key, ((weight, convert), *patches) in model.get_key_patches(PREFIX).items():
         if patches:
+            for _, patch, *_ in patches:
+                check_lora(key, weight, patch)
             dtype, device = weight.dtype, model.offload_device
             weight = convert(weight.to(device=device, dtype=torch.float32, copy=True), inplace=True)
             weight = comfy.lora.calculate_weight(patches, weight, key).to(dtype)
@@ -238,9 +276,15 @@ def _filled(config: Mapping[str, Any], state: Mapping[str, Tensor], **options) -
 
 
 def trainable_copy(model: ModelPatcher) -> VideoUNet:
-    """A plain video U-Net with the weights of an inflated MODEL, on the CPU, ready for `tav_core.tune`."""
+    """A plain video U-Net with the weights of an inflated MODEL, on the CPU, ready for `tav_core.tune`.
+
+    For SDXL it takes `packed` text.
+    """
     unet = video_unet(model)
-    return _filled(unet.config, weights(model), **unet.inflation)
+    copied = _filled(unet.config, weights(model), **unet.inflation)
+    if unet.config.class_embed_type:
+        copied.__class__ = VectorVideoUNet
+    return copied
 
 
 def video_unet(model: ModelPatcher) -> NativeVideoUNet:
@@ -275,7 +319,7 @@ def scheduler_of(model: ModelPatcher) -> DDIMScheduler:
     prediction = next((known[kind] for kind in type(sampling).__bases__ if kind in known), None)
     if prediction is None or not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
         kinds = ", ".join(kind.__name__ for kind in type(sampling).__bases__)
-        raise TavError(f"MODEL is sampled in a way that can't be tuned ({kinds}); use an SD 1.x or 2.x checkpoint")
+        raise TavError(f"MODEL is sampled in a way that can't be tuned ({kinds}); use an SD 1.x, 2.x or SDXL checkpoint")
     alphas = 1 / (1 + sampling.sigmas.double().cpu() ** 2)
     betas = 1 - alphas / torch.cat([torch.ones(1), alphas[:-1]])
     return DDIMScheduler(num_train_timesteps=len(betas), trained_betas=betas.tolist(), prediction_type=prediction,

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from ..tav_core import TuneConfig, TuneResult, base_fingerprint, ddim_invert, ddim_sample, loss_curve, strip, tune
 from ..tav_core.state import read_state
 from ..tav_core.tuned import tuned_info
-from ..tav_core.tuning import DTYPES, run_fingerprint
+from ..tav_core.tuning import DTYPES, Take, run_fingerprint
+from ..tav_core.windows import at_frames
 from .common import (
+    NodeTakes,
     NodeTunedWeights,
     TunedWeights,
     clean_latents,
@@ -30,7 +32,8 @@ from .common import (
     report,
     schema,
 )
-from .native import scheduler_of, trainable_copy, video_unet, with_tuned_weights
+from .families import packed, vector_of
+from .native import WINDOWS, scheduler_of, trainable_copy, video_unet, with_tuned_weights
 
 KEPT_STATES = 4  # runs that can be resumed; for SD 1.5 a state takes 0.9 GB
 PREVIEW_STEPS, PREVIEW_GUIDANCE = 10, 5.0
@@ -70,6 +73,7 @@ class OneShotTune(io.ComfyNode):
                 io.Conditioning.Input("preview_prompt", optional=True,
                                       tooltip="The edit to preview; without it the clip itself."),
                 io.Vae.Input("vae", optional=True, tooltip="Decodes the preview; without it the preview is a rough one."),
+                NodeTakes.Input("takes", optional=True, tooltip="Further clips to learn from, each with its sentence, from Take."),
             ],
             outputs=[
                 io.Model.Output(tooltip="The tuned MODEL, for DDIM Inversion and every sampler."),
@@ -81,21 +85,34 @@ class OneShotTune(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent, positive, steps, learning_rate, seed, dtype, gradient_checkpointing,
-                timestep_sampling, preview_every, preview_prompt=None, vae=None) -> io.NodeOutput:  # fmt: skip
+                timestep_sampling, preview_every, preview_prompt=None, vae=None, takes=()) -> io.NodeOutput:  # fmt: skip
         with plain_errors():
             if dtype == "auto":
                 bf16 = comfy.model_management.should_use_bf16(comfy.model_management.get_torch_device())
                 dtype = "bf16" if bf16 else "fp32"
+            # of Context Windows; 0 are windows of the tuned length, to be used on longer clips than this one
+            length, _ = model.model_options["transformer_options"].get(WINDOWS, (0, 0))
             config = TuneConfig(steps=steps, learning_rate=learning_rate, seed=seed, dtype=dtype,
-                                gradient_checkpointing=gradient_checkpointing, timestep_sampling=timestep_sampling)  # fmt: skip
-            latents, text = clean_latents(model, latent), hidden_states(model, positive)
-            edit = hidden_states(model, preview_prompt, "preview_prompt") if preview_prompt else text
-            tuned, result = run(cls, model, latents, text, config, preview_every, edit, vae)
-        frames = latents.shape[2]
+                                gradient_checkpointing=gradient_checkpointing, timestep_sampling=timestep_sampling,
+                                context_length=length or None)  # fmt: skip
+            latents = clean_latents(model, latent)
+            text = conditions(model, positive, latents, "positive")
+            edit = conditions(model, preview_prompt, latents, "preview_prompt") if preview_prompt else text
+            all_takes = [Take(latents, text)]
+            for number, (more, said) in enumerate(takes, 2):
+                more = clean_latents(model, more)
+                all_takes.append(Take(more, conditions(model, said, more, f"positive of take {number}")))
+            tuned, result = run(cls, model, all_takes, config, preview_every, edit, vae)
         curve = image_of(loss_curve(result.losses, result.probe_losses))
         losses = json.dumps({"losses": result.losses, "probe_losses": result.probe_losses})
-        return io.NodeOutput(with_tuned_weights(model, tuned.tensors, frames), tuned, curve, losses,
+        return io.NodeOutput(with_tuned_weights(model, tuned.tensors, tuned.info.num_frames), tuned, curve, losses,
                              ui=ui.PreviewImage(curve, cls=cls))  # fmt: skip
+
+
+def conditions(model: ModelPatcher, conditioning: list, latents: Tensor, field: str) -> Tensor:
+    """What `trainable_copy` takes as text."""
+    text, vector = hidden_states(model, conditioning, field), vector_of(model, conditioning, latents)
+    return text if vector is None else packed(text, vector)
 
 
 class Trainee(nn.Module):
@@ -106,19 +123,26 @@ class Trainee(nn.Module):
         self.unet = unet
 
 
-def run(node, model: ModelPatcher, latents: Tensor, text: Tensor, config: TuneConfig, preview_every: int, edit: Tensor,
+def run(node, model: ModelPatcher, takes: list[Take], config: TuneConfig, preview_every: int, edit: Tensor,
         vae) -> tuple[TunedWeights, TuneResult]:  # fmt: skip
-    """Tunes a copy of the U-Net, on the device and in the memory that ComfyUI gives it."""
+    """Tunes a copy of the U-Net on the takes, on the device and in the memory that ComfyUI gives it.
+
+    The preview is of the first take.
+    """
     management, device = comfy.model_management, comfy.model_management.get_torch_device()
     scheduler = scheduler_of(model)
     with torch.inference_mode(False):  # which nodes run under
         unet = trainable_copy(model)
-        latents, text, edit = latents.clone(), text.clone(), edit.clone()
+        takes, edit = [Take(take.latents.clone(), take.encoder_hidden_states.clone()) for take in takes], edit.clone()
+        (first, *more), latents = takes, takes[0].latents
         base = base_fingerprint(unet)
-        state = state_path(base, run_fingerprint(unet, scheduler, latents, None, text, config), config.steps)
+        state = state_path(base, run_fingerprint(unet, scheduler, takes, config), config.steps)
 
         patcher = ModelPatcher(Trainee(unet), load_device=device, offload_device=management.unet_offload_device())
-        room = model.memory_required(list(latents[0].transpose(0, 1).shape)) * (2 if config.gradient_checkpointing else 6)
+        frames = config.context_length or latents.shape[2]
+        seen = [take.latents[0, :, : config.context_length].transpose(0, 1) for take in takes]
+        room = max(model.memory_required(list(part.shape)) for part in seen)
+        room *= 2 if config.gradient_checkpointing else 6
         with_vae = [vae.patcher] if preview_every and vae is not None else []
         management.load_models_gpu([patcher, *with_vae], memory_required=room, force_full_load=True)
         bar, said = progress_bar(config.steps), time.monotonic()
@@ -130,19 +154,23 @@ def run(node, model: ModelPatcher, latents: Tensor, text: Tensor, config: TuneCo
             if preview_every and (step % preview_every == 0 or step == total):
                 dtype = DTYPES[config.dtype]
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    picture = preview(model, unet, scheduler, latents.to(device), text.to(device), edit.to(device), vae)
+                    beginning = torch.arange(frames)
+                    shown = first.to(device).at(beginning)
+                    wish = at_frames("preview_prompt", edit.to(device), 1, latents.shape[2], beginning)
+                    picture = preview(model, unet, scheduler, shown.latents, shown.encoder_hidden_states, wish, vae)
             bar.update_absolute(step, total, ("JPEG", picture, 1024) if picture else None)
             if time.monotonic() - said > 0.5 or step == total:
                 said = time.monotonic()
-                done = step - first
+                done = step - started
                 left = progress["seconds"] / max(1, done) * (total - step)
                 report(node, f"step {step}/{total}, loss {progress['probe_loss']:.4f}, {left // 60:.0f}:{left % 60:02.0f} left")
 
-        first = read_state(state)[0].step if state.exists() else 0
-        result = tune(unet, scheduler, latents, text, config, state_path=state, callback=on_step)
-        if first == config.steps:
-            report(node, f"tuned before, {first} steps, loss {result.probe_losses[-1][1]:.4f}")
-        frames, height, width = latents.shape[2:]
+        started = read_state(state)[0].step if state.exists() else 0
+        result = tune(unet, scheduler, latents, first.encoder_hidden_states, config, more_takes=more, state_path=state,
+                      callback=on_step)  # fmt: skip
+        if started == config.steps:
+            report(node, f"tuned before, {started} steps, loss {result.probe_losses[-1][1]:.4f}")
+        height, width = latents.shape[3:]
         info = tuned_info(base, video_unet(model).inflation, prompt="", num_frames=frames, width=8 * width,
                           height=8 * height, config=dataclasses.asdict(config), base_name="")  # fmt: skip
     return TunedWeights(result.weights, info), result

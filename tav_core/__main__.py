@@ -22,9 +22,11 @@ from .errors import Cancelled, TavError
 from .files import atomic_path
 from .inflate import inflate
 from .metrics import frame_difference, psnr
-from .tuned import load_tuned, read_tuned, save_tuned
+from .subject import REGIONS
+from .tuned import TunedInfo, load_tuned, read_tuned, save_tuned
 from .video import Clip, load_video, save_video
-from .visuals import loss_curve, side_by_side, strip
+from .visuals import loss_curve, side_by_side, spotlight, strip
+from .windows import check_context_length
 
 NOISE_FORMAT = "tune-a-video-noise-1"
 
@@ -39,10 +41,12 @@ def _checkpoint(args) -> Checkpoint:
     return checkpoint
 
 
-def _clip(args, checkpoint: Checkpoint) -> Clip:
+def _clip(args, checkpoint: Checkpoint, video: Path) -> Clip:
+    if args.context_length is not None:
+        check_context_length(args.context_length, args.frames)
     width, height = args.size or (checkpoint.size, checkpoint.size)
     pipeline.check_size(checkpoint, width=width, height=height)
-    return load_video(args.video, start=args.start, stride=args.stride, count=args.frames, width=width, height=height,
+    return load_video(video, start=args.start, stride=args.stride, count=args.frames, width=width, height=height,
                       fit=args.fit)  # fmt: skip
 
 
@@ -56,22 +60,24 @@ def _make_folder(path: Path):
         raise TavError(f"--output {path} can't be written to; choose another --output")
 
 
-def _tune(args, checkpoint: Checkpoint, source: pipeline.Source, progress: Progress):
-    """Tunes with the state kept in the output folder; the tuned weights and the loss curve are written there."""
+def _tune(args, checkpoint: Checkpoint, sources: list[pipeline.Source], progress: Progress):
+    """Tunes on the takes, with the state kept in the output folder; weights and loss curve are written there."""
     _make_folder(args.output)
-    preset, state_path = preset_of(args), args.output / "tuning-state.safetensors"
+    preset, (source, *more), state_path = preset_of(args), sources, args.output / "tuning-state.safetensors"
     if state_path.exists() and not args.resume:
         raise TavError(f"--output {args.output} holds an unfinished tuning; add --resume to go on with it, or delete "
                        f"{state_path.name} to start over")  # fmt: skip
     try:
         unet, result = pipeline.tune_on(checkpoint, source, preset, attention=args.attention,
-                                        temporal_causal=args.temporal_causal, norm=args.norm, state_path=state_path,
-                                        resume=args.resume, callback=progress)  # fmt: skip
+                                        temporal_causal=args.temporal_causal, norm=args.norm, more_sources=more,
+                                        state_path=state_path, resume=args.resume, callback=progress)  # fmt: skip
     except Cancelled as stop:
         raise Cancelled(f"{stop}; add --resume to go on") from None
     height, width = (n * checkpoint.downscale for n in source.latents.shape[-2:])
-    save_tuned(args.output / "tuned.safetensors", unet, prompt=source.prompt, num_frames=source.latents.shape[2],
-               width=width, height=height, config=asdict(preset.tuning), base_name=checkpoint.name)  # fmt: skip
+    frames = preset.tuning.context_length or source.latents.shape[2]
+    save_tuned(args.output / "tuned.safetensors", unet, prompt=source.prompt, num_frames=frames,
+               width=width, height=height, config=asdict(preset.tuning), base_name=checkpoint.name,
+               more_prompts=[other.prompt for other in more])  # fmt: skip
     loss_curve(result.losses, result.probe_losses, args.output / "loss.png")
     return unet, result
 
@@ -84,15 +90,22 @@ def _load_tuned_unet(args, checkpoint: Checkpoint):
     return unet, info
 
 
-def _save_noise(path: Path, noise: Tensor, prompt: str, preset: pipeline.Preset):
+def _window_if_longer(args, info: TunedInfo, frames: int):
+    """A clip longer than the tuned one is seen in windows of the tuned length, unless --context-length is given."""
+    if args.context_length is None and frames > info.num_frames:
+        args.context_length = info.num_frames
+
+
+def _save_noise(path: Path, noise: Tensor, subject: Tensor | None, prompt: str, preset: pipeline.Preset):
     metadata = {"format": NOISE_FORMAT, "prompt": prompt, "steps": str(preset.sampling_steps),
                 "inverted_with": "caption" if preset.caption_as_negative else "empty prompt"}  # fmt: skip
     with atomic_path(path) as temporary:
-        save_file({"latents": noise.cpu().contiguous()}, temporary, metadata)
+        tensors = {"latents": noise.cpu().contiguous()} | ({} if subject is None else {"subject": subject})
+        save_file(tensors, temporary, metadata)
 
 
-def _read_noise(path: Path, preset: pipeline.Preset) -> tuple[Tensor, str]:
-    """Inverted noise `1 c f h w` and the sentence of its clip.
+def _read_noise(path: Path, preset: pipeline.Preset) -> tuple[Tensor, Tensor | None, str]:
+    """Inverted noise `1 c f h w`, the mask of the subject `1 1 f h w` if one was found, and the sentence of its clip.
 
     Raises:
         TavError: a file that isn't noise, or noise that was inverted in another way than `preset` samples.
@@ -103,6 +116,7 @@ def _read_noise(path: Path, preset: pipeline.Preset) -> tuple[Tensor, str]:
             if metadata.get("format") != NOISE_FORMAT:
                 raise TavError(f"--noise {path} is not a file of `invert`; make one with python -m tav_core invert")
             noise = file.get_tensor("latents")
+            subject = file.get_tensor("subject") if "subject" in file.keys() else None
     except (OSError, SafetensorError) as error:
         raise TavError(f"--noise {path} can't be read ({error}); make one with python -m tav_core invert") from error
     steps, inverted_with = int(metadata["steps"]), metadata.get("inverted_with", "empty prompt")
@@ -113,7 +127,25 @@ def _read_noise(path: Path, preset: pipeline.Preset) -> tuple[Tensor, str]:
         remedy = "a value above 0" if inverted_with == "caption" else "0"
         raise TavError(f"--caption-as-negative is {preset.caption_as_negative:g}, but {path} was inverted with the "
                        f"{inverted_with}; give it {remedy}, or invert again")  # fmt: skip
-    return noise, metadata["prompt"]
+    return noise, subject, metadata["prompt"]
+
+
+def _subject(args, checkpoint: Checkpoint, unet, source: pipeline.Source, preset: pipeline.Preset) -> Tensor | None:
+    """The mask of the subject, if there are sentences to find it by."""
+    return pipeline.find_subject(checkpoint, unet, source, args.contrast, preset) if args.contrast else None
+
+
+def _regions(args) -> list[str]:
+    """The region of each edit.
+
+    Raises:
+        TavError: neither one for all nor one for each.
+    """
+    regions = args.region or ["everything"]
+    if len(regions) not in (1, len(args.edit)):
+        raise TavError(f"there are {len(regions)} --region for {len(args.edit)} --edit; give one for all, or one for "
+                       "each in the same order")  # fmt: skip
+    return regions * len(args.edit) if len(regions) == 1 else regions
 
 
 def _name(number: int, prompt: str) -> str:
@@ -141,21 +173,28 @@ def run_edit(args, checkpoint: Checkpoint, clip: Clip, progress: Progress) -> tu
     for edit in args.edit:
         if not edit.strip():
             raise TavError("--edit is empty; describe the edited clip in one sentence")
+    regions = ["everything", *_regions(args)]
+    if set(regions) != {"everything"} and not args.contrast:
+        raise TavError("--region needs to know where the subject is; give --contrast, the clip's sentence with another subject")
     source = timed("encode", pipeline.prepare, checkpoint, clip.frames, args.prompt)
-    unet, result = timed("tune", _tune, args, checkpoint, source, progress)
+    pipeline.check_contrasts(args.prompt, args.contrast or [])
+    unet, result = timed("tune", _tune, args, checkpoint, [source], progress)
     noise = timed("invert", pipeline.invert, checkpoint, unet, source, preset, callback=progress)
-    _save_noise(args.output / "noise.safetensors", noise, args.prompt, preset)
+    subject = timed("find the subject", _subject, args, checkpoint, unet, source, preset)
+    _save_noise(args.output / "noise.safetensors", noise, subject, args.prompt, preset)
     save_video(clip.frames, args.output / "source.mp4", clip.fps)
     videos = {"source": clip.frames}
     files = {}
-    for number, prompt in enumerate([args.prompt, *args.edit]):
+    for number, (prompt, region) in enumerate(zip([args.prompt, *args.edit], regions)):
         label = "reconstruction" if number == 0 else prompt
         print(f"{label} ...", flush=True)
         videos[label] = timed("sample", pipeline.sample, checkpoint, unet, noise, prompt, preset,
-                              source_prompt=args.prompt, negative_prompt=args.negative_prompt, callback=progress)  # fmt: skip
+                              source_prompt=args.prompt, negative_prompt=args.negative_prompt, subject=subject,
+                              region=region, callback=progress)  # fmt: skip
         files[label] = f"{_name(number, prompt) if number else 'reconstruction'}.mp4"
         save_video(videos[label], args.output / files[label], clip.fps)
-    strip(list(videos.values()), list(videos), args.output / "strip.png")
+    shown = videos if subject is None else {"source": clip.frames, "subject": spotlight(clip.frames, subject), **videos}
+    strip(list(shown.values()), list(shown), args.output / "strip.png")
     save_video(side_by_side(list(videos.values()), list(videos)), args.output / "comparison.mp4", clip.fps)
     summary = {
         "prompt": args.prompt, "checkpoint": checkpoint.name, "frames": len(clip.frames), "fps": round(clip.fps, 3),
@@ -163,7 +202,7 @@ def run_edit(args, checkpoint: Checkpoint, clip: Clip, progress: Progress) -> tu
         "probe_loss": {"before": result.probe_losses[0][1], "after": result.probe_losses[-1][1]},
         "reconstruction_psnr": round(psnr(videos["reconstruction"], clip.frames), 2),
         "frame_difference": {label: round(frame_difference(video), 4) for label, video in videos.items()},
-        "files": files, "seconds": seconds,
+        "regions": dict(zip(args.edit, regions[1:])), "files": files, "seconds": seconds,
     }  # fmt: skip
     _write_json(args.output / "summary.json", summary)
     (args.output / "tuning-state.safetensors").unlink(missing_ok=True)  # all that it was for is written
@@ -176,17 +215,18 @@ def run_edit(args, checkpoint: Checkpoint, clip: Clip, progress: Progress) -> tu
 def _edit(args):
     progress = Progress().stop_at_interrupt()
     checkpoint = _checkpoint(args)
-    summary, _ = run_edit(args, checkpoint, _clip(args, checkpoint), progress)
+    summary, _ = run_edit(args, checkpoint, _clip(args, checkpoint, args.video), progress)
     _report(args.output, summary)
 
 
 def _demo(args):
-    from .mini.demo import CLIP, EDITS, PROMPT, score  # the world is needed here alone
+    from .mini.demo import CLIP, CONTRASTS, EDITS, PROMPT, REGIONS, score  # the world is needed here alone
 
     args.video, args.prompt, args.edit = CLIP, PROMPT, list(EDITS.values())
+    args.contrast, args.region = CONTRASTS, [REGIONS[kind] for kind in EDITS]
     progress = Progress().stop_at_interrupt()
     checkpoint = _checkpoint(args)
-    summary, videos = run_edit(args, checkpoint, _clip(args, checkpoint), progress)
+    summary, videos = run_edit(args, checkpoint, _clip(args, checkpoint, args.video), progress)
     summary["judged"] = {kind: score(kind, videos[prompt].numpy()) for kind, prompt in EDITS.items()}
     _write_json(args.output / "summary.json", summary)
     _report(args.output, summary)
@@ -203,10 +243,15 @@ def _report(output: Path, summary: dict[str, Any]):
 
 
 def _tune_command(args):
+    videos, prompts = len(args.video), len(args.prompt)
+    if videos != prompts:
+        raise TavError(f"there are {videos} --video and {prompts} --prompt; give each --video its own --prompt, in the "
+                       "same order")  # fmt: skip
     progress = Progress().stop_at_interrupt()
     checkpoint = _checkpoint(args)
-    source = pipeline.prepare(checkpoint, _clip(args, checkpoint).frames, args.prompt)
-    _, result = _tune(args, checkpoint, source, progress)
+    sources = [pipeline.prepare(checkpoint, _clip(args, checkpoint, video).frames, prompt)
+               for video, prompt in zip(args.video, args.prompt)]  # fmt: skip
+    _, result = _tune(args, checkpoint, sources, progress)
     (args.output / "tuning-state.safetensors").unlink(missing_ok=True)
     print(f"probe loss {result.probe_losses[0][1]:.4f} -> {result.probe_losses[-1][1]:.4f}")
     print(args.output / "tuned.safetensors")
@@ -216,11 +261,16 @@ def _invert_command(args):
     progress = Progress().stop_at_interrupt()
     checkpoint = _checkpoint(args)
     unet, info = _load_tuned_unet(args, checkpoint)
+    if info.more_prompts and args.prompt is None:
+        said = ", ".join(repr(prompt) for prompt in [info.prompt, *info.more_prompts])
+        raise TavError(f"--tuned {args.tuned} was tuned on several clips ({said}); say with --prompt what --video shows")
+    prompt = info.prompt if args.prompt is None else args.prompt
     args.frames, args.size = args.frames or info.num_frames, args.size or (info.width, info.height)
+    _window_if_longer(args, info, args.frames)
     preset = preset_of(args)
-    source = pipeline.prepare(checkpoint, _clip(args, checkpoint).frames, info.prompt)
+    source = pipeline.prepare(checkpoint, _clip(args, checkpoint, args.video).frames, prompt)
     noise = pipeline.invert(checkpoint, unet, source, preset, callback=progress)
-    _save_noise(args.output, noise, info.prompt, preset)
+    _save_noise(args.output, noise, _subject(args, checkpoint, unet, source, preset), prompt, preset)
     print(args.output)
 
 
@@ -228,16 +278,22 @@ def _sample_command(args):
     progress = Progress().stop_at_interrupt()
     checkpoint = _checkpoint(args)
     unet, info = _load_tuned_unet(args, checkpoint)
-    preset = preset_of(args)
+    preset, regions = preset_of(args), _regions(args)
+    if args.frames is not None and (args.noise or args.frames < 1):
+        raise TavError(f"--frames {args.frames} can't be used here: it is the length of clips from random noise, 1 or "
+                       "more; leave it out")  # fmt: skip
     if args.noise:
-        noise, source_prompt = _read_noise(args.noise, preset)
+        noise, subject, source_prompt = _read_noise(args.noise, preset)
     else:
-        factor = checkpoint.downscale
-        shape = (1, checkpoint.unet.config.in_channels, info.num_frames, info.height // factor, info.width // factor)
-        noise, source_prompt = torch.randn(shape, generator=torch.Generator().manual_seed(preset.tuning.seed)), None
-    for number, prompt in enumerate(args.edit, 1):
+        factor, frames = checkpoint.downscale, info.num_frames if args.frames is None else args.frames
+        shape = (1, checkpoint.unet.config.in_channels, frames, info.height // factor, info.width // factor)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(preset.tuning.seed))
+        subject = source_prompt = None
+    _window_if_longer(args, info, noise.shape[2])
+    preset = preset_of(args)
+    for number, (prompt, region) in enumerate(zip(args.edit, regions), 1):
         video = pipeline.sample(checkpoint, unet, noise, prompt, preset, source_prompt=source_prompt,
-                                negative_prompt=args.negative_prompt, callback=progress)  # fmt: skip
+                                negative_prompt=args.negative_prompt, subject=subject, region=region, callback=progress)  # fmt: skip
         path = args.output / f"{_name(number, prompt)}.mp4"
         save_video(video, path, args.fps)
         print(path)
@@ -272,9 +328,11 @@ def _device_argument(group):
                        help="cpu, cuda, cuda:1, mps ... (cuda where there is one)")  # fmt: skip
 
 
-def _video_arguments(parser, frames: int | None = 8):
+def _video_arguments(parser, frames: int | None = 8, several: bool = False):
     group = parser.add_argument_group("video")
-    group.add_argument("--video", required=True, type=Path, metavar="FILE", help="mp4, webm or gif, or a folder of images")
+    takes = "; several times, each with its --prompt, to learn from several takes" if several else ""
+    group.add_argument("--video", required=True, type=Path, metavar="FILE", action="append" if several else "store",
+                       help=f"mp4, webm or gif, or a folder of images{takes}")  # fmt: skip
     group.add_argument("--start", type=int, default=0, metavar="N", help="first frame to take (0)")
     group.add_argument("--stride", type=int, default=1, metavar="N", help="take every N-th frame (1)")
     group.add_argument("--frames", type=int, metavar="N", default=frames,
@@ -298,7 +356,15 @@ def _edit_arguments(parser, required: bool):
     group = parser.add_argument_group("edits")
     group.add_argument("--edit", action="append", required=required, metavar="TEXT",
                        help="an edited sentence; give the option several times for several edits")  # fmt: skip
+    group.add_argument("--region", action="append", choices=REGIONS,
+                       help="what an edit may change, once for all or once for each --edit (everything); needs --contrast")  # fmt: skip
     group.add_argument("--negative-prompt", default="", metavar="TEXT", help="what guidance steers away from")
+
+
+def _contrast_argument(parser):
+    parser.add_argument("--contrast", action="append", metavar="TEXT",
+                        help="the clip's sentence with another subject; finds the subject, keeps it in its place, and lets "
+                        "--region work; best three times, each with another colour and shape")  # fmt: skip
 
 
 def main():
@@ -320,16 +386,18 @@ def main():
     edit = command("edit", _edit, "tune on a clip, invert it, and sample edited versions of it")
     edit.add_argument("--prompt", required=True, metavar="TEXT", help="one sentence that describes the clip")
     _edit_arguments(edit, required=True)
+    _contrast_argument(edit)
     edit.add_argument("--output", required=True, type=Path, metavar="DIR")
     _video_arguments(edit)
     _model_arguments(edit)
     _tuning_arguments(edit)
     add_preset_arguments(edit)
 
-    tune = command("tune", _tune_command, "tune on a clip and write DIR/tuned.safetensors")
-    tune.add_argument("--prompt", required=True, metavar="TEXT", help="one sentence that describes the clip")
+    tune = command("tune", _tune_command, "tune on a clip, or on several, and write DIR/tuned.safetensors")
+    tune.add_argument("--prompt", required=True, action="append", metavar="TEXT",
+                      help="one sentence that describes the clip; one for each --video, in the same order")  # fmt: skip
     tune.add_argument("--output", required=True, type=Path, metavar="DIR")
-    _video_arguments(tune)
+    _video_arguments(tune, several=True)
     _model_arguments(tune)
     _tuning_arguments(tune)
     add_preset_arguments(tune)
@@ -337,6 +405,8 @@ def main():
     invert = command("invert", _invert_command, "invert a clip with tuned weights to the noise it would come from")
     invert.add_argument("--tuned", required=True, type=Path, metavar="FILE", help="tuned.safetensors of `tune` or `edit`")
     invert.add_argument("--output", required=True, type=Path, metavar="FILE", help="a .safetensors file for the noise")
+    invert.add_argument("--prompt", metavar="TEXT", help="one sentence that describes the clip (that of the tuning)")
+    _contrast_argument(invert)
     _video_arguments(invert, frames=None)
     _model_arguments(invert)
     add_preset_arguments(invert)
@@ -345,6 +415,7 @@ def main():
     _edit_arguments(sample, required=True)
     sample.add_argument("--tuned", required=True, type=Path, metavar="FILE", help="tuned.safetensors of `tune` or `edit`")
     sample.add_argument("--noise", type=Path, metavar="FILE", help="noise of `invert` or `edit`; random without it")
+    sample.add_argument("--frames", type=int, metavar="N", help="length of clips from random noise (as tuned)")
     sample.add_argument("--fps", type=float, default=8.0, help="frame rate of the written videos (8)")
     sample.add_argument("--output", required=True, type=Path, metavar="DIR")
     _model_arguments(sample)

@@ -12,6 +12,7 @@ of cross-attention. Values stay their own.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,22 @@ from torch import Tensor
 from .errors import TavError
 
 MODES = ("sparse-causal", "first", "full")
+ANCHORED = 2 / 3  # of the led steps, the first, in which an anchor holds; longer, and an edit may lose its subject
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention on `b heads n d`; mask: bool (True: look) or additive, of shape `b heads n m`."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class AttentionPatches(Protocol):
+    """What another program does to self- and cross-attention, frame by frame; see `FrameContext.patches`."""
+
+    def inputs(self, x: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What queries, keys and values are projected from, `(b f) n c`; queries may come back in tiles, `(b f t) n c`."""
+
+    def replacement(self) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+        """Computes, from projected queries, keys and values of each frame, what goes into the output projection."""
 
 
 @dataclass
@@ -39,21 +51,25 @@ class FrameContext:
         checkpointing: recompute resnets and transformer blocks in the backward pass.
         sources: so many videos of the batch, the first ones, lead the attention of the others (which are a
             multiple of them); 0 without attention injection.
+        anchor: where the others take features from the sources as well, 0 ... 1, `(b f) 1 h w` (see `anchored`).
+        patches: asked in every self- and cross-attention; a replaced self-attention stays inside each frame.
     """
 
     frames: int = 1
     attention_fn: Callable[..., Tensor] = sdpa
     checkpointing: bool = False
     sources: int = 0
+    anchor: Tensor | None = None
+    patches: AttentionPatches | None = None
 
     @contextmanager
-    def running(self, frames: int) -> Iterator[None]:
-        """Set the frame count for the duration of a forward."""
-        previous, self.frames = self.frames, frames
+    def running(self, frames: int, anchor: Tensor | None = None) -> Iterator[None]:
+        """Set what belongs to one forward for its duration."""
+        previous, self.frames, self.anchor = (self.frames, self.anchor), frames, anchor
         try:
             yield
         finally:
-            self.frames = previous
+            self.frames, self.anchor = previous
 
     @contextmanager
     def led_by(self, sources: int) -> Iterator[None]:
@@ -76,8 +92,11 @@ def attend(
             out = fn(q.float(), k.float(), v.float(), mask=mask)
     else:
         out = fn(q, k, v, mask=mask)
-    out = rearrange(out, "b heads n d -> b n (heads d)").to(dtype)
-    return attn.to_out[1](attn.to_out[0](out))
+    return _project_out(attn, rearrange(out, "b heads n d -> b n (heads d)").to(dtype))
+
+
+def _project_out(attn: Attention, x: Tensor) -> Tensor:
+    return attn.to_out[1](attn.to_out[0](x))
 
 
 def _led(project: Callable[[Tensor], Tensor], x: Tensor, leaders: int) -> Tensor:
@@ -87,37 +106,46 @@ def _led(project: Callable[[Tensor], Tensor], x: Tensor, leaders: int) -> Tensor
     return project(x[:leaders]).repeat(len(x) // leaders, 1, 1)
 
 
+def anchored(x: Tensor, context: FrameContext) -> Tensor:
+    """Features `(b f) c h w`, where the anchor holds those of the sources (Plug-and-Play, section 4.1)."""
+    if context.anchor is None or not context.sources:
+        return x
+    leaders = context.sources * context.frames
+    led = x[:leaders].repeat(len(x) // leaders, 1, 1, 1)
+    return torch.lerp(x, led, F.adaptive_max_pool2d(context.anchor.to(x), x.shape[-2:]))
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
 def frame_attention(
-    attn: Attention, x: Tensor, frames: int, mode: str, fn: Callable[..., Tensor] = sdpa, leaders: int = 0
+    attn: Attention, q: Tensor, k: Tensor, v: Tensor, frames: int, mode: str, fn: Callable[..., Tensor] = sdpa, tiles: int = 1
 ) -> Tensor:
-    """Spatial self-attention whose keys and values come from chosen frames; `(b f) n c` to the same.
+    """Spatial self-attention whose keys and values come from chosen frames; projected `(b f t) n c` to the same.
 
     Modes: "sparse-causal" looks from frame i at [frame 0 | frame max(i-1, 0)], "first" at frame 0 alone,
-    "full" at all frames. `leaders`: entries of the batch whose queries and keys serve all, 0 for their own.
+    "full" at all frames. A tile looks at the same tile of those frames.
     """
-    q = _led(attn.to_q, x, leaders)
-    k, v = (
-        rearrange(y, "(b f) n c -> b f n c", f=frames) for y in (_led(attn.to_k, x, leaders), attn.to_v(x))
-    )
+    q, k, v = (rearrange(y, "(b f t) n c -> b f t n c", f=frames, t=tiles) for y in (q, k, v))
     if mode == "sparse-causal":
-        previous = torch.arange(frames, device=x.device).sub(1).clamp(min=0)
-        k, v = (
-            rearrange(torch.cat([y[:, :1].expand_as(y), y[:, previous]], dim=2), "b f n c -> (b f) n c")
-            for y in (k, v)
-        )
-        return attend(attn, q, k, v, fn)
+        previous = torch.arange(frames, device=q.device).sub(1).clamp(min=0)
+        k, v = (torch.cat([y[:, :1].expand_as(y), y[:, previous]], dim=3) for y in (k, v))
+        return attend(attn, *(rearrange(y, "b f t n c -> (b f t) n c") for y in (q, k, v)), fn)
 
     # every frame looks at the same keys, so the queries of a video form one sequence
     looked_at = 1 if mode == "first" else frames
-    q = rearrange(q, "(b f) n c -> b (f n) c", f=frames)
-    k, v = (rearrange(y[:, :looked_at], "b f n c -> b (f n) c") for y in (k, v))
-    return rearrange(attend(attn, q, k, v, fn), "b (f n) c -> (b f) n c", f=frames)
+    out = attend(attn, *(rearrange(y, "b f t n c -> (b t) (f n) c") for y in (q, k[:, :looked_at], v[:, :looked_at])), fn)
+    return rearrange(out, "(b t) (f n) c -> (b f t) n c", f=frames, t=tiles)
 
 
 def temporal_attention(
     attn: Attention, x: Tensor, causal: bool = False, fn: Callable[..., Tensor] = sdpa, leaders: int = 0
 ) -> Tensor:
-    """Self-attention over frames, `(b n) f c` to the same; `causal` hides later frames, `leaders` as above."""
+    """Self-attention over frames, `(b n) f c` to the same; `causal` hides later frames.
+
+    `leaders`: entries of the batch whose queries and keys serve all, 0 for their own.
+    """
     frames = x.shape[1]
     mask = torch.ones(frames, frames, dtype=torch.bool, device=x.device).tril() if causal else None  # f f
     return attend(attn, _led(attn.to_q, x, leaders), _led(attn.to_k, x, leaders), attn.to_v(x), fn, mask)
@@ -142,19 +170,31 @@ class FrameAttnProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        fn, leaders = self.context.attention_fn, self.context.sources * self.context.frames
-        if encoder_hidden_states is None and self.mode is not None:
-            if attention_mask is not None:
-                raise TavError("attention_mask is not defined over frames; leave it out")
-            out = frame_attention(attn, hidden_states, self.context.frames, self.mode, fn, leaders)
+        context, batch = self.context, len(hidden_states)
+        fn, patches, leaders = context.attention_fn, context.patches, context.sources * context.frames
+        own = encoder_hidden_states is None
+        if attention_mask is not None and own and self.mode is not None:
+            raise TavError("attention_mask is not defined over frames; leave it out")
+        x = hidden_states
+        keys = values = hidden_states if own else encoder_hidden_states
+        key_leaders = leaders if own else 0
+        if patches:  # those who are led take part in a patch with what leads them
+            x, keys, values = patches.inputs(_led(_same, x, leaders), _led(_same, keys, key_leaders), values)
+        tiles = len(x) // batch
+        q = _led(attn.to_q, x, leaders * tiles)
+        k, v = _led(attn.to_k, keys, key_leaders * len(keys) // batch), attn.to_v(values)
+        if patches and (instead := patches.replacement()):
+            out = _project_out(attn, instead(q, k, v))
         else:
-            seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-            if attention_mask is not None:
-                mask = attn.prepare_attention_mask(attention_mask, seen.shape[1], hidden_states.shape[0])
-                attention_mask = rearrange(mask, "(b heads) n m -> b heads n m", heads=attn.heads)
-            q = _led(attn.to_q, hidden_states, leaders)
-            k, v = _led(attn.to_k, seen, leaders if seen is hidden_states else 0), attn.to_v(seen)
-            out = attend(attn, q, k, v, fn, attention_mask)
+            if tiles > 1:  # a tile of the queries looks at a share of the keys
+                k, v = (y.reshape(len(q), -1, y.shape[-1]) for y in (k, v))
+            if own and self.mode is not None:
+                out = frame_attention(attn, q, k, v, context.frames, self.mode, fn, tiles)
+            else:
+                if attention_mask is not None:
+                    mask = attn.prepare_attention_mask(attention_mask, keys.shape[1], batch)
+                    attention_mask = rearrange(mask, "(b heads) n m -> b heads n m", heads=attn.heads)
+                out = attend(attn, q, k, v, fn, attention_mask)
         if attn.residual_connection:
             out = out + hidden_states
         return out / attn.rescale_output_factor

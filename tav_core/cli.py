@@ -75,6 +75,9 @@ def add_preset_arguments(parser: argparse.ArgumentParser):
                        help="share of the sampling steps in which edits attend as the clip does (0 to 1): more keeps more of its layout and motion")  # fmt: skip
     group.add_argument("--caption-as-negative", type=float, metavar="X",
                        help="how far guidance starts from the clip's own sentence instead of the negative prompt (0 to 1)")  # fmt: skip
+    group.add_argument("--context-length", type=int, metavar="N",
+                       help="for long clips: frames that are looked at together, 3 or more (all; with --tuned, as many as tuned)")  # fmt: skip
+    group.add_argument("--context-overlap", type=int, metavar="N", help="frames that neighbouring windows share (4)")
 
 
 def preset_of(args: argparse.Namespace) -> Preset:
@@ -83,7 +86,8 @@ def preset_of(args: argparse.Namespace) -> Preset:
         PRESETS[args.preset or default_preset(args.checkpoint)], steps=args.steps, learning_rate=args.learning_rate, seed=args.seed, dtype=args.dtype,
         gradient_checkpointing=args.gradient_checkpointing, sampling_steps=args.sampling_steps,
         guidance_scale=args.guidance_scale, attention_injection=args.attention_injection,
-        caption_as_negative=args.caption_as_negative,
+        caption_as_negative=args.caption_as_negative, context_length=args.context_length,
+        context_overlap=args.context_overlap,
     )  # fmt: skip
 
 
@@ -98,7 +102,7 @@ def run(parser: argparse.ArgumentParser):
     except TavError as error:
         sys.exit(_fail(f"error: {error}", 2))
     except torch.cuda.OutOfMemoryError:
-        remedy = "fewer --frames, a smaller --size, --gradient-checkpointing or --dtype bf16"
+        remedy = "fewer --frames, --context-length, a smaller --size, --gradient-checkpointing or --dtype bf16"
         sys.exit(_fail(f"error: the device ran out of memory; try {remedy}", 2))
     except Cancelled as stop:
         sys.exit(_fail(str(stop), 130))

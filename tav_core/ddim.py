@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+from einops import rearrange
 from torch import Tensor
 
+from .attention import ANCHORED
 from .errors import TavError
 from .inflate import per_frame
 
@@ -81,8 +83,8 @@ def _schedule(scheduler: SchedulerMixin, num_steps: int) -> tuple[list[int], lis
     return timesteps, levels, ddim.config.prediction_type
 
 
-def _predict(unet: Callable, x: Tensor, t: int, text: Tensor) -> Tensor:
-    return unet(x.to(unet.dtype), t, text.to(unet.dtype)).float()
+def _predict(unet: Callable, x: Tensor, t: int, text: Tensor, **settings) -> Tensor:
+    return unet(x.to(unet.dtype), t, text.to(unet.dtype), **settings).float()
 
 
 @torch.no_grad()
@@ -145,6 +147,8 @@ def ddim_sample(
     callback: Callback | None = None,
     attention_injection: float = 0.0,
     source_hidden_states: Tensor | None = None,
+    region: Tensor | None = None,
+    anchor: Tensor | None = None,
 ) -> Tensor:
     """Denoise `latents` to a clean video with classifier-free guidance (Ho & Salimans, arXiv 2207.12598).
 
@@ -160,7 +164,10 @@ def ddim_sample(
         callback: as in `ddim_invert`, with stage "sample".
         attention_injection: share of the steps, from the first on, in which a second walk from the same noise,
             without guidance back to the source clip, leads the attention (see `attention`); needs a `VideoUNet`.
-        source_hidden_states: embedding that the source clip was inverted with, for the attention injection.
+        source_hidden_states: embedding that the source clip was inverted with, for the attention injection and `region`.
+        region: what the edit may change, 0 ... 1, `b 1 f h w`; everything else is what the noise reconstructs.
+        anchor: where the clip's features lead as well in the first two thirds of these steps, 0 ... 1, `b 1 f h w`:
+            keeps the subject in its place.
 
     Returns:
         float32 `b c f h w`.
@@ -177,26 +184,34 @@ def ddim_sample(
         if not 0 <= value <= 1:
             raise TavError(f"{name}={value} is out of range; give a number from 0 to 1")
     injected_steps = round(attention_injection * num_steps)
-    if injected_steps and source_hidden_states is None:
-        raise TavError(f"attention_injection={attention_injection} needs source_hidden_states; pass it or set 0")
+    walking_steps = injected_steps if region is None else num_steps
+    if walking_steps and source_hidden_states is None:
+        asks = f"attention_injection={attention_injection}" if region is None else "region"
+        raise TavError(f"{asks} needs source_hidden_states; pass it or leave it out")
 
     b, _, f, _, _ = latents.shape
     texts = {"source_hidden_states": source_hidden_states, "negative_hidden_states": negative_hidden_states,
              "encoder_hidden_states": encoder_hidden_states}  # fmt: skip
-    used = [bool(injected_steps), guided, True]
+    used = [bool(walking_steps), guided, True]
     rows = [per_frame(name, text, b, f) for (name, text), use in zip(texts.items(), used) if use]
     if len({row.shape for row in rows}) > 1:
         shapes = ", ".join(f"{name} {text.shape[1]}" for (name, text), use in zip(texts.items(), used) if use)
         raise TavError(f"the texts differ in their number of tokens ({shapes}); pad them to one length")
-    led_text, text = torch.cat(rows), torch.cat(rows[bool(injected_steps) :])
+    if anchor is not None:  # for every row, one mask a frame
+        anchor = rearrange(anchor.expand(b, 1, *latents.shape[2:]).repeat(len(rows), 1, 1, 1, 1), "b c f h w -> (b f) c h w")
+    beside_text, text = torch.cat(rows), torch.cat(rows[bool(walking_steps) :])
 
     x = latents.float().contiguous()
     source = x
     for i, t in reversed(list(enumerate(timesteps))):
         videos = [x, x] if guided else [x]
-        if num_steps - i <= injected_steps:
-            with unet.frame_context.led_by(b):
-                source_output, *outputs = _predict(unet, torch.cat([source, *videos]), t, led_text).split(b)
+        if num_steps - i <= walking_steps:
+            leads = num_steps - i <= injected_steps
+            holds = anchor is not None and num_steps - i <= round(ANCHORED * injected_steps)
+            settings = {"anchor": anchor} if holds else {}
+            with unet.frame_context.led_by(b if leads else 0):
+                output = _predict(unet, torch.cat([source, *videos]), t, beside_text, **settings)
+            source_output, *outputs = output.split(b)
             eps, x0 = to_eps_x0(source_output, source, levels[i + 1], prediction_type)
             source = ddim_step(x0, eps, levels[i + 1], levels[i])
         else:
@@ -208,6 +223,8 @@ def ddim_sample(
         eps, x0 = to_eps_x0(output, x, levels[i + 1], prediction_type)
         noise = randn_tensor(x.shape, generator, x.device, x.dtype) if eta > 0 else None
         x = ddim_step(x0, eps, levels[i + 1], levels[i], eta, noise)
+        if region is not None:
+            x = torch.lerp(source, x, region)
         if callback is not None:
             callback(_progress("sample", num_steps - i, num_steps, t, x, x0))
     return x

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import MODES, FrameAttnProcessor, FrameContext, temporal_attention
+from .attention import MODES, FrameAttnProcessor, FrameContext, anchored, temporal_attention
 from .errors import TavError
 
 NORMS = ("video", "frame")
@@ -34,10 +34,10 @@ class Recomputed:
         context, forward = self.frame_context, super().forward
         if not (context.checkpointing and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
-        frames = context.frames  # another forward may run before the backward of this one
+        frames, anchor = context.frames, context.anchor  # another forward may run before the backward of this one
 
         def run(*args, **kwargs):
-            with context.running(frames):
+            with context.running(frames, anchor):
                 return forward(*args, **kwargs)
 
         return checkpoint(run, *args, use_reentrant=False, **kwargs)
@@ -75,6 +75,13 @@ class VideoResnetBlock(Recomputed, ResnetBlock2D):
     pass
 
 
+class AnchoredResnetBlock(VideoResnetBlock):
+    """The first resnet on the way up: its output tells best what is where."""
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        return anchored(super().forward(*args, **kwargs), self.frame_context)
+
+
 class VideoTransformerBlock(Recomputed, TemporalTail, BasicTransformerBlock):
     pass
 
@@ -91,7 +98,7 @@ class VideoUNet(UNet2DConditionModel):
     inflation: dict[str, Any]
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor | float | int, encoder_hidden_states: Tensor, **kwargs
+        self, latents: Tensor, timesteps: Tensor | float | int, encoder_hidden_states: Tensor, anchor: Tensor | None = None, **kwargs
     ) -> Tensor:
         """Predict noise (or v, or the sample, as the base model does) for whole videos.
 
@@ -99,6 +106,7 @@ class VideoUNet(UNet2DConditionModel):
             latents: `b c f h w`.
             timesteps: a number, a 0-d or 1-element tensor, or one per video (`b`).
             encoder_hidden_states: text per video `b n d`, for all videos `1 n d`, or per frame `(b f) n d`.
+            anchor: under attention injection, where the sources' features lead as well, 0 ... 1, `(b f) 1 h w`.
             kwargs: those of `UNet2DConditionModel.forward`; tensors come per video or per frame and
                 residuals (`down_block_additional_residuals` and so on) as `(b f) c h w`.
 
@@ -121,7 +129,7 @@ class VideoUNet(UNet2DConditionModel):
             name: value if name == "cross_attention_kwargs" else per_frame(name, value, b, f)
             for name, value in kwargs.items()
         }
-        with self.frame_context.running(f):
+        with self.frame_context.running(f, anchor):
             (out,) = super().forward(
                 rearrange(latents, "b c f h w -> (b f) c h w"),
                 t.expand(b).repeat_interleave(f),
@@ -218,6 +226,8 @@ def inflate(
         for module in group_norms:
             if isinstance(module, nn.GroupNorm):  # conv_norm_out may be None
                 module.__class__, module.frame_context = VideoGroupNorm, context
+
+    unet.up_blocks[0].resnets[0].__class__ = AnchoredResnetBlock
 
     unet.requires_grad_(False)
     for parameter in trainable_parameters(unet).values():

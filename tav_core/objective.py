@@ -69,6 +69,12 @@ def draw_timesteps(sampling: str, seed: int, step: int, count: int, total: int) 
     return (uniform * total).long()
 
 
+def draw_take(seed: int, step: int, count: int) -> int:
+    """Which of `count` takes a step learns from; every `count` consecutive steps see each of them once."""
+    block, position = divmod(step, count)
+    return torch.randperm(count, generator=generator_for(seed, "takes", block))[position].item()
+
+
 def generator_for(seed: int, purpose: str, index: int) -> torch.Generator:
     """The generator of one draw, so that resuming a run needs no generator state."""
     # hashed, because generators of neighbouring seeds are correlated; on the CPU, to be the same everywhere

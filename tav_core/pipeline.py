@@ -3,10 +3,11 @@
     source = prepare(checkpoint, frames, prompt)        # latents and text embedding, computed once
     unet, result = tune_on(checkpoint, source, preset)   # one-shot tuning
     noise = invert(checkpoint, unet, source, preset)     # DDIM inversion
-    video = sample(checkpoint, unet, noise, "an edited prompt", preset, source_prompt=prompt)
+    subject = find_subject(checkpoint, unet, source, contrasts, preset)  # optional
+    video = sample(checkpoint, unet, noise, "an edited prompt", preset, source_prompt=prompt, subject=subject)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video
 from .ddim import ddim_invert, ddim_sample
 from .errors import TavError
 from .inflate import VideoUNet, inflate
-from .tuning import TuneConfig, TuneResult, tune
+from .subject import editable, subject_mask
+from .tuning import Take, TuneConfig, TuneResult, tune
 from .video import to_pixels
+from .windows import ContextWindows, WindowedUNet
 
 Callback = Callable[[dict[str, Any]], None]
 
@@ -34,6 +37,8 @@ class Preset:
         caption_as_negative: how much of the negative prompt is the clip's own sentence, 0 ... 1: guidance then
             follows what an edit changes in it, and the clip is inverted with it. 0 is the paper, 1 negative-prompt
             inversion (arXiv 2305.16807).
+        context_overlap: frames that neighbouring windows share; with `tuning.context_length` all stages see a clip
+            window by window (see `windows`).
     """
 
     tuning: TuneConfig
@@ -41,11 +46,14 @@ class Preset:
     guidance_scale: float = 12.5
     attention_injection: float = 0.0
     caption_as_negative: float = 0.0
+    context_overlap: int = 4
 
     def __post_init__(self):
         for name in ("attention_injection", "caption_as_negative"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TavError(f"{name}={getattr(self, name)} is out of range; give a number from 0 to 1")
+        if self.tuning.context_length is not None:
+            ContextWindows(self.tuning.context_length, self.context_overlap)
 
 
 PRESETS = {
@@ -95,33 +103,70 @@ def check_size(checkpoint: Checkpoint, *, width: int, height: int):
 
 
 def tune_on(checkpoint: Checkpoint, source: Source, preset: Preset, *, attention: str = "sparse-causal",
-            temporal_causal: bool = False, norm: str = "video", state_path: str | Path | None = None,
-            resume: bool = True, callback: Callback | None = None) -> tuple[VideoUNet, TuneResult]:  # fmt: skip
-    """Inflates a copy of the checkpoint's U-Net and tunes it on the clip (see `inflate` and `tune`)."""
+            temporal_causal: bool = False, norm: str = "video", more_sources: Sequence[Source] = (),
+            state_path: str | Path | None = None, resume: bool = True,
+            callback: Callback | None = None) -> tuple[VideoUNet, TuneResult]:  # fmt: skip
+    """Inflates a copy of the checkpoint's U-Net and tunes it on the clip, or on several (see `inflate` and `tune`)."""
+    more = [Take(other.latents, other.hidden_states, other.latents_std) for other in more_sources]
     unet = inflate(checkpoint.unet, attention=attention, temporal_causal=temporal_causal, norm=norm)
     result = tune(unet, checkpoint.scheduler, source.latents, source.hidden_states, preset.tuning,
-                  latents_std=source.latents_std, state_path=state_path, resume=resume, callback=callback)  # fmt: skip
+                  latents_std=source.latents_std, more_takes=more, state_path=state_path, resume=resume,
+                  callback=callback)  # fmt: skip
     return unet, result
 
 
 def invert(checkpoint: Checkpoint, unet: VideoUNet, source: Source, preset: Preset,
            callback: Callback | None = None) -> Tensor:  # fmt: skip
     """The noise `1 c f h w` that carries the clip's structure: DDIM inversion."""
-    return ddim_invert(unet, source.latents, _inversion_text(checkpoint, source.prompt, preset), checkpoint.scheduler,
-                       preset.sampling_steps, callback=callback)  # fmt: skip
+    text = _inversion_text(checkpoint, source.prompt, preset)
+    return ddim_invert(_windowed(unet, preset), source.latents, text, checkpoint.scheduler, preset.sampling_steps,
+                       callback=callback)  # fmt: skip
+
+
+def _windowed(unet: VideoUNet, preset: Preset) -> VideoUNet | WindowedUNet:
+    length = preset.tuning.context_length
+    return unet if length is None else WindowedUNet(unet, ContextWindows(length, preset.context_overlap))
+
+
+def find_subject(checkpoint: Checkpoint, unet: VideoUNet, source: Source, contrasts: Sequence[str], preset: Preset) -> Tensor:
+    """Mask of the clip's subject, `1 1 f h w` of latent pixels (see `subject_mask`).
+
+    Args:
+        contrasts: the clip's sentence with other subjects: for "a red ball on the grass", "a blue star on the grass".
+
+    Raises:
+        TavError: a contrast that is empty or the sentence itself.
+    """
+    check_contrasts(source.prompt, contrasts)
+    others = torch.cat([encode_prompt(checkpoint, contrast) for contrast in contrasts])
+    return subject_mask(_windowed(unet, preset), source.latents, source.hidden_states, others, checkpoint.scheduler,
+                        seed=preset.tuning.seed)  # fmt: skip
+
+
+def check_contrasts(prompt: str, contrasts: Sequence[str]):
+    """Raises a TavError for a contrast that is empty or the sentence itself."""
+    for contrast in contrasts:
+        if not contrast.strip() or contrast == prompt:
+            raise TavError(f"--contrast {contrast!r} says nothing of another subject; change the subject's words in {prompt!r}")
 
 
 def sample(checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, preset: Preset, *,
-           source_prompt: str | None = None, negative_prompt: str = "", callback: Callback | None = None) -> Tensor:  # fmt: skip
+           source_prompt: str | None = None, negative_prompt: str = "", subject: Tensor | None = None,
+           region: str = "everything", callback: Callback | None = None) -> Tensor:  # fmt: skip
     """The clip of `prompt` from `noise`, uint8 `f h w c`.
 
     Args:
         source_prompt: the sentence of the clip that was inverted to `noise`; None for random noise, which has no clip
             to take attention or a caption from.
+        subject: mask of the clip's subject, `1 1 f h w` (see `find_subject`): attention injection keeps it in its place.
+        region: what the edit may change: "everything", the "subject" or the "background"; the rest is what the noise
+            reconstructs. The last two need `subject` and `source_prompt`.
 
     Raises:
-        TavError: an empty prompt, or settings out of range (see `ddim_sample`).
+        TavError: an empty prompt, settings out of range (see `ddim_sample`), or a region without subject.
     """
+    if region != "everything" and (subject is None or source_prompt is None):
+        raise TavError(f"--region {region} needs to know where the subject is; invert the clip with --contrast")
     if not prompt.strip():
         raise TavError("--edit is empty; describe the edited clip in one sentence")
     negative, settings = encode_prompt(checkpoint, negative_prompt), {}
@@ -129,9 +174,12 @@ def sample(checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, 
         negative = torch.lerp(negative, encode_prompt(checkpoint, source_prompt), preset.caption_as_negative)
         settings = {"attention_injection": preset.attention_injection,
                     "source_hidden_states": _inversion_text(checkpoint, source_prompt, preset)}  # fmt: skip
-    latents = ddim_sample(unet, noise.to(unet.device), encode_prompt(checkpoint, prompt), checkpoint.scheduler,
-                          preset.sampling_steps, guidance_scale=preset.guidance_scale, negative_hidden_states=negative,
-                          callback=callback, **settings)  # fmt: skip
+        if subject is not None:
+            subject = subject.to(unet.device)
+            settings |= {"anchor": subject, "region": editable(region, subject)}
+    latents = ddim_sample(_windowed(unet, preset), noise.to(unet.device), encode_prompt(checkpoint, prompt),
+                          checkpoint.scheduler, preset.sampling_steps, guidance_scale=preset.guidance_scale,
+                          negative_hidden_states=negative, callback=callback, **settings)  # fmt: skip
     return decode_video(checkpoint, latents)
 
 
@@ -142,11 +190,13 @@ def _inversion_text(checkpoint: Checkpoint, prompt: str, preset: Preset) -> Tens
 def with_settings(preset: Preset, *, steps: int | None = None, learning_rate: float | None = None,
                   seed: int | None = None, dtype: str | None = None, gradient_checkpointing: bool | None = None,
                   sampling_steps: int | None = None, guidance_scale: float | None = None,
-                  attention_injection: float | None = None, caption_as_negative: float | None = None) -> Preset:  # fmt: skip
+                  attention_injection: float | None = None, caption_as_negative: float | None = None,
+                  context_length: int | None = None, context_overlap: int | None = None) -> Preset:  # fmt: skip
     """A preset with some of its settings replaced; None keeps the preset's own."""
     tuning = dict(steps=steps, learning_rate=learning_rate, seed=seed, dtype=dtype,
-                  gradient_checkpointing=gradient_checkpointing)  # fmt: skip
+                  gradient_checkpointing=gradient_checkpointing, context_length=context_length)  # fmt: skip
     sampling = dict(sampling_steps=sampling_steps, guidance_scale=guidance_scale,
-                    attention_injection=attention_injection, caption_as_negative=caption_as_negative)  # fmt: skip
+                    attention_injection=attention_injection, caption_as_negative=caption_as_negative,
+                    context_overlap=context_overlap)  # fmt: skip
     tuning, sampling = ({k: v for k, v in s.items() if v is not None} for s in (tuning, sampling))
     return replace(preset, tuning=replace(preset.tuning, **tuning), **sampling)

@@ -123,7 +123,7 @@ def check_same_run(
     Raises:
         TavError: they differ; names in what.
     """
-    different = [name for name in current if stored.get(name) != current[name]]
+    different = [name for name in {**current, **stored} if stored.get(name) != current.get(name)]
     if different == ["initial weights"]:  # a model that holds the weights of this very state goes on, too
         weights = [tensors[f"param.{name}"] for name in current["trainable parameters"]]
         if hash_tensors(weights) == current["initial weights"]:

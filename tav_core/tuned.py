@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,10 @@ _SAMPLES = 1024  # values of each parameter that go into the fingerprint
 
 @dataclass(frozen=True)
 class TunedInfo:
-    """What a tuned-weights file says of itself; width and height in pixels."""
+    """What a tuned-weights file says of itself; width and height in pixels.
+
+    With several takes `prompt`, frames, width and height are those of the first, `more_prompts` those of the others.
+    """
 
     base: str
     base_name: str
@@ -34,6 +37,7 @@ class TunedInfo:
     inflation: dict[str, Any]
     config: dict[str, Any]
     versions: dict[str, str]
+    more_prompts: list[str] = field(default_factory=list)
 
 
 def base_fingerprint(unet: nn.Module | Mapping[str, Tensor]) -> str:
@@ -59,7 +63,7 @@ def base_fingerprint(unet: nn.Module | Mapping[str, Tensor]) -> str:
 
 
 def save_tuned(path: str | Path, unet: VideoUNet, *, prompt: str, num_frames: int, width: int, height: int,
-               config: dict[str, Any], base_name: str = ""):  # fmt: skip
+               config: dict[str, Any], base_name: str = "", more_prompts: Sequence[str] = ()):  # fmt: skip
     """Writes the tuned parameters (float32) and their metadata atomically.
 
     Raises:
@@ -67,7 +71,7 @@ def save_tuned(path: str | Path, unet: VideoUNet, *, prompt: str, num_frames: in
     """
     _require_inflated(unet)
     info = tuned_info(base_fingerprint(unet), unet.inflation, prompt=prompt, num_frames=num_frames, width=width,
-                      height=height, config=config, base_name=base_name)  # fmt: skip
+                      height=height, config=config, base_name=base_name, more_prompts=list(more_prompts))  # fmt: skip
     write_tuned(path, trainable_parameters(unet), info)
 
 
@@ -102,6 +106,7 @@ def read_tuned(path: str | Path) -> TunedInfo:
     if metadata.get("format") != FORMAT:
         raise TavError(f"{path} holds no tuned weights (its format is {metadata.get('format')!r}); give a file made by tune")
     try:
+        metadata = {"more_prompts": "[]", **metadata}  # files of one take may not have it
         return TunedInfo(**{name: json.loads(metadata[name]) for name in TunedInfo.__dataclass_fields__})
     except (KeyError, json.JSONDecodeError) as error:
         raise TavError(f"tuned weights {path} have damaged metadata ({error}); tune again") from error

@@ -1,9 +1,12 @@
-"""One-shot tuning of a video U-Net on a single clip (Tune-A-Video, arXiv 2212.11565, section 3.3)."""
+"""One-shot tuning of a video U-Net on a single clip (Tune-A-Video, arXiv 2212.11565, section 3.3).
+
+Beyond the paper, several takes can be learned in one tuning, so that what they share, a motion, is learned from all.
+"""
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +18,9 @@ from torch import Tensor, nn
 
 from .errors import TavError
 from .inflate import VideoUNet, trainable_parameters
-from .objective import draw_timesteps, generator_for, tuning_loss
+from .objective import draw_take, draw_timesteps, generator_for, tuning_loss
 from .state import TuneState, check_same_run, hash_tensors, read_state, restore, save_state
+from .windows import at_frames, check_context_length, even_windows, random_window
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SCALE_INTERVAL = 2000  # good steps before the fp16 loss scale doubles
@@ -38,6 +42,7 @@ class TuneConfig:
         save_every: steps between writes of the state file.
         timestep_sampling: "uniform", or "stratified": consecutive draws cover the range evenly.
         loss_weighting: "none", or "min_snr" (gamma 5, arXiv 2303.09556).
+        context_length: None, or the frames that a step sees of a long clip: frame 0 and a random run (see `windows`).
     """
 
     steps: int = 500
@@ -55,6 +60,7 @@ class TuneConfig:
     save_every: int = 100
     timestep_sampling: str = "uniform"
     loss_weighting: str = "none"
+    context_length: int | None = None
 
     def __post_init__(self):
         for name, least in {
@@ -75,6 +81,27 @@ class TuneConfig:
         ):
             if not good(getattr(self, name)):
                 raise TavError(f"{name}={getattr(self, name)!r} is out of range; {remedy}")
+        if self.context_length is not None:
+            check_context_length(self.context_length)
+
+
+@dataclass(frozen=True)
+class Take:
+    """A clip and what is said of it: latents and their standard deviation (or None) `b c f h w`, text as in `tune`."""
+
+    latents: Tensor
+    encoder_hidden_states: Tensor
+    latents_std: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Take":
+        """In float32 on that device."""
+        return Take(*(None if x is None else x.to(device, torch.float32) for x in vars(self).values()))
+
+    def at(self, frames: Tensor) -> "Take":
+        """Those frames of it."""
+        (b, _, f, _, _), std = self.latents.shape, self.latents_std
+        text = at_frames("encoder_hidden_states", self.encoder_hidden_states, b, f, frames)
+        return Take(self.latents[:, :, frames], text, None if std is None else std[:, :, frames])
 
 
 @dataclass(frozen=True)
@@ -115,11 +142,12 @@ def tune(
     config: TuneConfig,
     *,
     latents_std: Tensor | None = None,
+    more_takes: Sequence[Take] = (),
     state_path: str | Path | None = None,
     resume: bool = True,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> TuneResult:
-    """Fit `unet`, in place, to one clip and its caption.
+    """Fit `unet`, in place, to one clip and its caption, or to several.
 
     A run that was stopped, by an exception of the callback or by force, goes on from its state file and ends
     in the very weights of an uninterrupted one: every draw depends on the seed and the step alone.
@@ -131,31 +159,38 @@ def tune(
         encoder_hidden_states: embedding of the caption, `1 n d`, `b n d` or `(b f) n d`.
         latents_std: standard deviation of the posterior in the scale of `latents`; it is sampled anew at
             every step. Without it the mean is used.
+        more_takes: further clips, each with its own sentence, size and length. Every step learns from one of all,
+            in a random order in which all have their turn; the probe loss is the mean of theirs.
         state_path: state file (safetensors), read if it exists and `resume`, written on the way.
         callback: called after every step with a dict of stage "tune", step (from 1), total, loss,
             grad_norm, probe_loss (the latest or None), lr and seconds; raises to stop.
 
     Raises:
-        TavError: the state file belongs to another run or cannot be written; a loss or gradient that is
-            not finite, after which the weights are those of the last save (or of the start).
+        TavError: the state file belongs to another run or cannot be written; a clip shorter than the
+            context_length; a loss or gradient that is not finite, after which the weights are those of the
+            last save (or of the start).
     """
-    if latents.ndim != 5:
-        raise TavError(f"latents must be b c f h w, got shape {tuple(latents.shape)}; reshape them")
-    if latents_std is not None and latents_std.shape != latents.shape:
-        shapes = f"{tuple(latents_std.shape)}, latents {tuple(latents.shape)}"
-        raise TavError(f"latents_std has shape {shapes}; give both one shape")
+    takes = [Take(latents, encoder_hidden_states, latents_std), *more_takes]
+    for number, take in enumerate(takes, 1):
+        shape, std = tuple(take.latents.shape), take.latents_std
+        if len(shape) != 5:
+            raise TavError(f"latents must be b c f h w, got shape {shape}; reshape them")
+        if std is not None and std.shape != shape:
+            raise TavError(f"latents_std has shape {tuple(std.shape)}, latents {shape}; give both one shape")
+        if shape[1] != latents.shape[1]:
+            raise TavError(f"take {number} has {shape[1]} channels, the first {latents.shape[1]}; encode all with one VAE")
+        if config.context_length is not None:
+            check_context_length(config.context_length, shape[2])
     if not isinstance(unet, VideoUNet):
         raise TavError(f"unet is a {type(unet).__name__}, which has nothing to tune; inflate it first")
     started = time.monotonic()
     state_path = Path(state_path) if state_path is not None else None
     parameters = trainable_parameters(unet)
     device = next(iter(parameters.values())).device
-    latents, text = latents.to(device, torch.float32), encoder_hidden_states.to(device, torch.float32)
-    std = latents_std.to(device, torch.float32) if latents_std is not None else None
+    takes = [take.to(device) for take in takes]
+    total, length = len(scheduler.alphas_cumprod), config.context_length
 
-    total = len(scheduler.alphas_cumprod)
-
-    def loss_at(mean_or_sample: Tensor, noise: Tensor, t: Tensor, weighting: str) -> Tensor:
+    def loss_at(mean_or_sample: Tensor, noise: Tensor, t: Tensor, text: Tensor, weighting: str) -> Tensor:
         dtype = DTYPES[config.dtype]
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             return tuning_loss(unet, scheduler, mean_or_sample, noise, t.to(device), text, weighting)
@@ -166,14 +201,19 @@ def tune(
         generator = generator_for(config.seed, "probe", 0)
         levels = (torch.arange(draws) + 0.5) / draws * total
         losses = []
-        for t in levels.long():
-            noise = torch.randn(latents.shape, generator=generator).to(device)
-            losses.append(loss_at(latents, noise, t.expand(len(latents)), "none").item())
-        return sum(losses) / draws
+        for take in takes:
+            parts = [take] * draws
+            if length is not None:
+                parts = [take.at(window) for window in even_windows(take.latents.shape[2], length, draws)]
+            for t, seen in zip(levels.long(), parts):
+                noise = torch.randn(seen.latents.shape, generator=generator).to(device)
+                t = t.expand(len(seen.latents))
+                losses.append(loss_at(seen.latents, noise, t, seen.encoder_hidden_states, "none").item())
+        return sum(losses) / len(losses)
 
     with _computing(unet, parameters, config), torch.enable_grad():
         optimizer = make_optimizer(unet, config)
-        fingerprint = run_fingerprint(unet, scheduler, latents, std, text, config)
+        fingerprint = run_fingerprint(unet, scheduler, takes, config)
         state = TuneState(fingerprint, loss_scale=(2.0**16 if config.dtype == "fp16" else 1.0, 0))
         if state_path is not None and resume and state_path.exists():
             state, tensors = read_state(state_path)
@@ -198,15 +238,20 @@ def tune(
         if not state.probe_losses:
             state.probe_losses.append((0, probe()))
         for step in range(state.step, config.steps):
+            seen = takes[draw_take(config.seed, step, len(takes))]
+            if length is not None:
+                window = random_window(seen.latents.shape[2], length, generator_for(config.seed, "window", step))
+                seen = seen.at(window)
+            mean, std = seen.latents, seen.latents_std
             generator = generator_for(config.seed, "step", step)
-            noise = torch.randn(latents.shape, generator=generator).to(device)
-            posterior = torch.randn(latents.shape, generator=generator).to(device)
-            t = draw_timesteps(config.timestep_sampling, config.seed, step, len(latents), total)
-            sample = latents if std is None else latents + std * posterior
+            noise = torch.randn(mean.shape, generator=generator).to(device)
+            posterior = torch.randn(mean.shape, generator=generator).to(device)
+            t = draw_timesteps(config.timestep_sampling, config.seed, step, len(mean), total)
+            sample = mean if std is None else mean + std * posterior
             lr = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
             optimizer.param_groups[0]["lr"] = lr
 
-            loss = loss_at(sample, noise, t, config.loss_weighting)
+            loss = loss_at(sample, noise, t, seen.encoder_hidden_states, config.loss_weighting)
             if not torch.isfinite(loss):
                 raise fail("loss", step)
             scale, age = state.loss_scale
@@ -273,24 +318,20 @@ def _computing(unet: VideoUNet, parameters: dict[str, nn.Parameter], config: Tun
 
 
 def run_fingerprint(
-    unet: VideoUNet,
-    scheduler: SchedulerMixin,
-    latents: Tensor,
-    std: Tensor | None,
-    text: Tensor,
-    config: TuneConfig,
+    unet: VideoUNet, scheduler: SchedulerMixin, takes: Sequence[Take], config: TuneConfig
 ) -> dict[str, Any]:
     """What must be equal for a run to go on from its state file: name to hash or value."""
     parameters = trainable_parameters(unet)
     options = dataclasses.asdict(config) | {"betas": list(config.betas)}  # as JSON has it
     return {
-        "latents": hash_tensors([latents]),
-        "latents_std": hash_tensors([std] if std is not None else []),
-        "encoder_hidden_states": hash_tensors([text]),
+        "latents": hash_tensors(take.latents for take in takes),
+        "latents_std": hash_tensors(take.latents_std for take in takes if take.latents_std is not None),
+        "encoder_hidden_states": hash_tensors(take.encoder_hidden_states for take in takes),
         "noise schedule": hash_tensors([scheduler.alphas_cumprod]),
         "prediction_type": scheduler.config.prediction_type,
         "inflation": unet.inflation,
         "trainable parameters": {name: list(parameter.shape) for name, parameter in parameters.items()},
         "initial weights": hash_tensors(parameters.values()),
-        **{name: value for name, value in options.items() if name not in _NOT_IN_FINGERPRINT},
+        # without None, so that a state from before there was an option goes on
+        **{name: value for name, value in options.items() if name not in _NOT_IN_FINGERPRINT and value is not None},
     }

@@ -3,10 +3,11 @@
 import torch
 
 TEXT = 48  # width of the text embedding
+POOLED = 16  # of SDXL's pooled text
 
 
-def native(second=False, v_prediction=False, **changes):
-    """A MODEL of a reduced SD 1.5 (or 2.x) layout, random weights, as the stock loader would make it."""
+def native(second=False, v_prediction=False, xl=False, **changes):
+    """A MODEL of a reduced SD 1.5 (or 2.x, or XL) layout, random weights, as the stock loader would make it."""
     import comfy.model_base
     import comfy.model_patcher
     import comfy.supported_models
@@ -16,15 +17,23 @@ def native(second=False, v_prediction=False, **changes):
         transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0], transformer_depth_output=[1] * 9 + [0] * 3, transformer_depth_middle=1,
         use_linear_in_transformer=second, context_dim=TEXT, use_spatial_transformer=True, legacy=False, adm_in_channels=None,
         use_temporal_attention=False,
-    ) | changes  # fmt: skip
-    model_config = (comfy.supported_models.SD20 if second else comfy.supported_models.SD15)(config)
+    )  # fmt: skip
+    kind, base = comfy.supported_models.SD20 if second else comfy.supported_models.SD15, comfy.model_base.BaseModel
+    if xl:
+        kind, base = comfy.supported_models.SDXL, comfy.model_base.SDXL
+        config |= dict(
+            num_res_blocks=[2, 2, 2], channel_mult=[1, 2, 4], transformer_depth=[0, 0, 1, 1, 2, 2], transformer_depth_middle=2,
+            transformer_depth_output=[0, 0, 0, 1, 1, 1, 2, 2, 2], use_linear_in_transformer=True, num_head_channels=16,
+            num_classes="sequential", adm_in_channels=POOLED + 6 * 256,
+        )  # fmt: skip
+    model_config = kind(config | changes)
     if second:  # 64 channels a head leave none of these
         model_config.unet_config["num_head_channels"] = 16
     model_config.set_inference_dtype(torch.float32, None)
     types = comfy.model_base.ModelType
     with torch.inference_mode(False):
         torch.manual_seed(0)
-        model = comfy.model_base.BaseModel(model_config, types.V_PREDICTION if v_prediction else types.EPS)
+        model = base(model_config, types.V_PREDICTION if v_prediction else types.EPS)
         for name, parameter in model.diffusion_model.named_parameters():
             fan = parameter[0].numel() if parameter.ndim > 1 else 1
             torch.nn.init.normal_(parameter, std=fan**-0.5 if parameter.ndim > 1 else 0.1)
@@ -35,7 +44,9 @@ def native(second=False, v_prediction=False, **changes):
 
 
 def prompt(seed, batch=1):
-    return [[torch.randn(batch, 77, TEXT, generator=torch.Generator().manual_seed(seed)), {}]]
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randn(batch, 77, TEXT, generator=generator)
+    return [[text, {"pooled_output": torch.randn(batch, POOLED, generator=generator)}]]
 
 
 def clip(frames=1, seed=9):

@@ -18,6 +18,7 @@ from tav_core.mini import world
 
 ROOT = Path(__file__).parent.parent
 FAST = ["--steps", "4", "--sampling-steps", "4"]
+CONTRAST = ["--contrast", "a blue star is sliding on the grass", "--contrast", "a green ring is sliding on the grass"]
 
 
 def tav(*args, module="tav_core", check=True, **kwargs) -> subprocess.CompletedProcess:
@@ -39,7 +40,8 @@ def edited(clip, tmp_path_factory) -> Path:
     """The output folder of a short edit."""
     output = tmp_path_factory.mktemp("edit")
     tav("edit", "--video", clip, "--prompt", "a red ball is sliding on the grass", "--frames", 4,
-        "--edit", "a blue ball is sliding on the grass", "--edit", "a red star, on the snow!", "--output", output, *FAST)  # fmt: skip
+        "--edit", "a blue ball is sliding on the grass", "--edit", "a red star, on the snow!", "--output", output,
+        "--region", "subject", "--region", "everything", *CONTRAST, *FAST)  # fmt: skip
     return output
 
 
@@ -59,12 +61,19 @@ def test_edit_writes_videos_pictures_weights_and_a_summary(edited):
     summary = json.loads((edited / "summary.json").read_text())
     assert summary["steps"] == 4 and summary["frames"] == 4 and summary["size"] == [128, 128]
     assert summary["reconstruction_psnr"] > 5
+    assert list(summary["regions"].values()) == ["subject", "everything"]
+    edits = [load_video(edited / name).frames.float() for name in summary["files"].values()]
+    stage = torch.ones(128, 128, dtype=torch.bool)
+    stage[32:] = False  # the ball is below
+    near, far = ((edits[0] - edit)[:, stage].abs().mean() for edit in edits[1:])
+    assert near < far / 2  # what a region leaves alone isn't what an edit of everything makes of it
 
 
 def test_invert_and_sample_alone_give_the_edit_again(clip, edited, tmp_path):
-    tav("invert", "--video", clip, "--tuned", edited / "tuned.safetensors", "--output", tmp_path / "n.safetensors", *FAST)
+    tav("invert", "--video", clip, "--tuned", edited / "tuned.safetensors", "--output", tmp_path / "n.safetensors", *CONTRAST,
+        *FAST)  # fmt: skip
     tav("sample", "--tuned", edited / "tuned.safetensors", "--noise", tmp_path / "n.safetensors", "--output", tmp_path,
-        "--edit", "a blue ball is sliding on the grass", *FAST)  # fmt: skip
+        "--edit", "a blue ball is sliding on the grass", "--region", "subject", *FAST)  # fmt: skip
     name = "edit-1-a-blue-ball-is-sliding-on-the-grass.mp4"
     again, before = load_video(tmp_path / name).frames.float(), load_video(edited / name).frames.float()
     assert (again - before).abs().mean() < 0.5
@@ -111,6 +120,8 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, tmp_pat
         ({"--sampling-steps": 0}, "1000"),
         ({"--attention-injection": 1.5}, "attention_injection=1.5"),
         ({"--caption-as-negative": -1}, "caption_as_negative=-1"),
+        ({"--region": "subject"}, "--contrast"),
+        ({"--contrast": "a red ball"}, "--contrast 'a red ball' says nothing of another subject"),
     ]
     for change, words in cases:
         args = [str(x) for pair in {**base, **change}.items() for x in pair]
@@ -118,6 +129,9 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, tmp_pat
         assert done.returncode == 2, (change, done.stderr)
         assert len(done.stderr.strip().splitlines()) == 1 and words in done.stderr, (change, done.stderr)
         assert not (tmp_path / "out").exists(), change
+    done = tav("sample", "--tuned", edited / "tuned.safetensors", "--noise", edited / "noise.safetensors", "--edit", "x",
+               "--output", tmp_path, *FAST, "--region", "subject", "--region", "background", check=False)  # fmt: skip
+    assert done.returncode == 2 and "there are 2 --region for 1 --edit" in done.stderr
     done = tav("sample", "--tuned", edited / "noise.safetensors", "--edit", "x", "--output", tmp_path, check=False)
     assert done.returncode == 2 and "tuned weights" in done.stderr
     done = tav("sample", "--tuned", edited / "tuned.safetensors", "--noise", edited / "noise.safetensors", "--edit", "x",

@@ -7,12 +7,12 @@ from reduced import clip, inflated, native, prompt, relative, sample
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
-def control_net(seed):
-    """A stock CONTROL_NET of the layout of `native()`, random weights."""
+def control_net(seed, model=None):
+    """A stock CONTROL_NET of the layout of `model`, random weights."""
     import comfy.cldm.cldm
     import comfy.controlnet
 
-    config = native().model.model_config.unet_config
+    config = (model or native()).model.model_config.unet_config
     with torch.inference_mode(False):
         torch.manual_seed(seed)
         net = comfy.cldm.cldm.ControlNet(hint_channels=3, dtype=torch.float32, **{
@@ -103,5 +103,5 @@ def test_a_controlnet_and_attention_injection_together(pack):
 
 def test_an_adapter_of_another_family_is_refused(pack):
     adapter = t2i_adapter(1, cin=3 * 256, xl=True)
-    with pytest.raises(ValueError, match="the T2I-Adapter is for another family of models; use one for Stable Diffusion 1.x"):
+    with pytest.raises(ValueError, match="T2I-Adapter is for another family of models; use one for the family of MODEL"):
         steered(inflated(pack, native()), controlled(prompt(1), (adapter, hints(), 1.0, 0.0, 1.0)), clip())

@@ -10,7 +10,7 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import nn
 
-from tav_core.attention import frame_attention, temporal_attention
+from tav_core.attention import FrameAttnProcessor, FrameContext, temporal_attention
 from tav_core.ddim import ddim_invert, ddim_sample, ddim_timesteps
 from tav_core.inflate import inflate, trainable_parameters
 from tav_core.tuning import TuneConfig, make_optimizer, tuning_loss
@@ -83,7 +83,8 @@ def test_sparse_causal_attention():
     vectors = load("sparse_causal_attn")
     attn = Attention(32, heads=8, dim_head=4)
     attn.load_state_dict({key[8:]: value for key, value in vectors.items() if key.startswith("down0.w.")})
-    close(frame_attention(attn, vectors["down0.in"], 5, "sparse-causal"), vectors["down0.out"], 1e-6)
+    processor = FrameAttnProcessor(FrameContext(frames=5), "sparse-causal")
+    close(processor(attn, vectors["down0.in"]), vectors["down0.out"], 1e-6)
 
 
 @pytest.mark.parametrize("steps", [10, 50])

@@ -9,7 +9,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from einops import rearrange
 
-from tav_core.attention import FrameAttnProcessor, FrameContext, frame_attention, sdpa, temporal_attention
+from tav_core.attention import FrameAttnProcessor, FrameContext, sdpa, temporal_attention
 from tav_core.ddim import ddim_sample
 from tav_core.errors import TavError
 from tav_core.inflate import VideoUNet, inflate, trainable_parameters
@@ -159,7 +159,7 @@ def test_frame_attention_modes():
             sdpa(q[:, i], *(torch.cat([y[:, j] for j in frames(i)], dim=2) for y in (k, v))) for i in range(4)
         ]
         expected = attn.to_out[0](rearrange(torch.stack(out, 1), "b f h n d -> (b f) n (h d)"))
-        assert difference(frame_attention(attn, x, 4, mode), expected) <= 1e-6
+        assert difference(FrameAttnProcessor(FrameContext(frames=4), mode)(attn, x), expected) <= 1e-6
 
 
 @torch.no_grad()
@@ -196,10 +196,10 @@ def test_the_source_leads_the_attention(layout, mode):
 def test_led_attention_is_the_formula():
     torch.manual_seed(0)
     attn, x, frames = Attention(16, heads=2, dim_head=8), torch.randn(6, 5, 16), 3  # 2 videos
-    own = frame_attention(attn, x, frames, "first")
+    own = FrameAttnProcessor(FrameContext(frames), "first")(attn, x)
     attn.to_q.register_forward_hook(lambda module, args, out: q.append(out))
     q: list = []
-    led = frame_attention(attn, x, frames, "first", leaders=3)
+    led = FrameAttnProcessor(FrameContext(frames, sources=1), "first")(attn, x)
     assert q[0].shape == (3, 5, 16) and difference(led[:3], own[:3]) < 1e-6
     k, v = attn.to_k(x[:1]), attn.to_v(x[3:4])
     heads = [rearrange(y, "b n (heads d) -> b heads n d", heads=2) for y in (q[0], k, v)]

@@ -19,10 +19,13 @@ NODES = {
     "TAVLoadControlNet": "Load ControlNet (diffusers)",
     "TAVInflate": "Inflate (Tune-A-Video)",
     "TAVOneShotTune": "One-Shot Tune (Tune-A-Video)",
+    "TAVTake": "Take (Tune-A-Video)",
     "TAVSaveTunedWeights": "Save Tuned Weights (Tune-A-Video)",
     "TAVLoadTunedWeights": "Load Tuned Weights (Tune-A-Video)",
     "TAVApplyTunedWeights": "Apply Tuned Weights (Tune-A-Video)",
+    "TAVContextWindows": "Context Windows (Tune-A-Video)",
     "TAVDDIMInversion": "DDIM Inversion (Tune-A-Video)",
+    "TAVSubjectMask": "Subject Mask (Tune-A-Video)",
     "TAVAttentionInjection": "Attention Injection (Tune-A-Video)",
     "TAVVideoSampler": "Video Sampler (Tune-A-Video)",
     "TAVCompare": "Compare (Tune-A-Video)",
@@ -386,6 +389,40 @@ def test_latent_of_another_length(server, graph, node):
         made = graph(node, model=model, positive=graph.edit, negative=graph.empty, latent_image=fewer, steps=2)
     graph("SaveLatent", samples=made[0])
     fails(server, graph, node, "LATENT has 3 frames, this MODEL was tuned on 4; give it 4 frames")
+
+
+def test_several_takes(server, graph):
+    flipped = graph("ImageFlip", image=graph.video[0], flip_method="y-axis: horizontally")
+    second = graph("VAEEncode", pixels=flipped[0], vae=graph.vae)[0]
+    takes = graph("TAVTake", latent=second, positive=graph.edit)[0]
+    third = graph("LatentFromBatch", samples=second, batch_index=0, length=2)[0]
+    takes = graph("TAVTake", latent=third, positive=graph.said, takes=takes)[0]
+    told = [graph("PreviewAny", source=graph.tune(steps=3, dtype="fp32", **more)[3]) for more in ({"takes": takes}, {})]
+    outputs = server.run(graph)
+    several, one = (json.loads(outputs[node.id]["text"][0])["losses"] for node in told)
+    assert len(several) == len(one) == 3 and several != one
+
+
+def test_a_long_clip_through_context_windows(server, info):
+    graph = Graph(info).source(frames=8)
+    windowed = graph("TAVContextWindows", model=graph.inflated, context_length=4, context_overlap=2)[0]
+    tuned = graph.tune(model=windowed, steps=2)
+    graph("TAVSaveTunedWeights", tuned_weights=tuned[1], name="window", prompt=SOURCE)
+    noise = graph.invert(tuned[0])
+    ours = graph("SaveLatent", samples=graph.sample(tuned[0], noise[0])[0])
+    stock = graph("SaveLatent", samples=graph(
+        "KSamplerAdvanced", model=tuned[0], add_noise="disable", steps=STEPS, cfg=5.0, sampler_name="euler",
+        scheduler="ddim_uniform", positive=graph.edit, negative=graph.empty, latent_image=noise[0])[0])  # fmt: skip
+    outputs = server.run(graph)
+    expected = latents(server, outputs, ours)
+    assert expected.shape == (8, 4, SIZE // 8, SIZE // 8) and expected.std() > 0.1
+    assert (latents(server, outputs, stock) - expected).abs().max() < 1e-4
+
+
+def test_windows_of_an_untuned_model(server, graph):
+    windowed = graph("TAVContextWindows", model=graph.inflated)[0]
+    graph("SaveLatent", samples=graph.sample(windowed, graph.latent)[0])
+    fails(server, graph, "TAVVideoSampler", "context_length is 0, the tuned length, and MODEL isn't tuned; give it a number")
 
 
 def test_clip_of_another_family(server, graph):

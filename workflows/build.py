@@ -22,7 +22,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from tav_core.mini.demo import EDITS, PROMPT  # noqa: E402
+from tav_core.mini.demo import CONTRASTS, EDITS, PROMPT  # noqa: E402
 
 DEMO = "demo clip of the mini checkpoint"
 HINTS = "silhouettes for the mini ControlNet"
@@ -200,11 +200,12 @@ def sentence(w: Workflow, clip_model, title: str, text: str) -> Node:
     return w.add("CLIPTextEncode", title=title, colour="green" if text else "red", clip=clip_model, text=text)
 
 
-def tuning(w: Workflow, inflated, latent, described, edit, vae, mini: bool = True) -> Node:
+def tuning(w: Workflow, inflated, latent, described, edit, vae, mini: bool = True, **more) -> Node:
     w.group("3  Tune", "purple", 380)
     settings = dict(steps=200, learning_rate=0.002, timestep_sampling="stratified", gradient_checkpointing=False,
                     preview_every=50) if mini else dict(steps=500, learning_rate=3e-5, preview_every=100)  # fmt: skip
-    tuned = w.add("TAVOneShotTune", model=inflated, latent=latent, positive=described, preview_prompt=edit, vae=vae, **settings)
+    tuned = w.add("TAVOneShotTune", model=inflated, latent=latent, positive=described, preview_prompt=edit, vae=vae, **settings,
+                  **more)  # fmt: skip
     w.add("PreviewImage", title="Loss curve", images=tuned.loss_curve)
     return tuned
 
@@ -401,6 +402,95 @@ Instead of *Upscale Image By* you can use *Upscale Image (using Model)*. With th
     result(w, name, clip, [by_image, by_latent], ["image upscale", "latent upscale"])
 
 
+def long_clip(w: Workflow, name: str):
+    w.group("Read me", "yellow", 360)
+    w.note("""# Long clips
+
+The graph of 01 with one node more: *Context Windows*, between *Inflate* and *One-Shot Tune*.
+
+The clip is looked at in overlapping windows, here of 6 frames, in the memory of 6. Each step of the tuning learns another window; inversion and sampling blend what they draw where windows overlap, so that no seam shows.
+
+With a clip of your own: set *count* of *Load Video* to 60, 120 or what you like, *context_length* to 8 or 16 and *context_overlap* to half of it or less. More *steps* suit a longer clip.
+""", 330)  # fmt: skip
+    clip, inflated, clip_model, vae, latent = source(w)
+    windowed = w.add("TAVContextWindows", model=inflated, context_length=6, context_overlap=3)
+    w.group("2  Sentences", "green", below=True)
+    described = sentence(w, clip_model, "What the clip shows", PROMPT)
+    edit = sentence(w, clip_model, "What it should show", EDIT)
+    empty = sentence(w, clip_model, "Nothing (leave it empty)", "")
+    tuned = tuning(w, windowed, latent, described, edit, vae)
+    w.group("4  Invert", "cyan")
+    noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=described, steps=25, measure=False)
+    w.group("5  Edit", "cyan", below=True)
+    model = injected(w, tuned.MODEL, described)
+    sample = w.add("TAVVideoSampler", model=model, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
+                   steps=25, cfg=5.0)  # fmt: skip
+    frames = w.add("VAEDecode", samples=sample, vae=vae)
+    result(w, name, clip, [clip.images, frames], ["source", EDIT])
+
+
+def two_takes(w: Workflow, name: str):
+    w.group("Read me", "yellow", 360)
+    w.note("""# Two takes
+
+One tuning learns from two clips: *Take* holds the second with its own sentence, and more of these nodes make a chain. Here the second take is the mirrored first one, so that what is learned is the subject, not its way from left to right; with clips of your own it is the motion that they share.
+
+Each take can be edited afterwards. Here it is the second: it is inverted and sampled.
+""", 250)  # fmt: skip
+    clip, inflated, clip_model, vae, latent = source(w)
+    w.group("Second take", "blue", below=True)
+    mirrored = w.add("ImageFlip", image=clip.images, flip_method="y-axis: horizontally")
+    second = w.add("VAEEncode", pixels=mirrored, vae=vae)
+    w.group("2  Sentences", "green")
+    described = sentence(w, clip_model, "What the first clip shows", PROMPT)
+    also = sentence(w, clip_model, "What the second clip shows", PROMPT)
+    edit = sentence(w, clip_model, "What the second should show", EDIT)
+    empty = sentence(w, clip_model, "Nothing (leave it empty)", "")
+    takes = w.add("TAVTake", latent=second, positive=also)
+    tuned = tuning(w, inflated, latent, described, edit, vae, takes=takes)
+    w.group("4  Invert the second", "cyan")
+    noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=second, conditioning=also, steps=25, measure=False)
+    w.group("5  Edit it", "cyan", below=True)
+    model = injected(w, tuned.MODEL, also)
+    sample = w.add("TAVVideoSampler", model=model, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
+                   steps=25, cfg=5.0)  # fmt: skip
+    frames = w.add("VAEDecode", samples=sample, vae=vae)
+    result(w, name, clip, [mirrored, frames], ["second take", EDIT])
+
+
+def regions(w: Workflow, name: str):
+    w.group("Read me", "yellow", 360)
+    w.note("""# Only the subject, or all but the subject
+
+*Subject Mask* finds the subject of the clip: where the model would draw something else for a sentence about another one. Two such sentences are put together here; more find more.
+
+*Attention Injection* takes the mask. With *region* subject an edit changes the subject alone, with *region* background all else. What it may not change is what the noise reconstructs of the clip.
+
+Instead of *Subject Mask*, connect a mask that you drew or that another pack found.
+""", 290)  # fmt: skip
+    clip, inflated, clip_model, vae, latent = source(w)
+    w.group("2  Sentences", "green")
+    described = sentence(w, clip_model, "What the clip shows", PROMPT)
+    others = [sentence(w, clip_model, "The same with another subject", text) for text in CONTRASTS[:2]]
+    colour = sentence(w, clip_model, "Another colour", EDITS["colour"])
+    place = sentence(w, clip_model, "Another place", EDITS["background"])
+    empty = sentence(w, clip_model, "Nothing (leave it empty)", "")
+    tuned = tuning(w, inflated, latent, described, colour, vae)
+    w.group("4  Invert, and find the subject", "cyan")
+    noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=described, steps=25, measure=False)
+    contrast = w.add("ConditioningCombine", conditioning_1=others[0], conditioning_2=others[1])
+    subject = w.add("TAVSubjectMask", model=tuned.MODEL, latent=latent, conditioning=described, contrast=contrast)
+    mask = w.add("MaskToImage", mask=subject)
+    frames = []
+    for region, edit in (("subject", colour), ("background", place)):
+        w.group(f"5  Edit the {region}", "cyan", below=region == "background")
+        model = w.add("TAVAttentionInjection", model=tuned.MODEL, conditioning=described, region=region, subject=subject)
+        sample = w.add("TAVVideoSampler", model=model, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
+                       steps=25, cfg=5.0)  # fmt: skip
+        frames.append(w.add("VAEDecode", samples=sample, vae=vae))
+    result(w, name, clip, [clip.images, mask, *frames], ["source", "subject", EDITS["colour"], EDITS["background"]])
+
+
 def controlnet(w: Workflow, name: str):
     edited = "a red star is bouncing on the grass"
     w.group("Read me", "yellow", 360)
@@ -438,7 +528,10 @@ WORKFLOWS = {
     "04-reuse-tuned-weights-mini": reuse,
     "05-stock-sampler-mini": stock_sampler,
     "06-upscale-mini": upscale,
-    "07-controlnet-mini": controlnet,
+    "07-long-clip-mini": long_clip,
+    "08-two-takes-mini": two_takes,
+    "09-regions-mini": regions,
+    "10-controlnet-mini": controlnet,
 }
 
 

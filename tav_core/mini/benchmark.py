@@ -1,8 +1,9 @@
 """Measures the method where the truth is known: clips of the rendered world, tuned, inverted and edited.
 
 Half of the clips show content that the checkpoint has never seen (patterns, unknown shapes and backgrounds), as
-every real video does. Three arms: `tuned`, `untuned` (the inflated model as it is, noise inverted with it) and
-`random_noise` (the tuned model from Gaussian noise). For every edit the renderer knows the exact answer.
+every real video does. Three arms: `tuned`, `untuned` (the inflated model as it is, noise inverted and subject found
+with it) and `random_noise` (the tuned model from Gaussian noise). Edits of the subject and of its colour may change the
+subject alone, edits of the background all but the subject, edits of the style everything. For every edit the renderer knows the exact answer.
 """
 
 import random
@@ -16,13 +17,14 @@ from einops import rearrange
 
 from ..checkpoint import Checkpoint
 from ..inflate import inflate
-from ..pipeline import Preset, Source, invert, prepare, sample, tune_on
+from ..pipeline import Preset, Source, find_subject, invert, prepare, sample, tune_on
 from . import world
 from .evaluate import ATTRIBUTES
 from .judge import Judge, Verdict, locate, verdict
 
 ARMS = ("tuned", "untuned", "random_noise")
 KINDS = {"subject": "shape", "colour": "colour", "background": "background", "style": "style"}
+REGIONS = {"subject": "subject", "colour": "subject", "background": "background", "style": "everything"}  # of a kind
 METRICS = ("edited", "kept", "identity", "trajectory_corr", "trajectory_px", "stability", "reconstruction")
 
 
@@ -46,6 +48,11 @@ class BenchmarkClip:
 
     def caption(self, **changes: str) -> str:
         return world.caption(replace(self.scene, **changes), self.motion)
+
+    def contrasts(self) -> list[str]:
+        """Its sentence with five other subjects."""
+        colours = [c for c in world.COLOURS if c != self.scene.colour]
+        return [self.caption(colour=c, shape=s) for c, s in zip(colours, (s for s in world.SHAPES if s != self.scene.shape))]
 
 
 def benchmark_clips(seed: int = 0) -> list[BenchmarkClip]:
@@ -163,16 +170,17 @@ def benchmark(checkpoint: Checkpoint, judge: Judge, preset: Preset, *, seeds: in
     """
     scores = {arm: {"seen": Scores(), "unseen": Scores()} for arm in ARMS}
 
-    def run(arm: str, name: str, clip: BenchmarkClip, unet, noise, frames: np.ndarray):
+    def run(arm: str, name: str, clip: BenchmarkClip, unet, noise, frames: np.ndarray, subject=None):
         source_prompt = None if arm == "random_noise" else clip.caption()
         into = scores[arm]["seen" if clip.seen else "unseen"]
-        again = sample(checkpoint, unet, noise, clip.caption(), preset, source_prompt=source_prompt).numpy()
+        again = sample(checkpoint, unet, noise, clip.caption(), preset, source_prompt=source_prompt, subject=subject).numpy()
         into.add(reconstruction=_rmse(again, frames))
         if on_video:
             on_video(f"{name}-{arm}-again", again)
         for kind, value in clip.edits.items():
             video = sample(checkpoint, unet, noise, clip.caption(**{KINDS[kind]: value}), preset,
-                           source_prompt=source_prompt).numpy()  # fmt: skip
+                           source_prompt=source_prompt, subject=subject,
+                           region="everything" if subject is None else REGIONS[kind]).numpy()  # fmt: skip
             into.add(**score_edit(judge, video, clip, kind))
             if on_video:
                 on_video(f"{name}-{arm}-{kind}", video)
@@ -184,12 +192,15 @@ def benchmark(checkpoint: Checkpoint, judge: Judge, preset: Preset, *, seeds: in
         untuned = inflate(checkpoint.unet)
         progress(f"clip {number + 1}/{len(clips)}: {clip.caption()}, untuned")
         # without tuning and with eta 0 nothing is random: one run stands for all seeds
-        run("untuned", f"clip{number}", clip, untuned, invert(checkpoint, untuned, source, preset), frames)
+        run("untuned", f"clip{number}", clip, untuned, invert(checkpoint, untuned, source, preset), frames,
+            find_subject(checkpoint, untuned, source, clip.contrasts(), preset))  # fmt: skip
         for seed in range(seeds):
             progress(f"clip {number + 1}/{len(clips)}: {clip.caption()}, tuned with seed {seed}")
-            tuned, _ = tune_on(checkpoint, source, replace(preset, tuning=replace(preset.tuning, seed=seed)))
+            seeded = replace(preset, tuning=replace(preset.tuning, seed=seed))
+            tuned, _ = tune_on(checkpoint, source, seeded)
             name = f"clip{number}-seed{seed}"
-            run("tuned", name, clip, tuned, invert(checkpoint, tuned, source, preset), frames)
+            run("tuned", name, clip, tuned, invert(checkpoint, tuned, source, preset), frames,
+                find_subject(checkpoint, tuned, source, clip.contrasts(), seeded))  # fmt: skip
             noise = torch.randn(source.latents.shape, generator=torch.Generator().manual_seed(seed))
             run("random_noise", name, clip, tuned, noise, frames)
     return {arm: {content: s.means() for content, s in by.items()} for arm, by in scores.items()}

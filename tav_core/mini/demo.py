@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 
 from . import world
-from .benchmark import KINDS, BenchmarkClip, score_edit
+from .benchmark import KINDS, REGIONS, BenchmarkClip, score_edit
 from .judge import load_judge
+
+__all__ = ["CLIP", "CONTRASTS", "DEMO", "EDITS", "PROMPT", "REGIONS", "score"]
 
 CLIP = Path(__file__).parent / "demo.mp4"
 DEMO = BenchmarkClip(
@@ -14,6 +16,7 @@ DEMO = BenchmarkClip(
     {"subject": "star", "colour": "blue", "background": "snow", "style": "sketch"},
 )  # fmt: skip
 PROMPT = DEMO.caption()
+CONTRASTS = DEMO.contrasts()
 EDITS = {kind: DEMO.caption(**{KINDS[kind]: value}) for kind, value in DEMO.edits.items()}
 
 

@@ -121,7 +121,7 @@ def judge_loss(judge: Judge, pixels: torch.Tensor, scenes: list[world.Scene], se
 
 @torch.no_grad()
 def verdict(judge: Judge, pixels: torch.Tensor) -> Verdict:
-    """Judges pictures `b 3 h w` in -1..1."""
+    """Judges pictures `b 3 h w` in -1..1. Where no subject is seen, its shape and colour are "none"."""
     mask, background, style = judge.look(pixels)
     mask = F.interpolate(mask.sigmoid()[:, None], scale_factor=4.0, mode="bilinear")[:, 0]
     mask = mask * (mask > 0.5)
@@ -131,7 +131,10 @@ def verdict(judge: Judge, pixels: torch.Tensor) -> Verdict:
     def names(kinds, logits):
         return [kinds[i] for i in logits.argmax(1).tolist()]
 
-    return Verdict(names(SHAPES, shape), names(COLOURS, colour), names(BACKGROUNDS, background), names(STYLES, style),
+    seen = mask.amax((1, 2)) > 0
+    shapes, colours = ([name if there else "none" for name, there in zip(found, seen)]
+                       for found in (names(SHAPES, shape), names(COLOURS, colour)))  # fmt: skip
+    return Verdict(shapes, colours, names(BACKGROUNDS, background), names(STYLES, style),
                    mask, centre, radius)  # fmt: skip
 
 

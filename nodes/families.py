@@ -1,0 +1,102 @@
+"""What differs between the families of Stable Diffusion: who belongs to which, and the second condition of SDXL.
+
+The U-Net of SDXL is conditioned on a vector as well, made of the pooled text and of the sizes of the picture.
+"""
+
+import copy
+from typing import Any
+
+import comfy.controlnet
+import comfy.model_base
+import comfy.model_patcher
+import torch
+import torch.nn.functional as F
+from comfy.model_patcher import ModelPatcher
+from comfy.weight_adapter import LoRAAdapter
+from torch import Tensor
+
+from ..tav_core import TavError, VideoUNet
+
+
+class OneFamily:
+    """Mixin for a `BaseModel` around a diffusers U-Net: foreign ControlNets are refused."""
+
+    def extra_conds(self, **kwargs) -> dict[str, Any]:
+        net = kwargs.get("control")
+        while net is not None:
+            if isinstance(net, comfy.controlnet.ControlLora):
+                raise TavError("a Control-LoRA needs the weights of a native MODEL; use a whole ControlNet with an inflated one")
+            if (module := getattr(net, "control_model", None)) is not None:
+                widths = {weight.shape[1] for name, weight in module.named_parameters() if name.endswith("attn2.to_k.weight")}
+                if widths != {self.diffusion_model.config.cross_attention_dim}:
+                    raise TavError("the ControlNet is for another family of models; use one for the family of MODEL")
+            net = net.previous_controlnet
+        return super().extra_conds(**kwargs)
+
+
+class NativeModel(OneFamily, comfy.model_base.BaseModel):
+    pass
+
+
+class InflatedSDXL(OneFamily, comfy.model_base.SDXL):
+    """The native SDXL around another U-Net; `NativeModel`s become one by `adopt`."""
+
+    def adopt(self, source: comfy.model_base.SDXL):
+        """Take what encodes the vector from `source`."""
+        self.embedder, self.noise_augmentor = copy.deepcopy((source.embedder, source.noise_augmentor))
+
+    def encode_adm(self, **kwargs) -> Tensor:
+        if "pooled_output" not in kwargs and "unclip_conditioning" not in kwargs:
+            raise TavError("CONDITIONING has no pooled text, which SDXL needs; use CLIP Text Encode with the CLIP of the same checkpoint")
+        return super().encode_adm(**kwargs)
+
+
+class NativePatcher(getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)):  # newer cores
+    """A MODEL around a diffusers U-Net: LoRAs that would do nothing to it are refused."""
+
+    def add_patches(self, patches, *args, **kwargs):
+        weights, added = self.model.state_dict(), super().add_patches(patches, *args, **kwargs)
+        if not added:
+            raise TavError("the LoRA (or merge) names no weights of MODEL: it is for another family, or has the names of the "
+                           "original code; connect it before Inflate")  # fmt: skip
+        for key in added:
+            if isinstance(key, str):
+                check_lora(key, weights[key], patches[key])
+        return added
+
+
+def check_lora(key: str, weight: Tensor, patch: Any):
+    """Refuse a LoRA whose text has another width.
+
+    Raises:
+        TavError: it does.
+    """
+    if key.endswith("attn2.to_k.weight") and isinstance(patch, LoRAAdapter) and patch.weights[1].shape[1] != weight.shape[1]:
+        raise TavError(f"the LoRA is for another family of models (its text has width {patch.weights[1].shape[1]}, that of MODEL "
+                       f"{weight.shape[1]}); use one for the family of MODEL")  # fmt: skip
+
+
+class VectorVideoUNet(VideoUNet):
+    """A video U-Net that finds the vector behind the tokens of the text (`packed`).
+
+    So whatever knows of text alone (tuning, inversion and sampling of `tav_core`) carries it along.
+    """
+
+    def forward(self, latents: Tensor, timesteps: Tensor | float | int, encoder_hidden_states: Tensor) -> Tensor:
+        channels, width = self.config.projection_class_embeddings_input_dim, self.config.cross_attention_dim
+        count = -(-channels // width)
+        text, tail = encoder_hidden_states[:, :-count], encoder_hidden_states[:, -count:]
+        return super().forward(latents, timesteps, text, class_labels=tail.flatten(1)[:, :channels])
+
+
+def packed(text: Tensor, vector: Tensor) -> Tensor:
+    """`b n d` and `b c` to `b n+m d`: the vector as m more tokens, filled up with zeros. A batch of one is for all."""
+    batch = max(len(text), len(vector))
+    tail = F.pad(vector.to(text), (0, -vector.shape[1] % text.shape[2])).unflatten(1, (-1, text.shape[2]))
+    return torch.cat([text.expand(batch, -1, -1), tail.expand(batch, -1, -1)], dim=1)
+
+
+def vector_of(model: ModelPatcher, conditioning: list, latents: Tensor) -> Tensor | None:
+    """The vector of one CONDITIONING for latents `... h w`, as samplers make it, `1 c`; None but for SDXL."""
+    height, width = latents.shape[-2:]
+    return model.model.encode_adm(**{"width": 8 * width, "height": 8 * height, **conditioning[0][1]})

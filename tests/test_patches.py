@@ -1,0 +1,308 @@
+"""Other packs' model patches on inflated MODELs: what they do there is what they do on the native one."""
+
+import pytest
+import torch
+from reduced import TEXT, clip, inflated, native, prompt, relative, sample
+from test_control import control_net, controlled, hints, steered, t2i_adapter
+
+pytestmark = pytest.mark.usefixtures("inference_mode")
+
+
+@pytest.fixture(scope="module")
+def models(pack, inference_mode):
+    """A native MODEL, the inflated one, and the native one's samples without patches."""
+    model = native()
+    return model, inflated(pack, model), sample(model, steps=2)
+
+
+def strength(options, like):
+    """A factor for each entry of the batch, made of all that native models tell a patch."""
+    place = {"input": 0.1, "middle": 0.2, "output": 0.3}[options["block"][0]] + 0.01 * options["block"][1]
+    place += 0.02 * options["transformer_index"] + 0.1 * options.get("block_index", 0)
+    if "n_heads" in options:
+        place += 0.01 * options["n_heads"] + 0.001 * options["dim_head"]
+        place *= options["activations_shape"][1] / 32 * options["activations_shape"][2] / options["original_shape"][2]
+    each = torch.tensor(options["cond_or_uncond"]).repeat_interleave(options["original_shape"][0] // len(options["cond_or_uncond"]))
+    factor = 1 + 0.3 * place * (1 + each) + 0.01 * options["sigmas"][0]
+    return factor.view(-1, *[1] * (like.ndim - 1)).to(like.dtype)
+
+
+def attention(q, k, v, options):
+    from comfy.ldm.modules.attention import optimized_attention
+
+    return optimized_attention(q, k, v, options["n_heads"])
+
+
+def on_attn1_inputs(model):
+    model.set_model_attn1_patch(lambda n, k, v, o: (n * strength(o, n), k * strength(o, k), torch.roll(v, 1, 1) * strength(o, v)))
+
+
+def on_attn2_inputs(model):
+    model.set_model_attn2_patch(lambda n, k, v, o: (n * strength(o, n), k.flip(1) * strength(o, k), v * strength(o, v)))
+
+
+def on_attn1_output(model):
+    model.set_model_attn1_output_patch(lambda out, o: out * strength(o, out))
+
+
+def on_attn2_output(model):
+    model.set_model_attn2_output_patch(lambda out, o: out.flip(1) * strength(o, out))
+
+
+def between_attentions(model):
+    model.set_model_patch(lambda x, o: x * strength(o, x), "middle_patch")
+
+
+def at_the_time_embedding(model):
+    model.set_model_patch(lambda emb, channels, o: emb * (1 + channels / 100), "emb_patch")
+
+
+def behind_input_blocks(model):
+    model.set_model_input_block_patch(lambda h, o: h * strength(o, h))
+
+
+def behind_the_skips(model):
+    model.set_model_input_block_patch_after_skip(lambda h, o: h * strength(o, h))
+
+
+def before_output_blocks(model):
+    def patch(h, skip, options):
+        return h * strength(options, h), skip.flip(3) * strength(options, skip)
+
+    model.set_model_output_block_patch(patch)
+
+
+def instead_of_attn1(model):
+    def patch(q, k, v, options):
+        return attention(q * strength(options, q), k, v.roll(1, 1), options)
+
+    model.set_model_attn1_replace(patch, "input", 4)
+    model.set_model_attn1_replace(patch, "middle", 0, 0)
+
+
+def instead_of_attn2(model):
+    """As IP-Adapters do: tokens of a picture for the positive prompt, in chosen blocks."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ip_adapter(width):
+        tokens, to_k, to_v = (torch.randn(*shape, generator=generator) / 5 for shape in ((1, 4, TEXT), (TEXT, width), (TEXT, width)))
+
+        def patch(q, k, v, options):
+            chunk = len(q) // len(options["cond_or_uncond"])
+            on = torch.tensor([1.0 - kind for kind in options["cond_or_uncond"]]).repeat_interleave(chunk).view(-1, 1, 1)
+            pictures = tokens.expand(len(q), -1, -1)
+            return attention(q, k, v, options) + on * attention(q, pictures @ to_k, pictures @ to_v, options) * strength(options, q)
+
+        return patch
+
+    model.set_model_attn2_replace(ip_adapter(64), "input", 5)
+    model.set_model_attn2_replace(ip_adapter(128), "middle", 0, 0)
+    model.set_model_attn2_replace(ip_adapter(64), "output", 6, 0)
+
+
+def around_the_model(model):
+    from comfy.patcher_extension import WrappersMP
+
+    def wrapper(executor, x, *args, **kwargs):
+        assert isinstance(executor.class_obj, torch.nn.Module)
+        return executor(x * 1.1, *args, **kwargs) * 0.9
+
+    model.add_wrapper(WrappersMP.DIFFUSION_MODEL, wrapper)
+
+
+KINDS = (on_attn1_inputs, on_attn2_inputs, on_attn1_output, on_attn2_output, between_attentions, at_the_time_embedding,
+         behind_input_blocks, behind_the_skips, before_output_blocks, instead_of_attn1, instead_of_attn2, around_the_model)  # fmt: skip
+
+
+def agrees(models, patch, split=False, noise=None):
+    """The patch does on the inflated MODEL what it does on the native one: with one frame, and with equal frames."""
+    model, wrapped, without = models
+    noise = clip() if noise is None else noise
+    outs = []
+    for source, x in ((model, noise), (wrapped, noise), (wrapped, noise.expand(2, -1, -1, -1))):
+        changed = source.clone()
+        changed = patch(changed) or changed
+        torch.manual_seed(0)  # some of them draw
+        outs.append(sample(changed, noise=x, steps=2))
+    expected, one, equal = outs
+    assert relative(expected, without) > 1e-3
+    assert relative(one, expected) < 1e-4
+    assert relative(equal, expected.expand(2, -1, -1, -1)) < 1e-4
+
+
+@pytest.mark.parametrize("patch", KINDS)
+def test_each_kind_of_patch_does_what_it_does_on_the_native_model(models, patch):
+    agrees(models, patch)
+    assert relative(sample(models[1], steps=2), models[2]) < 1e-4  # and nothing of it stays
+
+
+def hypernetwork(model, folder, monkeypatch):
+    import folder_paths
+    from comfy_extras.nodes_hypernetwork import HypernetworkLoader
+
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        width: [{f"linear.{i}.{name}": torch.randn(*shape, generator=generator) * width**-0.5 for i, into, out in ((0, width, 2 * width), (1, 2 * width, width))
+                 for name, shape in (("weight", (out, into)), ("bias", (out,)))} for _ in range(2)]
+        for width in (32, TEXT, 64, 128)
+    }  # fmt: skip
+    torch.save({**weights, "activation_func": "relu"}, folder / "hypernetwork.pt")
+    monkeypatch.setattr(folder_paths, "get_full_path_or_raise", lambda kind, name: str(folder / name))
+    return HypernetworkLoader.execute(model, "hypernetwork.pt", 0.7).args[0]
+
+
+def stock(name, *args):
+    """A stock node by name, as a function from MODEL to MODEL."""
+
+    def apply(model):
+        import importlib
+
+        module = {"FreeU": "freelunch", "FreeU_V2": "freelunch", "PerturbedAttentionGuidance": "pag", "SelfAttentionGuidance": "sag",
+                  "HyperTile": "hypertile", "TomePatchModel": "tomesd", "PatchModelAddDownscale": "model_downscale"}[name]  # fmt: skip
+        node = getattr(importlib.import_module(f"comfy_extras.nodes_{module}"), name)
+        out = node().patch(model, *args) if hasattr(node, "patch") else node.execute(model, *args)
+        return getattr(out, "args", out)[0]
+
+    return apply
+
+
+STOCK = {
+    "FreeU": stock("FreeU", 1.1, 1.2, 0.9, 0.2), "FreeU V2": stock("FreeU_V2", 1.3, 1.4, 0.9, 0.2),
+    "perturbed attention": stock("PerturbedAttentionGuidance", 3.0), "self-attention guidance": stock("SelfAttentionGuidance", 0.8, 2.0),
+    "HyperTile": stock("HyperTile", 32, 2, 1, True), "token merging": stock("TomePatchModel", 0.5),
+    "Deep Shrink": stock("PatchModelAddDownscale", 3, 2.0, 0.0, 0.9, True, "bicubic", "bicubic"),
+    "Deep Shrink, skips too": stock("PatchModelAddDownscale", 4, 1.6, 0.0, 0.9, False, "bicubic", "bislerp"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_nodes(models, name):
+    agrees(models, STOCK[name])
+
+
+def test_a_hypernetwork(models, tmp_path, monkeypatch):
+    agrees(models, lambda model: hypernetwork(model, tmp_path, monkeypatch))
+
+
+def several(model):
+    for name in ("FreeU V2", "HyperTile", "perturbed attention", "self-attention guidance"):
+        model = STOCK[name](model)
+    for patch in (instead_of_attn2, on_attn2_output, between_attentions, behind_input_blocks):
+        patch(model)
+    return model
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_several_patches_with_batched_and_split_guidance(models, monkeypatch, split):
+    if split:
+        for model in models[:2]:
+            monkeypatch.setattr(model.model, "memory_required", lambda *args, **kwargs: 1e15)
+    agrees(models, several)
+
+
+@pytest.mark.parametrize("mode", ["first", "full"])
+def test_tiled_and_merged_queries_in_the_other_attention_modes(pack, models, mode):
+    model, _, without = models
+    wrapped = inflated(pack, model, attention=mode)
+    for name in ("HyperTile", "token merging"):
+        agrees((model, wrapped, without), STOCK[name])
+
+
+def test_stable_diffusion_2_and_odd_sizes(pack):
+    model, noise = native(second=True), torch.randn(1, 4, 13, 19, generator=torch.Generator().manual_seed(0))
+    models = model, inflated(pack, model), sample(model, noise=noise, steps=2)
+    for patch in (STOCK["FreeU"], STOCK["self-attention guidance"], on_attn1_inputs):
+        agrees(models, patch, noise=noise)
+
+
+def test_the_2d_diffusers_model_as_well(pack, models):
+    model, _, without = models
+    bridge = pack.nodes.native
+    config = type(model.model.model_config)({k: v for k, v in model.model.model_config.unet_config.items() if k != "num_res_blocks"})
+    config.set_inference_dtype(torch.float32, None)
+    with torch.inference_mode(False):
+        wrapped = bridge.to_native(bridge.to_diffusers(model), config, model.model.model_type)
+    assert type(wrapped.model.diffusion_model) is bridge.NativeUNet
+    for patch in (several, STOCK["Deep Shrink"]):
+        agrees((model, wrapped, without), patch)
+
+
+def test_patches_made_before_inflation(pack, models):
+    model, _, without = models
+    changed = STOCK["FreeU"](model)
+    around_the_model(changed)
+    expected = sample(changed, steps=2)
+    assert relative(expected, without) > 1e-3
+    assert relative(sample(inflated(pack, changed), steps=2), expected) < 1e-4
+
+
+def test_with_controlnets_and_adapters(models):
+    model, wrapped, without = models
+    applied = [(make(seed), hints(seed=seed), 0.8, 0.0, 1.0) for seed, make in enumerate((control_net, t2i_adapter))]
+    prompts = controlled(prompt(1), *applied)
+    outs = []
+    for source in (model, wrapped):
+        changed = STOCK["FreeU"](source)
+        for patch in (behind_input_blocks, behind_the_skips, before_output_blocks):
+            patch(changed)
+        outs.append(steered(changed, prompts, clip()))
+    assert relative(outs[1], outs[0]) < 1e-4
+    assert relative(outs[0], steered(model, prompts, clip())) > 1e-3
+
+
+def test_frames_still_see_each_other(pack):
+    wrapped = inflated(pack, native(), norm="frame")
+    noise = clip(3)
+    changed = noise.clone()
+    changed[0] += 1
+    for patch in (on_attn1_inputs, STOCK["HyperTile"]):
+        model = wrapped.clone()
+        model = patch(model) or model
+        outs = []
+        for x in (noise, changed):
+            torch.manual_seed(0)
+            outs.append(sample(model, noise=x, steps=2))
+        assert relative(outs[0][2], outs[1][2]) > 1e-3  # temporal attention is still silent
+
+
+@pytest.mark.parametrize("name", ["HyperTile", "token merging", "FreeU", "IP-Adapter"])
+def test_attention_injection_leads_patched_attention(pack, models, name):
+    wrapped, noise = inflated(pack, models[0], norm="frame"), clip(3)
+    wrapped = pack.nodes.native.with_tuned_weights(
+        wrapped, {n: p + 0.02 for n, p in pack.nodes.native.trainable_names(wrapped).items()}, 3
+    )
+    patched = wrapped.clone()
+    patched = instead_of_attn2(patched) or patched if name == "IP-Adapter" else STOCK[name](patched)
+
+    def run(model, text):
+        torch.manual_seed(0)
+        return sample(model, noise=noise, steps=2, cfg=1.0, positive=text)
+
+    led = pack.nodes.AttentionInjection.execute(patched, prompt(1), 1.0).args[0]
+    assert relative(run(led, prompt(7)), run(patched, prompt(7))) > 1e-3
+    if name != "IP-Adapter":  # there, the prompt is a positive one and its source isn't
+        assert relative(run(led, prompt(1)), run(patched, prompt(1))) < 1e-4  # led by its like
+
+
+@pytest.mark.parametrize("name", ["perturbed attention", "self-attention guidance"])
+def test_guidance_that_calls_again_leaves_the_leading_clip_alone(pack, models, name):
+    walks = []
+    for model in (models[1], STOCK[name](models[1])):
+        led = pack.nodes.AttentionInjection.execute(model, prompt(1), 1.0).args[0]
+        for noise in (clip(1, 1), clip(1, 2)):  # another run starts another walk
+            sample(led, noise=noise, steps=3)
+            walks.append(led.model_options["model_function_wrapper"].source)
+    assert relative(walks[2], walks[0]) < 1e-4 and relative(walks[3], walks[1]) < 1e-4
+    assert relative(walks[1], walks[0]) > 1e-2
+
+
+def test_nothing_is_hooked_without_patches_or_after_an_error(pack, models, monkeypatch):
+    wrapped, module = models[1], pack.nodes.patches
+    broken = wrapped.clone()
+    broken.set_model_attn2_output_patch(lambda out, options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sample(broken, steps=2)
+    assert wrapped.model.diffusion_model.frame_context.patches is None
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in wrapped.model.diffusion_model.modules())
+    monkeypatch.setattr(module, "_Patches", None)
+    assert relative(sample(wrapped, steps=2), models[2]) < 1e-4
