@@ -7,6 +7,7 @@ from .inflate import Inflate
 from .inject import AttentionInjection
 from .invert import DDIMInversion
 from .load_checkpoint import LoadCheckpoint
+from .load_controlnet import LoadControlNet
 from .load_video import LoadVideo
 from .sample import VideoSampler
 from .subject import SubjectMask
@@ -15,8 +16,8 @@ from .tune import OneShotTune
 from .tuned_weights import ApplyTunedWeights, LoadTunedWeights, SaveTunedWeights
 from .windows import ContextWindows
 
-NODES = [LoadVideo, LoadCheckpoint, Inflate, Take, OneShotTune, SaveTunedWeights, LoadTunedWeights, ApplyTunedWeights,
-         ContextWindows, DDIMInversion, SubjectMask, AttentionInjection, VideoSampler, Compare]  # fmt: skip
+NODES = [LoadVideo, LoadCheckpoint, LoadControlNet, Inflate, Take, OneShotTune, SaveTunedWeights, LoadTunedWeights,
+         ApplyTunedWeights, ContextWindows, DDIMInversion, SubjectMask, AttentionInjection, VideoSampler, Compare]  # fmt: skip
 
 
 class Extension(ComfyExtension):

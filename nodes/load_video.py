@@ -11,19 +11,20 @@ from ..tav_core.checkpoint import MINI
 from ..tav_core.video import FITS, IMAGES
 from .common import inside, plain_errors, schema, to_images
 
-CLIP = MINI.parent / "demo.mp4"
 DEMO = "demo clip of the mini checkpoint"
+HINTS = "silhouettes for the mini ControlNet"
+SHIPPED = {DEMO: MINI.parent / "demo.mp4", HINTS: MINI.parent / "hints.mp4"}
 
 
 def choices() -> list[str]:
-    """Videos and folders of images in the input folder, and the clip that ships with the pack."""
+    """Videos and folders of images in the input folder, and the clips that ship with the pack."""
     root = folder_paths.get_input_directory()
     entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
     files = [entry.name for entry in entries if entry.is_file()]
     videos = {*folder_paths.filter_files_content_types(files, ["video"]), *(f for f in files if f.endswith(".gif"))}
     folders = [entry.name for entry in entries if entry.is_dir()
                and any(name.lower().endswith(IMAGES) for name in os.listdir(entry))]  # fmt: skip
-    return [*sorted(videos), *sorted(folders), DEMO]
+    return [*sorted(videos), *sorted(folders), *SHIPPED]
 
 
 def path_of(file: str) -> Path:
@@ -32,8 +33,8 @@ def path_of(file: str) -> Path:
     Raises:
         TavError: it lies outside of the input folder, or doesn't exist.
     """
-    if file == DEMO:
-        return CLIP
+    if file in SHIPPED:
+        return SHIPPED[file]
     path = inside(folder_paths.get_input_directory(), file.removesuffix(" [input]"))
     if not path.exists():
         raise TavError(f"file {file!r} is not in ComfyUI's input folder; upload it, or choose another one")

@@ -116,6 +116,13 @@ def comfy_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 # ------------------------------------------------------------------------------------- from diffusers to MODEL
 
 
+def use_operations(model: nn.Module, operations: Any):
+    """Make the layers of a model ComfyUI's: casting, partial loading and interruption happen in them."""
+    for module in model.modules():
+        if type(module) in _LEAVES:
+            module.__class__ = getattr(operations, type(module).__name__)
+
+
 def to_native(unet: UNet2DConditionModel, model_config: Any, model_type: Any) -> ModelPatcher:
     """A native MODEL around a diffusers U-Net, which changes class in place.
 
@@ -130,8 +137,7 @@ def to_native(unet: UNet2DConditionModel, model_config: Any, model_type: Any) ->
         for module in unet.modules():
             if type(module) is VideoGroupNorm:
                 module.__class__ = type("VideoGroupNorm", (OverFrames, operations.GroupNorm), {})
-            elif type(module) in _LEAVES:  # casting, partial loading and interruption happen in these
-                module.__class__ = getattr(operations, type(module).__name__)
+        use_operations(unet, operations)
         if isinstance(unet, VideoUNet):
             unet.__class__ = NativeVideoUNet
         else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, ModelMixin, UNet2DConditionModel
 from einops import rearrange
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -20,6 +20,7 @@ from .video import to_frames
 
 CONFIGS = Path(__file__).parent / "configs"
 MINI = Path(__file__).parent / "mini" / "checkpoint"
+MINI_CONTROLNET = MINI.parent / "controlnet"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 _PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
 _OPEN_CLIP = {  # names of OpenCLIP, and those of transformers
@@ -94,6 +95,32 @@ def load_checkpoint(
     return Checkpoint(name="mini" if path == MINI else path.stem if path.is_file() else path.name, **parts)
 
 
+def load_controlnet(path: str | Path) -> ControlNetModel:
+    """Loads "mini", whose hint is the silhouette of the subject, or a diffusers folder of a ControlNet for SD 1.x or 2.x.
+
+    Returns: float32, on the CPU, frozen and in evaluation mode.
+
+    Raises:
+        TavError: missing or broken files, pickled weights, or another kind of model (ControlNets of SDXL, SD3, Flux).
+    """
+    path = MINI_CONTROLNET if str(path) == "mini" else Path(path)
+    try:
+        config = json.loads((path / "config.json").read_text())
+        kind = config.get("_class_name")
+        if kind != "ControlNetModel":
+            raise TavError(f"--controlnet {path} is a {kind}; give a folder with a ControlNetModel of diffusers")
+        if config.get("addition_embed_type") or config.get("class_embed_type") or config.get("encoder_hid_dim"):
+            raise TavError(f"--controlnet {path} is conditioned on more than text, as those of SDXL; give one for SD 1.x or 2.x")
+        if not any(path.glob("diffusion_pytorch_model*.safetensors")):
+            raise TavError(f"--controlnet {path} holds no .safetensors weights; save it with safe_serialization=True")
+        return _load_part(path, ControlNetModel, "--controlnet").eval().requires_grad_(False)
+    except TavError:
+        raise
+    except Exception as error:  # the libraries fail in every way over a damaged file
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240)
+        raise TavError(f"--controlnet {path} can't be read ({reason}); download or save it again") from error
+
+
 def _load_folder(path: Path) -> dict:
     if not (path / "unet" / "config.json").exists():
         other = "a transformer model such as SD3 or Flux" if (path / "transformer").exists() else "no diffusers model"
@@ -131,12 +158,12 @@ def _weight_files(path: Path) -> list[Path]:
     return [file for file in files if "fp16" not in file.name] or files
 
 
-def _load_part(path: Path, kind: type[ModelMixin]) -> ModelMixin:
+def _load_part(path: Path, kind: type[ModelMixin], option: str = "--checkpoint") -> ModelMixin:
     variant = "fp16" if "fp16" in _weight_files(path)[0].name else None
     model, loaded = kind.from_pretrained(path, local_files_only=True, use_safetensors=True, variant=variant,
                                          output_loading_info=True, low_cpu_mem_usage=False)  # fmt: skip
     if lost := sorted(loaded["missing_keys"]):  # diffusers would go on with random weights
-        raise TavError(f"--checkpoint {path} lacks {len(lost)} of its weights ({lost[0]}, ...); download it again")
+        raise TavError(f"{option} {path} lacks {len(lost)} of its weights ({lost[0]}, ...); download it again")
     return model
 
 

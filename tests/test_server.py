@@ -16,6 +16,7 @@ SOURCE, EDIT = "a red ball is sliding on the grass", "a blue ball is sliding on 
 NODES = {
     "TAVLoadVideo": "Load Video (Tune-A-Video)",
     "TAVLoadCheckpoint": "Load Checkpoint (Tune-A-Video)",
+    "TAVLoadControlNet": "Load ControlNet (diffusers)",
     "TAVInflate": "Inflate (Tune-A-Video)",
     "TAVOneShotTune": "One-Shot Tune (Tune-A-Video)",
     "TAVTake": "Take (Tune-A-Video)",

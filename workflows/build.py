@@ -25,6 +25,7 @@ sys.path.insert(0, str(HERE.parent))
 from tav_core.mini.demo import CONTRASTS, EDITS, PROMPT  # noqa: E402
 
 DEMO = "demo clip of the mini checkpoint"
+HINTS = "silhouettes for the mini ControlNet"
 EDIT = EDITS["background"]
 SAVED = "demo-clip"  # the name under which 02 saves and 04 loads
 
@@ -490,6 +491,36 @@ Instead of *Subject Mask*, connect a mask that you drew or that another pack fou
     result(w, name, clip, [clip.images, mask, *frames], ["source", "subject", EDITS["colour"], EDITS["background"]])
 
 
+def controlnet(w: Workflow, name: str):
+    edited = "a red star is bouncing on the grass"
+    w.group("Read me", "yellow", 360)
+    w.note("""# Another shape, another motion: ControlNet
+
+The subject and its place come from the clip and the tuning, shape and motion from a second clip: silhouettes of a star that bounces, white on black. *Load ControlNet* and the stock *Apply ControlNet* give each frame its own.
+
+The edit starts from random noise (*add_noise*), because the inverted noise of the clip holds its old motion. The last tile is the same without the ControlNet.
+
+With Stable Diffusion 1.5: a ControlNet as a diffusers folder in `models/controlnet`, or a single file with the stock *Load ControlNet Model*; the hints then come from a preprocessor (depth, lines, poses) that sees a second clip.
+""", 340)  # fmt: skip
+    clip, inflated, clip_model, vae, latent = source(w)
+    w.group("2  Sentences", "green", below=True)
+    described = sentence(w, clip_model, "What the clip shows", PROMPT)
+    edit = sentence(w, clip_model, "What it should show", edited)
+    empty = sentence(w, clip_model, "Nothing (leave it empty)", "")
+    tuned = tuning(w, inflated, latent, described, edit, vae)
+    w.group("4  One hint a frame", "blue")
+    hints = w.add("TAVLoadVideo", title="Silhouettes", file=HINTS, count=8, width=128, height=128)
+    net = w.add("TAVLoadControlNet")
+    applied = w.add("ControlNetApplyAdvanced", positive=edit, negative=empty, control_net=net, image=hints.images)
+    frames = []
+    for title, positive, negative in (("5a  Edit", applied.positive, applied.negative), ("5b  Without the hints", edit, empty)):
+        w.group(title, "cyan", below=title[1] == "b")
+        sample = w.add("TAVVideoSampler", model=tuned.MODEL, positive=positive, negative=negative, noise=latent, steps=25, cfg=5.0,
+                       add_noise=True)  # fmt: skip
+        frames.append(w.add("VAEDecode", samples=sample, vae=vae))
+    result(w, name, clip, [clip.images, hints.images, *frames], ["source", "hints", edited, "without the hints"])
+
+
 WORKFLOWS = {
     "01-one-shot-edit-mini": mini_edit,
     "02-four-edits-mini": four_edits,
@@ -500,6 +531,7 @@ WORKFLOWS = {
     "07-long-clip-mini": long_clip,
     "08-two-takes-mini": two_takes,
     "09-regions-mini": regions,
+    "10-controlnet-mini": controlnet,
 }
 
 

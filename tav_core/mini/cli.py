@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..checkpoint import load_checkpoint
+from ..checkpoint import load_checkpoint, load_controlnet
 from ..cli import add_preset_arguments, preset_of, run
 from . import world
 from .judge import load_judge
@@ -27,13 +27,20 @@ def _train(args):
         train.train_judge(args.work, device, args.judge_steps, 48, 2e-3)
     if args.stage in ("export", "all"):
         train.export(args.work, args.output)
+    if args.stage in ("controlnet", "all"):
+        from .train_controlnet import export_controlnet, train_controlnet
+
+        train_controlnet(args.work, args.output / "checkpoint", device, args.controlnet_steps, 32, 1e-3)
+        export_controlnet(args.work, args.output)
 
 
 def _render(args):
     scene = world.Scene(args.shape, args.colour, args.background, args.style, layout=args.layout, pattern=args.pattern)
     from ..video import save_video
 
-    save_video(torch.from_numpy(world.render_clip(world.clip_scenes(scene, args.motion, args.frames))), args.output, fps=8)
+    scenes = world.clip_scenes(scene, args.motion, args.frames)
+    frames = world.silhouette_clip(scenes) if args.silhouette else world.render_clip(scenes)
+    save_video(torch.from_numpy(frames), args.output, fps=8)
     print(f"{args.output}: {world.caption(scene, args.motion)}")
 
 
@@ -44,6 +51,16 @@ def _evaluate(args):
                                   guidance_scale=args.guidance_scale, steps=args.sampling_steps, seed=args.seed)  # fmt: skip
     if args.sheet:
         contact_sheet(images).save(args.sheet)
+    print(json.dumps(figures, indent=2))
+
+
+def _controlnet(args):
+    from .evaluate import contact_sheet, evaluate_controlnet
+
+    figures, rows = evaluate_controlnet(load_checkpoint("mini"), load_controlnet(args.controlnet), load_judge(), count=args.count,
+                                        guidance_scale=args.guidance_scale, steps=args.sampling_steps, seed=args.seed)  # fmt: skip
+    if args.sheet:
+        contact_sheet(rows[:, :16].reshape(-1, *rows.shape[2:]), min(16, args.count)).save(args.sheet)
     print(json.dumps(figures, indent=2))
 
 
@@ -73,13 +90,14 @@ def main():
         return sub
 
     train = command("train", _train, "train the checkpoint, or one stage of it; starts again where it stopped")
-    train.add_argument("stage", choices=["vae", "unet", "judge", "export", "all"])
+    train.add_argument("stage", choices=["vae", "unet", "judge", "export", "controlnet", "all"])
     train.add_argument("--work", type=Path, required=True, help="folder for renders, latents and states")
-    train.add_argument("--output", type=Path, default=Path(__file__).parent, help="where checkpoint/ and the judge go")
+    train.add_argument("--output", type=Path, default=Path(__file__).parent, help="where checkpoint/, the judge and controlnet/ go")
     train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     train.add_argument("--vae-steps", type=int, default=3600, help="batches of 16")
     train.add_argument("--unet-steps", type=int, default=3000, help="batches of 64")
     train.add_argument("--judge-steps", type=int, default=1600, help="batches of 48")
+    train.add_argument("--controlnet-steps", type=int, default=2000, help="batches of 32")
 
     render = command("render", _render, "render a clip of the world")
     for name, choices in (("shape", [*world.SHAPES, *world.UNKNOWN_SHAPES]), ("colour", [*world.COLOURS]),
@@ -88,6 +106,7 @@ def main():
         render.add_argument(f"--{name}", choices=choices, default=choices[0])
     render.add_argument("--frames", type=int, default=8)
     render.add_argument("--layout", type=int, default=0, help="seed of the background's details")
+    render.add_argument("--silhouette", action="store_true", help="the subject white on black: hints for the ControlNet")
     render.add_argument("--output", type=Path, required=True, help="an .mp4, .webm or .gif file")
 
     evaluate = command("evaluate", _evaluate, "text-to-image accuracy, judged by a classifier; prints JSON")
@@ -97,6 +116,14 @@ def main():
     evaluate.add_argument("--sampling-steps", type=int, default=50)
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--sheet", type=Path, help="write the pictures here as one PNG")
+
+    controlnet = command("controlnet", _controlnet, "how well the ControlNet obeys silhouettes; prints JSON")
+    controlnet.add_argument("--controlnet", default="mini")
+    controlnet.add_argument("--count", type=int, default=64, help="silhouettes of known shapes, and as many of unknown ones")
+    controlnet.add_argument("--guidance-scale", type=float, default=3.0)
+    controlnet.add_argument("--sampling-steps", type=int, default=25)
+    controlnet.add_argument("--seed", type=int, default=0)
+    controlnet.add_argument("--sheet", type=Path, help="write hints and pictures here as one PNG")
 
     benchmark = command("benchmark", _benchmark, "tune, invert and edit clips of known truth; prints JSON")
     benchmark.add_argument("--checkpoint", default="mini")

@@ -1,16 +1,19 @@
-"""Measures the mini checkpoint as an image model: does a picture show what its prompt says?"""
+"""Measures the mini checkpoint as an image model: does a picture show what its prompt says, where its hint says?"""
 
 import random
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
-from einops import rearrange
+from diffusers import ControlNetModel
+from einops import rearrange, repeat
 from PIL import Image
 from tqdm import tqdm
 
 from ..checkpoint import Checkpoint, decode_video, encode_prompt
 from ..ddim import ddim_sample
-from ..inflate import inflate
+from ..inflate import VideoUNet, inflate
 from . import world
 from .judge import Judge, verdict
 
@@ -44,8 +47,9 @@ def prompts(count: int, seed: int) -> tuple[list[world.Scene], list[bool]]:
 
 
 def generate(checkpoint: Checkpoint, captions: list[str], *, guidance_scale: float, steps: int, seed: int,
-             batch: int = 16, progress: bool = True) -> np.ndarray:  # fmt: skip
-    """One picture a caption, uint8 `n h w 3`; picture i comes from seed + i."""
+             batch: int = 16, progress: bool = True, controlnet: ControlNetModel | None = None,
+             hints: torch.Tensor | None = None) -> np.ndarray:  # fmt: skip
+    """One picture a caption, uint8 `n h w 3`; picture i comes from seed + i. A ControlNet takes the hints `n 3 h w`."""
     unet = inflate(checkpoint.unet)
     side = checkpoint.unet.config.sample_size
     images = []
@@ -54,7 +58,8 @@ def generate(checkpoint: Checkpoint, captions: list[str], *, guidance_scale: flo
         part = captions[at : at + batch]
         noise = torch.cat([torch.randn(1, 4, 1, side, side, generator=torch.Generator().manual_seed(seed + at + i))
                            for i in range(len(part))])  # fmt: skip
-        latents = ddim_sample(unet, noise, encode_prompt(checkpoint, part), checkpoint.scheduler, steps,
+        model = steered(unet, controlnet, hints[at : at + batch]) if controlnet else unet
+        latents = ddim_sample(model, noise, encode_prompt(checkpoint, part), checkpoint.scheduler, steps,
                               guidance_scale=guidance_scale, negative_hidden_states=empty.expand(len(part), -1, -1))  # fmt: skip
         images.append(decode_video(checkpoint, rearrange(latents, "b c 1 h w -> 1 c b h w")).numpy())
     return np.concatenate(images)
@@ -75,6 +80,59 @@ def evaluate(checkpoint: Checkpoint, judge: Judge, *, count: int = 256, guidance
     figures = {**_shares(right), "unseen": _shares(right[np.array(unseen)]), "classifier": _shares(own),
                "prompts": count, "guidance_scale": guidance_scale, "steps": steps, "seed": seed}  # fmt: skip
     return figures, images, scenes
+
+
+def steered(unet: VideoUNet, controlnet: ControlNetModel, hints: torch.Tensor) -> Callable:
+    """What `ddim_sample` calls: the U-Net with the residuals of a ControlNet.
+
+    Args:
+        hints: `(b f) 3 h w` in 0..1.
+    """
+
+    def predict(latents: torch.Tensor, t: int, text: torch.Tensor) -> torch.Tensor:
+        x = rearrange(latents, "b c f h w -> (b f) c h w")
+        down, middle = controlnet(x, t, text, repeat(hints, "n c h w -> (k n) c h w", k=len(x) // len(hints)), return_dict=False)
+        return unet(latents, t, text, down_block_additional_residuals=down, mid_block_additional_residual=middle)
+
+    predict.dtype = unet.dtype
+    return predict
+
+
+def overlap(judge: Judge, images: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Intersection over union of the subjects that the judge finds in pictures (uint8 `n h w 3`) and masks `n h w`, `n`."""
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1
+    seen, wanted = verdict(judge, rearrange(pixels, "n h w c -> n c h w")).mask.numpy() > 0, masks > 0.5
+    return (seen & wanted).sum((1, 2)) / (seen | wanted).sum((1, 2))
+
+
+def evaluate_controlnet(checkpoint: Checkpoint, controlnet: ControlNetModel, judge: Judge, *, count: int = 64,
+                        guidance_scale: float = 3.0, steps: int = 25, seed: int = 0) -> tuple[dict, np.ndarray]:  # fmt: skip
+    """How well silhouettes are obeyed, over `count` of shapes of the world and as many of shapes that training never saw.
+
+    Returns: the overlap (see `overlap`) with and without the ControlNet and of renders, and with it the share of pictures that
+    show each attribute (without the unknown shape); and the hints and pictures `4 n h w 3`: of known shapes, then of unknown.
+    """
+    rng = random.Random(seed + 2_000_003)
+    known = [world.random_scene(rng) for _ in range(count)]
+    figures, rows = {}, []
+    for name, scenes in (("known", known), ("unknown", [replace(s, shape=rng.choice(list(world.UNKNOWN_SHAPES))) for s in known])):
+        masks = np.stack([world.subject_mask(s) for s in scenes])
+        options = dict(guidance_scale=guidance_scale, steps=steps, seed=seed)
+        captions = [world.caption(s) for s in scenes]
+        free = generate(checkpoint, captions, **options)
+        led = generate(checkpoint, captions, controlnet=controlnet, hints=silhouettes(masks), **options)
+        right = _shares(accuracy(judge, led, scenes))
+        if name == "unknown":
+            right = {attribute: right[attribute] for attribute in ATTRIBUTES[1:]}
+        images = {"with": led, "without": free, "renders": np.stack([world.render(s) for s in scenes])}
+        figures[name] = {kind: round(float(overlap(judge, of, masks).mean()), 3) for kind, of in images.items()} | right
+        rows += [world.silhouette_clip(scenes), led]
+    return figures, np.stack(rows)
+
+
+def silhouettes(masks: np.ndarray) -> torch.Tensor:
+    """Hints of the mini ControlNet: masks `n h w` in 0..1 as `n 3 h w`."""
+    return torch.from_numpy(masks)[:, None].expand(-1, 3, -1, -1)
 
 
 def contact_sheet(images: np.ndarray, columns: int = 16) -> Image.Image:

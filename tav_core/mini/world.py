@@ -294,3 +294,9 @@ def render(scene: Scene, size: int = SIZE) -> np.ndarray:
 def render_clip(scenes: list[Scene], size: int = SIZE) -> np.ndarray:
     """Draws the scenes of a clip: uint8 `f h w 3`."""
     return np.stack([render(scene, size) for scene in scenes])
+
+
+def silhouette_clip(scenes: list[Scene], size: int = SIZE) -> np.ndarray:
+    """The subjects of the scenes, white on black: uint8 `f h w 3`."""
+    masks = np.stack([subject_mask(scene, size) for scene in scenes])
+    return np.repeat(np.round(masks * 255).astype(np.uint8)[..., None], 3, -1)

@@ -1,0 +1,141 @@
+"""Load ControlNet (diffusers): the shipped mini one or a diffusers folder as a native CONTROL_NET."""
+
+import json
+import os
+from pathlib import Path
+
+import comfy.controlnet
+import comfy.model_management
+import comfy.ops
+import folder_paths
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_base import BaseModel
+from comfy_api.latest import io
+from diffusers import ControlNetModel, UNet2DConditionModel
+from torch import nn
+
+from ..tav_core import TavError, load_controlnet
+from ..tav_core.checkpoint import MINI_CONTROLNET
+from .common import plain_errors, schema
+from .native import use_operations
+
+
+def choices() -> dict[str, Path]:
+    """What can be loaded, by name: mini, and the folders of diffusers ControlNets under models/controlnet and models/diffusers."""
+    found = {"mini": MINI_CONTROLNET}
+    for root in (*folder_paths.get_folder_paths("controlnet"), *folder_paths.get_folder_paths("diffusers")):
+        for folder, _, files in os.walk(root, followlinks=True):
+            if "config.json" in files and _kind(Path(folder)) == ControlNetModel.__name__:
+                found.setdefault(os.path.relpath(folder, root), Path(folder))
+    return found
+
+
+def _kind(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "config.json").read_text())["_class_name"]
+    except (ValueError, LookupError, TypeError):  # a configuration of something else
+        return None
+
+
+def missing(controlnet: str) -> str:
+    return (f"controlnet {controlnet!r} is neither mini nor a folder of a ControlNetModel in models/controlnet or models/diffusers; "
+            "put it there, or choose another one")  # fmt: skip
+
+
+class NativeControlNet(ControlNetModel):
+    """A diffusers ControlNet that ComfyUI calls as its own."""
+
+    device: torch.device | None = None  # ModelPatcher sets it, which diffusers' property would not allow
+
+    def forward(self, x, timesteps, context, hint, **kwargs):
+        down, middle = super().forward(x, timesteps, context, hint, return_dict=False)
+        return {"output": list(down), "middle": [middle]}
+
+
+class Control(comfy.controlnet.ControlNet):
+    """A CONTROL_NET around a diffusers ControlNet. It says what doesn't fit, where the core would fail deep inside or cycle."""
+
+    name = ""
+
+    def copy(self) -> "Control":
+        copied = super().copy()
+        copied.__class__, copied.name = type(self), self.name
+        return copied
+
+    def pre_run(self, model: BaseModel, percent_to_timestep_function):
+        own, wanted = family(self.control_model.config), family_of(model)
+        if own != wanted:
+            raise TavError(f"ControlNet {self.name} is for another family of models ({told(own)}; MODEL: {told(wanted)}); "
+                           "use one for the family of MODEL")  # fmt: skip
+        super().pre_run(model, percent_to_timestep_function)
+
+    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+        hints, frames = len(self.cond_hint_original), len(x_noisy) // batched_number
+        if hints not in (1, frames):
+            raise TavError(f"ControlNet {self.name} has {hints} hints, LATENT has {frames} frames; give it 1 image for all frames, "
+                           f"or {frames}")  # fmt: skip
+        return super().get_control(x_noisy, t, cond, batched_number, transformer_options)
+
+
+Family = tuple[int, tuple[int, ...], tuple[int, ...]]  # width of the text, channels and resnets of the levels
+
+
+def family(config) -> Family:
+    """Of the configuration of a diffusers U-Net or ControlNet."""
+    widths, layers = tuple(config.block_out_channels), config.layers_per_block
+    return config.cross_attention_dim, widths, (layers,) * len(widths) if isinstance(layers, int) else tuple(layers)
+
+
+def family_of(model: BaseModel) -> Family | None:
+    """Of a native MODEL; None if it is no U-Net that sees text."""
+    unet = model.diffusion_model
+    if isinstance(unet, UNet2DConditionModel):
+        return family(unet.config)
+    if not isinstance(unet, UNetModel):
+        return None
+    config = model.model_config.unet_config
+    return config["context_dim"], tuple(unet.model_channels * m for m in unet.channel_mult), tuple(unet.num_res_blocks)
+
+
+def told(of: Family | None) -> str:
+    return "text of width {}, channels {}, resnets {}".format(*of) if of else "not a U-Net"
+
+
+class LoadControlNet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="TAVLoadControlNet",
+            display_name="Load ControlNet (diffusers)",
+            description="Loads the ControlNet of the mini checkpoint, or a diffusers folder of a ControlNet for Stable Diffusion "
+            "1.x or 2.x, for the stock Apply ControlNet. For a single file use the stock Load ControlNet Model.",
+            search_aliases=["load controlnet diffusers", "mini controlnet"],
+            inputs=[
+                io.Combo.Input("controlnet", options=list(choices()), default="mini",
+                               tooltip="mini takes the silhouette of the subject, white on black."),
+            ],
+            outputs=[io.ControlNet.Output(tooltip="For Apply ControlNet, with one hint for all frames or one for each.")],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, controlnet) -> bool | str:
+        known = controlnet is None or controlnet in choices()  # None: from another node, not yet there
+        return known or missing(controlnet)
+
+    @classmethod
+    def execute(cls, controlnet) -> io.NodeOutput:
+        with plain_errors(), torch.inference_mode(False):
+            folder = choices().get(controlnet)
+            if folder is None:
+                raise TavError(missing(controlnet))
+            net, management = load_controlnet(folder), comfy.model_management
+            device = management.get_torch_device()
+            dtype = management.unet_dtype(device, sum(p.numel() for p in net.parameters()))
+            cast = management.unet_manual_cast(dtype, device)
+            use_operations(net, comfy.ops.pick_operations(dtype, cast))
+            net.__class__ = NativeControlNet
+            nn.Module.to(net, device=management.unet_offload_device(), dtype=dtype)
+            control = Control(net, load_device=device, manual_cast_dtype=cast)
+            control.name = controlnet
+            return io.NodeOutput(control)
