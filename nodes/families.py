@@ -19,10 +19,10 @@ from ..tav_core import TavError, VideoUNet
 
 
 class OneFamily:
-    """Mixin for a `BaseModel` around a diffusers U-Net: foreign ControlNets are refused."""
+    """Mixin for a `BaseModel` around a diffusers U-Net: foreign ControlNets are refused, and hints that fit no clip."""
 
     def extra_conds(self, **kwargs) -> dict[str, Any]:
-        net = kwargs.get("control")
+        net, frames = kwargs.get("control"), len(kwargs["noise"])
         while net is not None:
             if isinstance(net, comfy.controlnet.ControlLora):
                 raise TavError("a Control-LoRA needs the weights of a native MODEL; use a whole ControlNet with an inflated one")
@@ -30,6 +30,10 @@ class OneFamily:
                 widths = {weight.shape[1] for name, weight in module.named_parameters() if name.endswith("attn2.to_k.weight")}
                 if widths != {self.diffusion_model.config.cross_attention_dim}:
                     raise TavError("the ControlNet is for another family of models; use one for the family of MODEL")
+            hints = len(net.cond_hint_original)
+            if isinstance(self.diffusion_model, VideoUNet) and hints not in (1, frames):  # the core would cycle or cut them
+                name = f"ControlNet {net.name}" if hasattr(net, "name") else "the ControlNet or T2I-Adapter"
+                raise TavError(f"{name} has {hints} hints, LATENT has {frames} frames; give it 1 image for all frames, or {frames}")
             net = net.previous_controlnet
         return super().extra_conds(**kwargs)
 

@@ -54,7 +54,7 @@ class NativeUNet(Wrapped, UNet2DConditionModel):
     frame_context: FrameContext  # of one frame
 
     def predict(self, x, timesteps, context, y, control, options, **kwargs):
-        check_context(self, context)
+        check_inputs(self, x, context)
         with patched(self, x, control, options):
             return UNet2DConditionModel.forward(self, x, timesteps, context, class_labels=y, return_dict=False)[0]
 
@@ -63,7 +63,7 @@ class NativeVideoUNet(Wrapped, VideoUNet):
     """The same for an inflated U-Net. `x` is `(chunks frames) c h w`: a chunk is a positive or a negative prompt."""
 
     def predict(self, x, timesteps, context, y, control, options, **kwargs):
-        check_context(self, context)
+        check_inputs(self, x, context)
         frames = len(x) // len(options.get("cond_or_uncond", [0]))
 
         def predict(latents, timesteps, context, control, **settings):  # b c f h w, of all frames or of a window
@@ -96,6 +96,12 @@ def windows_of(options: Mapping[str, Any]) -> ContextWindows | None:
     if not length and FRAMES not in options:
         raise TavError("context_length is 0, the tuned length, and MODEL isn't tuned; give it a number, or tune MODEL")
     return ContextWindows(length or options[FRAMES], overlap)
+
+
+def check_inputs(unet: UNet2DConditionModel, x: Tensor, context: Tensor):
+    if x.shape[1] != unet.config.in_channels:
+        raise TavError(f"LATENT has {x.shape[1]} channels, this MODEL takes {unet.config.in_channels}; use the VAE of the same checkpoint")
+    check_context(unet, context)
 
 
 def check_context(unet: UNet2DConditionModel, context: Tensor):
@@ -214,6 +220,8 @@ def unet_layout(model: comfy.model_base.BaseModel, unet: UNetModel) -> dict[str,
     config: Mapping[str, Any] = model.model_config.unet_config
     channels, levels = unet.model_channels, len(config["channel_mult"])
     vector = config.get("adm_in_channels")
+    if config.get("use_temporal_attention"):
+        raise TavError(f"MODEL is a video model already ({type(model).__name__}); give a text-to-image SD 1.x, 2.x or SDXL checkpoint")
     if vector is not None and not isinstance(model, comfy.model_base.SDXL):
         raise TavError(f"MODEL is an SDXL refiner, unCLIP or the like ({type(model).__name__}); give SD 1.x, 2.x or the SDXL base")
     if unet.in_channels != 4:

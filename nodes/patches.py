@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from ..tav_core import TavError
 
 Control = dict[str, list[Tensor | None]]
+FOREIGN = "the ControlNet or T2I-Adapter is for another family of models; use one for the family of MODEL"
 
 
 @contextmanager
@@ -119,6 +120,8 @@ class _Patches:
         return (h,) if isinstance(out, tuple) else h
 
     def leave_middle_block(self, module: nn.Module, args: tuple, h: Tensor) -> Tensor:
+        if any(entry is not None for entry in self.control.get("input", [])):  # of a T2I-Adapter for more levels
+            raise TavError(FOREIGN)
         return self.controlled("middle", h)
 
     def hold_back_skips(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -142,7 +145,7 @@ class _Patches:
         if not entries or (entry := entries.pop()) is None:
             return h
         if entry.shape[1:] != h.shape[1:]:
-            raise TavError("the ControlNet or T2I-Adapter is for another family of models; use one for the family of MODEL")
+            raise TavError(FOREIGN)
         return h + entry.to(h.dtype)
 
     def run(self, name: str, h: Tensor) -> Tensor:

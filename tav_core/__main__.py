@@ -20,7 +20,7 @@ from .cli import Progress, add_preset_arguments, preset_of, run
 from .ddim import ddim_timesteps
 from .errors import Cancelled, TavError
 from .files import atomic_path
-from .inflate import inflate
+from .inflate import VideoUNet
 from .metrics import frame_difference, psnr
 from .subject import REGIONS
 from .tuned import TunedInfo, load_tuned, read_tuned, save_tuned
@@ -29,6 +29,7 @@ from .visuals import loss_curve, side_by_side, spotlight, strip
 from .windows import check_context_length
 
 NOISE_FORMAT = "tune-a-video-noise-1"
+FRAMES = 8  # where nothing else says how many
 
 
 # ------------------------------------------------------------------------------------------------ the stages
@@ -83,16 +84,26 @@ def _tune(args, checkpoint: Checkpoint, sources: list[pipeline.Source], progress
 
 
 def _load_tuned_unet(args, checkpoint: Checkpoint):
-    """The inflated U-Net with the weights of --tuned, and what the file says of them."""
+    """The inflated U-Net with the weights of --tuned, and what the file says of them.
+
+    Without --tuned, that of a Tune-A-Video --checkpoint, which doesn't say its sentence ("") or its frames (0).
+    """
+    if args.tuned is None:
+        if not isinstance(checkpoint.unet, VideoUNet):
+            raise TavError("--tuned is missing; give a file of `tune` or `edit`, or a --checkpoint that is a Tune-A-Video model")
+        return checkpoint.unet, TunedInfo(
+            base="", base_name=checkpoint.name, prompt="", num_frames=0, width=checkpoint.size, height=checkpoint.size,
+            inflation=checkpoint.unet.inflation, config={}, versions={},
+        )  # fmt: skip
     info = read_tuned(args.tuned)
-    unet = inflate(checkpoint.unet, **info.inflation)
+    unet = pipeline.video_unet(checkpoint, **info.inflation)
     load_tuned(args.tuned, unet)
     return unet, info
 
 
 def _window_if_longer(args, info: TunedInfo, frames: int):
     """A clip longer than the tuned one is seen in windows of the tuned length, unless --context-length is given."""
-    if args.context_length is None and frames > info.num_frames:
+    if args.context_length is None and 0 < info.num_frames < frames:
         args.context_length = info.num_frames
 
 
@@ -265,7 +276,7 @@ def _invert_command(args):
         said = ", ".join(repr(prompt) for prompt in [info.prompt, *info.more_prompts])
         raise TavError(f"--tuned {args.tuned} was tuned on several clips ({said}); say with --prompt what --video shows")
     prompt = info.prompt if args.prompt is None else args.prompt
-    args.frames, args.size = args.frames or info.num_frames, args.size or (info.width, info.height)
+    args.frames, args.size = args.frames or info.num_frames or FRAMES, args.size or (info.width, info.height)
     _window_if_longer(args, info, args.frames)
     preset = preset_of(args)
     source = pipeline.prepare(checkpoint, _clip(args, checkpoint, args.video).frames, prompt)
@@ -285,7 +296,7 @@ def _sample_command(args):
     if args.noise:
         noise, subject, source_prompt = _read_noise(args.noise, preset)
     else:
-        factor, frames = checkpoint.downscale, info.num_frames if args.frames is None else args.frames
+        factor, frames = checkpoint.downscale, args.frames or info.num_frames or FRAMES
         shape = (1, checkpoint.unet.config.in_channels, frames, info.height // factor, info.width // factor)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(preset.tuning.seed))
         subject = source_prompt = None
@@ -319,7 +330,8 @@ def _device(text: str) -> torch.device:
 def _model_arguments(parser):
     group = parser.add_argument_group("model")
     group.add_argument("--checkpoint", default="mini", metavar="PATH",
-                       help='a diffusers folder, a .safetensors file of SD 1.x or 2.x, or "mini" (the default)')  # fmt: skip
+                       help='a diffusers folder (also of a published Tune-A-Video model), a .safetensors file of SD 1.x or 2.x, '
+                       'or "mini" (the default)')  # fmt: skip
     _device_argument(group)
 
 
@@ -328,7 +340,7 @@ def _device_argument(group):
                        help="cpu, cuda, cuda:1, mps ... (cuda where there is one)")  # fmt: skip
 
 
-def _video_arguments(parser, frames: int | None = 8, several: bool = False):
+def _video_arguments(parser, frames: int | None = FRAMES, several: bool = False):
     group = parser.add_argument_group("video")
     takes = "; several times, each with its --prompt, to learn from several takes" if several else ""
     group.add_argument("--video", required=True, type=Path, metavar="FILE", action="append" if several else "store",
@@ -403,7 +415,8 @@ def main():
     add_preset_arguments(tune)
 
     invert = command("invert", _invert_command, "invert a clip with tuned weights to the noise it would come from")
-    invert.add_argument("--tuned", required=True, type=Path, metavar="FILE", help="tuned.safetensors of `tune` or `edit`")
+    invert.add_argument("--tuned", type=Path, metavar="FILE",
+                        help="tuned.safetensors of `tune` or `edit`; not needed with a Tune-A-Video model")  # fmt: skip
     invert.add_argument("--output", required=True, type=Path, metavar="FILE", help="a .safetensors file for the noise")
     invert.add_argument("--prompt", metavar="TEXT", help="one sentence that describes the clip (that of the tuning)")
     _contrast_argument(invert)
@@ -413,7 +426,8 @@ def main():
 
     sample = command("sample", _sample_command, "sample edited clips from inverted (or random) noise")
     _edit_arguments(sample, required=True)
-    sample.add_argument("--tuned", required=True, type=Path, metavar="FILE", help="tuned.safetensors of `tune` or `edit`")
+    sample.add_argument("--tuned", type=Path, metavar="FILE",
+                        help="tuned.safetensors of `tune` or `edit`; not needed with a Tune-A-Video model")  # fmt: skip
     sample.add_argument("--noise", type=Path, metavar="FILE", help="noise of `invert` or `edit`; random without it")
     sample.add_argument("--frames", type=int, metavar="N", help="length of clips from random noise (as tuned)")
     sample.add_argument("--fps", type=float, default=8.0, help="frame rate of the written videos (8)")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, ModelMixin, UNet2DConditionModel
+from diffusers.utils import is_torch_version
 from einops import rearrange
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .errors import TavError
+from .inflate import VideoUNet, inflate
 from .video import to_frames
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -32,7 +34,11 @@ _OPEN_CLIP = {  # names of OpenCLIP, and those of transformers
 
 @dataclass
 class Checkpoint:
-    """The parts of a latent diffusion model, frozen and in evaluation mode."""
+    """The parts of a latent diffusion model, frozen and in evaluation mode.
+
+    Attributes:
+        unet: a `VideoUNet` if it is a published Tune-A-Video model.
+    """
 
     name: str
     unet: UNet2DConditionModel
@@ -62,6 +68,8 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Loads "mini", a diffusers folder, or a single `.safetensors` file of SD 1.x or 2.x. Never uses the network.
 
+    A folder that the authors' code saved (TuneAVideoPipeline) gives a `VideoUNet`, tuned as it is.
+
     Args:
         prediction_type: "epsilon" or "v_prediction"; by default what the folder's scheduler says. A single file
             can't tell, so there it is "v_prediction" where an SD 2.x file's metadata or name speaks of 768 pixels
@@ -70,8 +78,8 @@ def load_checkpoint(
             unusual layout. Unused with a folder.
 
     Raises:
-        TavError: missing or broken files, pickled weights, or a model of another family (SDXL, SD3, Flux,
-            inpainting).
+        TavError: missing or broken files, a pickle as single file, or a model of another family (SDXL, SD3, Flux,
+            inpainting, other video models).
     """
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise TavError(f"prediction_type={prediction_type!r} is unknown; choose epsilon or v_prediction")
@@ -127,11 +135,12 @@ def _load_folder(path: Path) -> dict:
         raise TavError(f"--checkpoint {path} is {other} (it has no unet folder); give a Stable Diffusion 1.x or 2.x folder")
     unet_config = json.loads((path / "unet" / "config.json").read_text())
     _refuse(path, unet_config.get("in_channels", 4), "text_encoder_2" if (path / "text_encoder_2").exists() else "")
+    if lost := [part for part in ("vae", "text_encoder", "tokenizer", "scheduler") if not (path / part).is_dir()]:
+        raise TavError(f"--checkpoint {path} lacks {', '.join(lost)}; download the whole folder, or copy them from the model "
+                       "that its unet was tuned from")  # fmt: skip
     for part in ("unet", "vae", "text_encoder"):
-        if not any((path / part).glob("*.safetensors")):
-            pickled = any((path / part).glob("*.bin"))
-            what = "only pickled weights (.bin), which can run code" if pickled else "no weights"
-            raise TavError(f"--checkpoint {path}/{part} holds {what}; save the model with safe_serialization=True")
+        if not _weight_files(path / part):
+            raise TavError(f"--checkpoint {path}/{part} holds no weights; download the whole folder")
     tokenizer = {file.name for file in (path / "tokenizer").glob("*")}
     if not ("tokenizer.json" in tokenizer or {"vocab.json", "merges.txt"} <= tokenizer):
         raise TavError(f"--checkpoint {path} lacks tokenizer/vocab.json or merges.txt; download the whole folder")
@@ -142,9 +151,10 @@ def _load_folder(path: Path) -> dict:
             raise TavError(f"--checkpoint {path}/{file} is no JSON object; download it again")
     tensors = {}
     for file in _weight_files(path / "text_encoder"):
-        tensors |= load_file(file)
+        tensors |= _load_weights(file)
+    video = unet_config.get("_class_name") == "UNet3DConditionModel"
     return dict(
-        unet=_load_part(path / "unet", UNet2DConditionModel),
+        unet=_load_video_unet(path / "unet") if video else _load_part(path / "unet", UNet2DConditionModel),
         vae=_load_part(path / "vae", AutoencoderKL),
         text_encoder=_text_encoder(path, path, tensors),
         tokenizer=CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True),
@@ -153,18 +163,54 @@ def _load_folder(path: Path) -> dict:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The half-precision files serve where there are no others."""
+    """Pickled files serve where there are no others, and so do those of half precision.
+
+    Raises:
+        TavError: pickled files, and a torch that can't keep them from running code.
+    """
     files = list(path.glob("*.safetensors"))
+    if not files and (files := list(path.glob("*pytorch_model*.bin"))) and not is_torch_version(">=", "2.6"):  # CVE-2025-32434
+        raise TavError(f"--checkpoint {path} holds pickled weights (.bin), which torch {torch.__version__} can't read safely; "
+                       "update torch to 2.6, or save the model with safe_serialization=True")  # fmt: skip
     return [file for file in files if "fp16" not in file.name] or files
 
 
+def _load_weights(file: Path) -> dict[str, Tensor]:
+    return load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+
+
 def _load_part(path: Path, kind: type[ModelMixin], option: str = "--checkpoint") -> ModelMixin:
-    variant = "fp16" if "fp16" in _weight_files(path)[0].name else None
-    model, loaded = kind.from_pretrained(path, local_files_only=True, use_safetensors=True, variant=variant,
+    file = _weight_files(path)[0]
+    variant = "fp16" if "fp16" in file.name else None
+    model, loaded = kind.from_pretrained(path, local_files_only=True, use_safetensors=file.suffix == ".safetensors", variant=variant,
                                          output_loading_info=True, low_cpu_mem_usage=False)  # fmt: skip
     if lost := sorted(loaded["missing_keys"]):  # diffusers would go on with random weights
         raise TavError(f"{option} {path} lacks {len(lost)} of its weights ({lost[0]}, ...); download it again")
     return model
+
+
+def _load_video_unet(path: Path) -> VideoUNet:
+    """The tuned U-Net that the authors' code saved: an image model's layout under 3D names, and parameters as `inflate` names them.
+
+    Raises:
+        TavError: another video model that goes by the same class name (ModelScope), or lost weights.
+    """
+    tensors = {name: value for file in _weight_files(path) for name, value in _load_weights(file).items()}
+    if not any(".attn_temp." in name for name in tensors):
+        raise TavError(f"--checkpoint {path} is another kind of video model, such as ModelScope's; give one of Tune-A-Video, or a "
+                       "Stable Diffusion 1.x or 2.x text-to-image model")  # fmt: skip
+    # UNet3DConditionModel, CrossAttnDownBlock3D, UNetMidBlock3DCrossAttn ...
+    config = json.loads((path / "config.json").read_text().replace("3D", "2D"))
+    with torch.device("meta"):
+        unet = inflate(UNet2DConditionModel.from_config(config))
+    own = unet.state_dict().keys()
+    if lost := sorted(own - tensors.keys()):
+        raise TavError(f"--checkpoint {path} lacks {len(lost)} of its weights ({lost[0]}, ...); download it again")
+    if more := sorted(tensors.keys() - own):
+        raise TavError(f"--checkpoint {path} is a changed kind of Tune-A-Video model (it has {more[0]}); give one that the "
+                       "original code saved")  # fmt: skip
+    unet.load_state_dict(tensors, assign=True)
+    return unet
 
 
 def _text_encoder(path: Path, folder: Path, tensors: dict[str, Tensor]) -> CLIPTextModel:

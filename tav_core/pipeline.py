@@ -7,6 +7,7 @@
     video = sample(checkpoint, unet, noise, "an edited prompt", preset, source_prompt=prompt, subject=subject)
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video
 from .ddim import ddim_invert, ddim_sample
 from .errors import TavError
-from .inflate import VideoUNet, inflate
+from .inflate import VideoUNet, inflate, trainable_parameters
 from .subject import editable, subject_mask
 from .tuning import Take, TuneConfig, TuneResult, tune
 from .video import to_pixels
@@ -102,13 +103,35 @@ def check_size(checkpoint: Checkpoint, *, width: int, height: int):
             raise TavError(f"{name} {value} is not a multiple of {multiple}; use {nearest}")
 
 
+def video_unet(checkpoint: Checkpoint, *, attention: str = "sparse-causal", temporal_causal: bool = False,
+               norm: str = "video") -> VideoUNet:  # fmt: skip
+    """A video U-Net to tune or to load tuned weights into: the checkpoint's inflated, or a copy of it if it is one.
+
+    Raises:
+        TavError: options of `inflate` that it can't follow.
+    """
+    options = {"attention": attention, "temporal_causal": temporal_causal, "norm": norm}
+    if not isinstance(checkpoint.unet, VideoUNet):
+        return inflate(checkpoint.unet, **options)
+    if options != checkpoint.unet.inflation:
+        raise TavError(f"--checkpoint {checkpoint.name} is a Tune-A-Video model, inflated with {checkpoint.unet.inflation}, not with "
+                       f"{options}; leave --attention, --temporal-causal and --norm as they are by default")  # fmt: skip
+    unet = copy.deepcopy(checkpoint.unet)
+    for parameter in trainable_parameters(unet).values():
+        parameter.requires_grad_(True)
+    return unet
+
+
 def tune_on(checkpoint: Checkpoint, source: Source, preset: Preset, *, attention: str = "sparse-causal",
             temporal_causal: bool = False, norm: str = "video", more_sources: Sequence[Source] = (),
             state_path: str | Path | None = None, resume: bool = True,
             callback: Callback | None = None) -> tuple[VideoUNet, TuneResult]:  # fmt: skip
-    """Inflates a copy of the checkpoint's U-Net and tunes it on the clip, or on several (see `inflate` and `tune`)."""
+    """Inflates a copy of the checkpoint's U-Net and tunes it on the clip, or on several (see `inflate` and `tune`).
+
+    A published Tune-A-Video model is tuned further.
+    """
     more = [Take(other.latents, other.hidden_states, other.latents_std) for other in more_sources]
-    unet = inflate(checkpoint.unet, attention=attention, temporal_causal=temporal_causal, norm=norm)
+    unet = video_unet(checkpoint, attention=attention, temporal_causal=temporal_causal, norm=norm)
     result = tune(unet, checkpoint.scheduler, source.latents, source.hidden_states, preset.tuning,
                   latents_std=source.latents_std, more_takes=more, state_path=state_path, resume=resume,
                   callback=callback)  # fmt: skip

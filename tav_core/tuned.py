@@ -43,15 +43,17 @@ class TunedInfo:
 def base_fingerprint(unet: nn.Module | Mapping[str, Tensor]) -> str:
     """SHA-256 (hex) of what tuning never changes: names, shapes and up to 1024 even samples of each parameter.
 
-    The same for a 2D U-Net, for the inflated one before and after tuning, and in fp16 or fp32.
+    The same for a 2D U-Net, for the inflated one before and after tuning, and in fp16 or fp32. A `norm_temp` that isn't
+    as `inflate` makes it counts: tuned weights don't carry it.
 
     Args:
         unet: a U-Net, or its parameters by name.
     """
-    tuned = ("attn1.to_q.", "attn2.to_q.", "attn_temp.", "norm_temp.")
+    tuned = ("attn1.to_q.", "attn2.to_q.", "attn_temp.")
     digest = hashlib.sha256()
     for name, parameter in sorted((dict(unet.named_parameters()) if isinstance(unet, nn.Module) else unet).items()):
-        if any(part in name for part in tuned):
+        fresh_norm = "norm_temp." in name and bool((parameter == (1 if name.endswith("weight") else 0)).all())
+        if fresh_norm or any(part in name for part in tuned):
             continue
         values = parameter.detach().flatten()
         n = len(values)

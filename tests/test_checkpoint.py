@@ -81,15 +81,34 @@ def test_folders_that_are_something_else(copied, tmp_path):
     refused("copy", copied)
 
 
-def test_pickles_and_damage_are_refused(copied):
+def test_damage_is_refused(copied):
     weights = copied / "unet" / "diffusion_pytorch_model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:1000])
     refused("copy", copied)
     weights.unlink()
     refused("no weights", copied)
-    torch.save({}, weights.with_suffix(".bin"))
-    refused("pickled", copied)
+
+
+def test_pickled_weights_are_read_as_nothing_but_weights(checkpoint, copied, monkeypatch):
+    for path in list(copied.rglob("*.safetensors")):
+        stem = "pytorch_model" if path.parent.name == "text_encoder" else path.stem
+        torch.save(load_file(path), path.with_name(f"{stem}.bin"))
+        path.unlink()
+    same_weights(checkpoint, load_checkpoint(copied))
+    monkeypatch.setattr("tav_core.checkpoint.is_torch_version", lambda operation, version: False)
+    refused("holds pickled weights .*update torch to 2.6, or save the model with safe_serialization=True", copied)
+    monkeypatch.undo()
+
+    class Code:
+        def __reduce__(self):
+            return pytest.fail, ("a pickle ran code",)  # nothing catches this one
+
+    for part, name in (("unet", "diffusion_pytorch_model.bin"), ("text_encoder", "pytorch_model.bin")):
+        good = (copied / part / name).read_bytes()
+        torch.save({"conv_in.weight": Code()}, copied / part / name)
+        refused("can't be read", copied)
+        (copied / part / name).write_bytes(good)
 
 
 # ------------------------------------------------------------------------------------------------ single files

@@ -101,6 +101,17 @@ def test_a_controlnet_and_attention_injection_together(pack):
     assert min(relative(runs["led"], runs[name]) for name in ("plain", "led freely")) > 1e-2
 
 
+@pytest.mark.parametrize("make", [control_net, t2i_adapter])
+def test_hints_that_fit_nothing_are_refused(pack, make):
+    model, net = native(), make(1)
+    wrapped = inflated(pack, model)
+    for count in (2, 4):
+        prompts = controlled(prompt(1), (net, hints(count), 1.0, 0.0, 1.0))
+        with pytest.raises(ValueError, match=f"has {count} hints, LATENT has 3 frames; give it 1 image for all frames, or 3"):
+            steered(wrapped, prompts, clip(3))
+    assert torch.isfinite(steered(model, prompts, clip(3))).all()  # a batch of single pictures takes them in turn
+
+
 def test_an_adapter_of_another_family_is_refused(pack):
     adapter = t2i_adapter(1, cin=3 * 256, xl=True)
     with pytest.raises(ValueError, match="T2I-Adapter is for another family of models; use one for the family of MODEL"):

@@ -223,6 +223,8 @@ def test_controlnets_of_another_family_are_refused(pack, models):
         positive, negative = controlled(prompts[0], (net, hints(), 0.8, 0.0, 1.0), negative=prompts[1])
         with pytest.raises(ValueError, match="the ControlNet is for another family of models"):
             steered(inflated(pack, foreign), (positive, negative), clip())
+    with pytest.raises(ValueError, match="T2I-Adapter is for another family of models"):
+        steered(models[1], controlled(prompt(1), (t2i_adapter(1), hints(), 0.8, 0.0, 1.0)), clip())
     light = comfy.controlnet.ControlLora({})
     with pytest.raises(ValueError, match="use a whole ControlNet"):
         steered(models[1], controlled(prompt(1), (light, hints(), 0.8, 0.0, 1.0)), clip())

@@ -156,11 +156,21 @@ def test_attention_is_the_one_that_the_user_chose(pack, monkeypatch):
 
 @pytest.mark.parametrize(("changes", "told"), [
     (dict(adm_in_channels=2816, num_classes="sequential"), "SDXL"),
-    (dict(in_channels=9), "inpainting"),
+    (dict(in_channels=9), "inpainting"), (dict(use_temporal_attention=True, merge_strategy="fixed", merge_factor=0.5), "a video model already"),
 ])  # fmt: skip
 def test_other_families_are_refused(pack, changes, told):
     with pytest.raises(ValueError, match=told):
         inflated(pack, native(**changes))
+
+
+@pytest.mark.parametrize("family", ["Flux", "SD3", "WAN21"])
+def test_transformers_are_refused(pack, family):
+    import comfy.model_base
+
+    model = native()
+    model.model.__class__, model.model.diffusion_model = getattr(comfy.model_base, family), torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=rf"MODEL is of another family \({family}\); give a Stable Diffusion 1.x, 2.x or SDXL checkpoint"):
+        pack.nodes.Inflate.execute(model, "sparse-causal", False, "video")
 
 
 def test_inflating_twice_and_foreign_text_are_refused(pack):
@@ -169,6 +179,45 @@ def test_inflating_twice_and_foreign_text_are_refused(pack):
         inflated(pack, wrapped)
     with pytest.raises(ValueError, match="width 32, this MODEL takes 48"):
         sample(wrapped, positive=[[torch.randn(1, 77, 32), {}]])
+
+
+@pytest.fixture(scope="module")
+def each_node(pack):
+    """Every node that looks at a clip, as a function of MODEL, samples and CONDITIONING."""
+    nodes = pack.nodes
+    return {
+        "tune": lambda m, x, c: nodes.OneShotTune.execute(m, {"samples": x}, c, 1, 1e-3, 0, "fp32", False, "uniform", 0),
+        "take": lambda m, x, c: nodes.OneShotTune.execute(m, {"samples": clip(2)}, prompt(1), 1, 1e-3, 0, "fp32", False, "uniform", 0,
+                                                          takes=nodes.Take.execute({"samples": x}, c).args[0]),
+        "invert": lambda m, x, c: nodes.DDIMInversion.execute(m, {"samples": x}, c, 2, "ddim_uniform", False),
+        "sample": lambda m, x, c: nodes.VideoSampler.execute(m, c, c, {"samples": x}, 2, 4.0, "ddim_uniform", 0.0, False, 0),
+        "mask": lambda m, x, c: nodes.SubjectMask.execute(m, {"samples": x}, c, c, 0.15, 0),
+        "stock": lambda m, x, c: sample(m, noise=x, positive=c),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("node", ["tune", "take", "invert", "sample", "mask", "stock"])
+def test_text_and_latents_of_another_family_are_refused(pack, each_node, node):
+    wrapped = inflated(pack, native())
+    with pytest.raises(ValueError, match="CONDITIONING has width 2048, this MODEL takes 48; use the CLIP of the same checkpoint"):
+        each_node[node](wrapped, clip(2), [[torch.randn(1, 77, 2048), {"pooled_output": torch.randn(1, 1280)}]])
+    told = "LATENT has 16 channels, this MODEL takes 4" if node == "stock" else r"LATENT has shape \(2, 16, 16, 16\); give frames as a batch"
+    with pytest.raises(ValueError, match=told):
+        each_node[node](wrapped, clip(2).repeat(1, 4, 1, 1), prompt(1))
+
+
+def test_noise_masks_that_fit_nothing_are_refused(pack):
+    from nodes import SetLatentNoiseMask
+
+    wrapped = inflated(pack, native())
+
+    def run(count):
+        (noise,) = SetLatentNoiseMask().set_mask({"samples": clip(3)}, torch.ones(count, 128, 128))
+        return pack.nodes.VideoSampler.execute(wrapped, prompt(1), prompt(2), noise, 2, 4.0, "ddim_uniform", 0.0, False, 0).args[0]
+
+    assert relative(run(1)["samples"], run(3)["samples"]) < 1e-6
+    with pytest.raises(ValueError, match="LATENT has 2 noise masks for 3 frames; give one for all, or one for each frame"):
+        run(2)
 
 
 def test_tuned_weights_stay_off_the_model_they_came_from(pack):
