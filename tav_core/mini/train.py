@@ -197,7 +197,7 @@ def load_average(model: nn.Module, path: Path) -> nn.Module:
     return model.eval()
 
 
-def _autocast(device: torch.device):
+def autocast(device: torch.device):
     return torch.autocast(device.type, torch.bfloat16)
 
 
@@ -216,7 +216,7 @@ def train_vae(work: Path, device: torch.device, steps: int, batch: int, lr: floa
         rng = np.random.default_rng((1, step))
         x = _to_pixels(images[np.sort(rng.choice(len(images), batch, replace=False))], device)
         torch.manual_seed(step)
-        with _autocast(device):
+        with autocast(device):
             posterior = vae.encode(x.to(memory_format=torch.channels_last)).latent_dist
             y = vae.decode(posterior.sample()).sample.float()
         error = y - x
@@ -233,7 +233,7 @@ def encode_all(vae: AutoencoderKL, images: np.ndarray, path: Path, device: torch
     if not path.exists():
         moments = []
         for at in tqdm(range(0, len(images), 32), desc="encode"):
-            with _autocast(device):
+            with autocast(device):
                 posterior = vae.encode(_to_pixels(images[at : at + 32], device)).latent_dist
             moments.append(torch.stack([posterior.mean, posterior.std], 1).half().cpu().numpy())
         with atomic_path(path) as temporary:
@@ -247,6 +247,25 @@ def scaling_factor(mean: np.ndarray) -> float:
     return round(1 / float(mean[:2000].astype(np.float32).std()), 5)
 
 
+def noisy_batch(mean: np.ndarray, std: np.ndarray, scale: float, batch: int, rng: np.random.Generator, device: torch.device
+                ) -> tuple[np.ndarray, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Latents of random renders with noise at random timesteps.
+
+    Returns: the numbers of the renders `b`, noisy latents `b c h w`, timesteps `b`, the noise `b c h w`, and the weight of
+    its prediction's error `b 1 1 1`.
+    """
+    chosen = rng.integers(len(mean), size=batch)
+    draw = rng.standard_normal((2, *mean[chosen].shape), dtype=np.float32)
+    latents = torch.from_numpy((mean[chosen] + std[chosen] * draw[0]) * scale).float().to(device)
+    noise = torch.from_numpy(draw[1]).to(device)
+    # stratified timesteps: each batch covers the whole range
+    t = torch.from_numpy(((np.arange(batch) + rng.random(batch)) * 1000 / batch).astype(np.int64)).to(device)
+    a = make_scheduler().alphas_cumprod.to(device)[t].view(-1, 1, 1, 1)
+    # less weight where little noise is left (Hang et al. 2023, arXiv 2303.09556): shapes are settled earlier
+    weight = (5 * (1 - a) / a).clamp(0.2, 1.0)
+    return chosen, a.sqrt() * latents + (1 - a).sqrt() * noise, t, noise, weight
+
+
 def train_unet(work: Path, device: torch.device, steps: int, batch: int, lr: float):
     """Noise prediction on cached latents; the text encoder learns with the U-Net."""
     torch.manual_seed(2)
@@ -256,25 +275,15 @@ def train_unet(work: Path, device: torch.device, steps: int, batch: int, lr: flo
     scale = scaling_factor(mean)
     tokenizer = make_tokenizer(work / "tokenizer")
     both = make_unet_and_text_encoder(tokenizer).to(device)
-    alphas = make_scheduler().alphas_cumprod.to(device)
 
     def loss_of_step(step: int) -> torch.Tensor:
-        rng, words = np.random.default_rng((2, step)), random.Random(step)
-        chosen = rng.integers(len(scenes), size=batch)
+        words = random.Random(step)
+        chosen, noisy, t, noise, weight = noisy_batch(mean, std, scale, batch, np.random.default_rng((2, step)), device)
         captions = [training_caption(scenes[i], words) for i in chosen]
         ids = tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
-        draw = rng.standard_normal((2, *mean[chosen].shape), dtype=np.float32)
-        latents = torch.from_numpy((mean[chosen] + std[chosen] * draw[0]) * scale).float().to(device)
-        noise = torch.from_numpy(draw[1]).to(device)
-        # stratified timesteps: each batch covers the whole range
-        t = torch.from_numpy(((np.arange(batch) + rng.random(batch)) * 1000 / batch).astype(np.int64)).to(device)
-        a = alphas[t].view(-1, 1, 1, 1)
-        noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
-        with _autocast(device):
+        with autocast(device):
             text = both["text_encoder"](ids.to(device)).last_hidden_state
             predicted = both["unet"](noisy, t, text).sample
-        # less weight where little noise is left (Hang et al. 2023, arXiv 2303.09556): shapes are settled earlier
-        weight = (5 * (1 - a) / a).clamp(0.2, 1.0)
         return (weight * (predicted.float() - noise).square()).mean()
 
     fit(both, loss_of_step, work / "unet.safetensors", steps=steps, lr=lr, ema=0.998)
@@ -286,7 +295,7 @@ def decode_half(vae: AutoencoderKL, images: np.ndarray, path: Path) -> np.ndarra
     if not path.exists():
         images = np.array(images)
         for at in tqdm(range(0, len(images), 64), desc="decode"):
-            with _autocast(vae.device):
+            with autocast(vae.device):
                 pixels = vae(_to_pixels(images[at : at + 64 : 2], vae.device)).sample
             pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             images[at : at + 64 : 2] = rearrange(pixels, "b c h w -> b h w c").cpu().numpy()
@@ -313,7 +322,7 @@ def train_judge(work: Path, device: torch.device, steps: int, batch: int, lr: fl
     def loss_of_step(step: int) -> torch.Tensor:
         rng = np.random.default_rng((3, step))
         chosen = np.sort(rng.choice(len(images), batch, replace=False))
-        with _autocast(device):
+        with autocast(device):
             return judge_loss(judge, _to_pixels(images[chosen], device), [scenes[i] for i in chosen], step)
 
     fit(judge, loss_of_step, work / "judge.safetensors", steps=steps, lr=lr, ema=0.995)
