@@ -497,7 +497,7 @@ def lora_style(w: Workflow, name: str):
 
 The mini checkpoint has never seen neon light; the LoRA `{LORA}`, which ships with the pack, has. The stock *Load LoRA (Model)* puts it on the tuned MODEL, once at half its strength and once at all of it. It needs no words: the sentence is that of the clip. One tuning and one inversion, both without the LoRA, serve both.
 
-A LoRA may also come before *Inflate*: then it is baked in, the tuning learns on top of it, and tuned weights belong to it. That suits a subject, and a style that the clip already has.
+A LoRA may also come before *Inflate*: then it is baked in, and tuned weights belong to it. That suits a subject, and a style that the clip already has; another style would be unlearned again by the tuning, which sees the clip without it.
 
 With Stable Diffusion 1.5: any LoRA in `models/loras`, and its own words in the sentence, if it has some.
 """, 340)  # fmt: skip
