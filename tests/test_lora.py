@@ -1,6 +1,7 @@
 """The LoRA that ships with the pack, through the stock LoRA loaders, before Inflate and after it."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from safetensors.torch import save_file
 from test_families import lora as random_lora
 from test_native import plain
 
-from tav_core import inflate, load_checkpoint
+from tav_core import PRESETS, inflate, invert, load_checkpoint, prepare, sample
+from tav_core.mini import world
+from tav_core.mini.demo import DEMO, PROMPT
 from tav_core.mini.evaluate import evaluate_neon
 from tav_core.mini.judge import load_judge
 from tav_core.mini.train_lora import LORA, layers, load_lora, make_lora, with_lora
@@ -84,12 +87,24 @@ def test_no_strength_is_no_lora(load, mini, inference_mode):
 
 def test_its_style_shows_as_its_strength_has_it(mini):
     checkpoints = {str(strength): with_lora(mini.checkpoint, load_lora(), strength) for strength in (0, 0.5, 1)}
-    figures, images = evaluate_neon(checkpoints, load_judge(), count=8, steps=10)
-    assert images.shape == (3, 8, 128, 128, 3)
+    figures, images = evaluate_neon(checkpoints, load_judge(), count=6, steps=8)
+    assert images.shape == (3, 6, 128, 128, 3)
     none, half, whole, renders = (figures[name] for name in (*checkpoints, "renders"))
     assert none["night"] < 0.01 and whole["night"] > 0.4 and whole["colour"] > 0.3, figures  # by chance: 0.17
     assert none["brightness"] > half["brightness"] + 0.05 > whole["brightness"] + 0.1, figures
     assert abs(whole["brightness"] - renders["brightness"]) < 0.1 < none["brightness"] - renders["brightness"], figures
+
+
+def test_a_clip_is_drawn_in_its_style_with_its_motion(mini):
+    """Of the demo clip the right picture is known."""
+    preset, scenes = replace(PRESETS["mini"], sampling_steps=10), DEMO.scenes()[::2]
+    source = prepare(mini.checkpoint, torch.from_numpy(world.render_clip(scenes)), PROMPT)
+    unet = inflate(mini.checkpoint.unet)
+    noise = invert(mini.checkpoint, unet, source, preset)
+    wanted = torch.from_numpy(world.render_clip([replace(scene, style="neon") for scene in scenes])) / 255
+    none, half, whole = ((sample(styled, styled.unet, noise, PROMPT, preset, source_prompt=PROMPT) / 255 - wanted).abs().mean()
+                         for styled in (with_lora(replace(mini.checkpoint, unet=unet), load_lora(), s) for s in (0, 0.5, 1)))  # fmt: skip
+    assert whole < 0.12 < 0.25 < half < none
 
 
 def test_tuned_weights_belong_to_their_lora_and_strength(pack, load, mini, inference_mode):
