@@ -1,7 +1,9 @@
 """Nodes for ComfyUI, a file per stage. They validate, convert and report; the method is in `tav_core`."""
 
+import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
+from ..tav_core.checkpoint import MINI
 from .compare import Compare
 from .inflate import Inflate
 from .inject import AttentionInjection
@@ -18,6 +20,9 @@ from .windows import ContextWindows
 
 NODES = [LoadVideo, LoadCheckpoint, LoadControlNet, Inflate, Take, OneShotTune, SaveTunedWeights, LoadTunedWeights,
          ApplyTunedWeights, ContextWindows, DDIMInversion, SubjectMask, AttentionInjection, VideoSampler, Compare]  # fmt: skip
+
+# for the stock LoRA loaders, behind the user's own folders: a file of the same name there is the one that is taken
+folder_paths.add_model_folder_path("loras", str(MINI.parent / "lora"))
 
 
 class Extension(ComfyExtension):

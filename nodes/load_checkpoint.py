@@ -41,6 +41,8 @@ def missing(checkpoint: str) -> str:
 
 def native_unet(checkpoint: Checkpoint, folder: Path) -> comfy.model_patcher.ModelPatcher:
     unet, management = checkpoint.unet, comfy.model_management
+    if unet.class_embedding is not None:
+        raise TavError(f"checkpoint {checkpoint.name!r} is conditioned on class labels, which CONDITIONING doesn't hold; use it from Python")
     width = unet.config.cross_attention_dim
     kind = comfy.supported_models.SD20 if width == 1024 else comfy.supported_models.SD15
     model_config = kind(dict(in_channels=4, out_channels=4, context_dim=width, adm_in_channels=None))

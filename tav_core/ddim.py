@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .attention import ANCHORED
 from .errors import TavError
-from .inflate import per_frame
+from .inflate import labelled, per_frame
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 Callback = Callable[[dict[str, Any]], None]
@@ -96,6 +96,7 @@ def ddim_invert(
     num_steps: int,
     return_trajectory: bool = False,
     callback: Callback | None = None,
+    class_labels: Tensor | None = None,
 ) -> Tensor:
     """Noise from which `ddim_sample` with as many steps, without guidance, finds back to `latents`.
 
@@ -110,6 +111,7 @@ def ddim_invert(
         num_steps: 1 ... num_train_timesteps.
         callback: called after every step with a dict of stage "invert", step (from 1), total, timestep,
             latents and pred_x0; raises to stop.
+        class_labels: of the clip, `1`, `b` or `(b f)`, where the U-Net has classes.
 
     Returns:
         float32 `b c f h w`, or with `return_trajectory` every stage from `latents` on, `(N+1) b c f h w`.
@@ -121,7 +123,7 @@ def ddim_invert(
     x = latents.float().contiguous()  # kernels round by layout: noise from a file must give the same video
     trajectory = [x]
     for i, t in enumerate(timesteps):
-        output = _predict(unet, x, t, encoder_hidden_states)
+        output = _predict(unet, x, t, encoder_hidden_states, **labelled(class_labels))
         # the output belongs to the level it is predicted for, although x is still one level below
         eps, _ = to_eps_x0(output, x, levels[i + 1], prediction_type)
         x0 = (x - (1 - levels[i]).sqrt() * eps) / levels[i].sqrt()
@@ -149,6 +151,9 @@ def ddim_sample(
     source_hidden_states: Tensor | None = None,
     region: Tensor | None = None,
     anchor: Tensor | None = None,
+    class_labels: Tensor | None = None,
+    negative_class_labels: Tensor | None = None,
+    source_class_labels: Tensor | None = None,
 ) -> Tensor:
     """Denoise `latents` to a clean video with classifier-free guidance (Ho & Salimans, arXiv 2207.12598).
 
@@ -168,6 +173,10 @@ def ddim_sample(
         region: what the edit may change, 0 ... 1, `b 1 f h w`; everything else is what the noise reconstructs.
         anchor: where the clip's features lead as well in the first two thirds of these steps, 0 ... 1, `b 1 f h w`:
             keeps the subject in its place.
+        class_labels: of the video, `1`, `b` or `(b f)`, where the U-Net has classes.
+        negative_class_labels: those beside the negative prompt, the label for no class if the U-Net has one; by default
+            `class_labels`.
+        source_class_labels: those that the source clip was inverted with; by default `class_labels`.
 
     Returns:
         float32 `b c f h w`.
@@ -200,6 +209,11 @@ def ddim_sample(
     if anchor is not None:  # for every row, one mask a frame
         anchor = rearrange(anchor.expand(b, 1, *latents.shape[2:]).repeat(len(rows), 1, 1, 1, 1), "b c f h w -> (b f) c h w")
     beside_text, text = torch.cat(rows), torch.cat(rows[bool(walking_steps) :])
+    beside_labels = labels = {}
+    if class_labels is not None:
+        given = {"source_class_labels": source_class_labels, "negative_class_labels": negative_class_labels, "class_labels": class_labels}
+        rows = [per_frame(name, class_labels if own is None else own, b, f) for (name, own), use in zip(given.items(), used) if use]
+        beside_labels, labels = labelled(torch.cat(rows)), labelled(torch.cat(rows[bool(walking_steps) :]))
 
     x = latents.float().contiguous()
     source = x
@@ -210,12 +224,12 @@ def ddim_sample(
             holds = anchor is not None and num_steps - i <= round(ANCHORED * injected_steps)
             settings = {"anchor": anchor} if holds else {}
             with unet.frame_context.led_by(b if leads else 0):
-                output = _predict(unet, torch.cat([source, *videos]), t, beside_text, **settings)
+                output = _predict(unet, torch.cat([source, *videos]), t, beside_text, **settings, **beside_labels)
             source_output, *outputs = output.split(b)
             eps, x0 = to_eps_x0(source_output, source, levels[i + 1], prediction_type)
             source = ddim_step(x0, eps, levels[i + 1], levels[i])
         else:
-            outputs = _predict(unet, torch.cat(videos), t, text).split(b)
+            outputs = _predict(unet, torch.cat(videos), t, text, **labels).split(b)
         output = outputs[-1]
         if guided:
             negative, positive = outputs

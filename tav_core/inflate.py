@@ -107,14 +107,15 @@ class VideoUNet(UNet2DConditionModel):
             timesteps: a number, a 0-d or 1-element tensor, or one per video (`b`).
             encoder_hidden_states: text per video `b n d`, for all videos `1 n d`, or per frame `(b f) n d`.
             anchor: under attention injection, where the sources' features lead as well, 0 ... 1, `(b f) 1 h w`.
-            kwargs: those of `UNet2DConditionModel.forward`; tensors come per video or per frame and
-                residuals (`down_block_additional_residuals` and so on) as `(b f) c h w`.
+            kwargs: those of `UNet2DConditionModel.forward`, `class_labels` for example; tensors come per video or per
+                frame and residuals (`down_block_additional_residuals` and so on) as `(b f) c h w`.
 
         Returns:
             `b c f h w`.
 
         Raises:
-            TavError: wrong rank, or a batch that fits neither the videos nor their frames.
+            TavError: wrong rank, a batch that fits neither the videos nor their frames, or class labels that are missing,
+                unknown or of no use.
         """
         if latents.ndim != 5:
             raise TavError(f"latents must be b c f h w, got shape {tuple(latents.shape)}; reshape them")
@@ -138,6 +139,25 @@ class VideoUNet(UNet2DConditionModel):
                 **kwargs,
             )
         return rearrange(out, "(b f) c h w -> b c f h w", f=f)
+
+    def get_class_embed(self, sample: Tensor, class_labels: Tensor | None) -> Tensor | None:
+        """What diffusers adds to the embedding of the timestep, `(b f) c`, once the labels are found to fit."""
+        embedding, kind = self.class_embedding, self.config.class_embed_type
+        if embedding is None:
+            if class_labels is not None:
+                raise TavError("class_labels are given, but this unet knows no classes; leave them out")
+            return None
+        if class_labels is None:
+            raise TavError("this unet is conditioned on class labels and got none; pass class_labels, from Python, one per "
+                           "video or per frame")  # fmt: skip
+        if isinstance(embedding, nn.Embedding):
+            known = not class_labels.is_floating_point() and (0 <= class_labels.min() <= class_labels.max() < embedding.num_embeddings)
+            if not known:
+                raise TavError(f"class_labels={class_labels.unique().tolist()} must be integers from 0 to {embedding.num_embeddings - 1}; "
+                               "give those that this unet was trained on")  # fmt: skip
+        elif kind != "timestep":  # a vector
+            class_labels = class_labels.to(sample.dtype)
+        return super().get_class_embed(sample, class_labels)
 
     # diffusers would recompute its blocks without their frame count; see Recomputed
     def enable_gradient_checkpointing(self) -> None:
@@ -169,6 +189,11 @@ def per_frame(name: str, value: Any, b: int, f: int) -> Any:
         return value.expand(b * f, *value.shape[1:])
     wanted = f"1, {b} (one per video) or {b * f} (one per frame)"
     raise TavError(f"{name} has a batch of {len(value)} for {b} videos of {f} frames; give {wanted}")
+
+
+def labelled(class_labels: Tensor | None) -> dict[str, Tensor]:
+    """Keyword arguments of a U-Net's forward: most U-Nets take no labels, and then there are none."""
+    return {} if class_labels is None else {"class_labels": class_labels}
 
 
 def inflate(

@@ -9,6 +9,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from .errors import TavError
+from .inflate import labelled
 
 _STRATA = 16  # as many consecutive timesteps cover the range once
 _MIN_SNR_GAMMA = 5.0  # arXiv 2303.09556
@@ -22,6 +23,7 @@ def tuning_loss(
     timesteps: Tensor,
     encoder_hidden_states: Tensor,
     loss_weighting: str = "none",
+    class_labels: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error of what the model predicts for noised latents, a scalar (equation 3 of the paper).
 
@@ -30,6 +32,7 @@ def tuning_loss(
         timesteps: int64 `b`, one per video.
         encoder_hidden_states: `1 n d`, `b n d` or `(b f) n d`.
         loss_weighting: "none" or "min_snr".
+        class_labels: `1`, `b` or `(b f)`, for a U-Net that is conditioned on them.
 
     Raises:
         TavError: a prediction type other than epsilon, v_prediction and sample.
@@ -47,7 +50,7 @@ def tuning_loss(
         target, weight = latents, snr.clamp(max=_MIN_SNR_GAMMA)
     else:
         raise TavError(f"prediction_type={prediction_type!r} is unknown; use epsilon, v_prediction or sample")
-    predicted = unet(noisy, timesteps, encoder_hidden_states).float()
+    predicted = unet(noisy, timesteps, encoder_hidden_states, **labelled(class_labels)).float()
     if loss_weighting == "none":
         return F.mse_loss(predicted, target)
     return (weight * (predicted - target).square().mean(dim=(1, 2, 3, 4))).mean()

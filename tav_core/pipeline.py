@@ -73,15 +73,17 @@ def default_preset(checkpoint_name: str) -> str:
 
 @dataclass
 class Source:
-    """A clip as the model sees it: posterior mean and std of its latents (`1 c f h w`, scaled), text `1 n d`."""
+    """A clip as the model sees it: posterior mean and std of its latents (`1 c f h w`, scaled), text `1 n d`, and for a
+    U-Net with classes its labels, `1` or `f`."""
 
     prompt: str
     latents: Tensor
     latents_std: Tensor
     hidden_states: Tensor
+    class_labels: Tensor | None = None
 
 
-def prepare(checkpoint: Checkpoint, frames: Tensor, prompt: str) -> Source:
+def prepare(checkpoint: Checkpoint, frames: Tensor, prompt: str, class_labels: Tensor | None = None) -> Source:
     """Encodes a clip (uint8 `f h w c`) and its sentence once, for all stages.
 
     Raises:
@@ -91,7 +93,7 @@ def prepare(checkpoint: Checkpoint, frames: Tensor, prompt: str) -> Source:
         raise TavError('--prompt is empty; describe the clip in one sentence, e.g. "a man is skiing"')
     check_size(checkpoint, width=frames.shape[2], height=frames.shape[1])
     mean, std = encode_video(checkpoint, to_pixels(frames))
-    return Source(prompt, mean, std, encode_prompt(checkpoint, prompt))
+    return Source(prompt, mean, std, encode_prompt(checkpoint, prompt), class_labels)
 
 
 def check_size(checkpoint: Checkpoint, *, width: int, height: int):
@@ -130,11 +132,11 @@ def tune_on(checkpoint: Checkpoint, source: Source, preset: Preset, *, attention
 
     A published Tune-A-Video model is tuned further.
     """
-    more = [Take(other.latents, other.hidden_states, other.latents_std) for other in more_sources]
+    more = [Take(other.latents, other.hidden_states, other.latents_std, other.class_labels) for other in more_sources]
     unet = video_unet(checkpoint, attention=attention, temporal_causal=temporal_causal, norm=norm)
     result = tune(unet, checkpoint.scheduler, source.latents, source.hidden_states, preset.tuning,
-                  latents_std=source.latents_std, more_takes=more, state_path=state_path, resume=resume,
-                  callback=callback)  # fmt: skip
+                  latents_std=source.latents_std, class_labels=source.class_labels, more_takes=more, state_path=state_path,
+                  resume=resume, callback=callback)  # fmt: skip
     return unet, result
 
 
@@ -143,7 +145,7 @@ def invert(checkpoint: Checkpoint, unet: VideoUNet, source: Source, preset: Pres
     """The noise `1 c f h w` that carries the clip's structure: DDIM inversion."""
     text = _inversion_text(checkpoint, source.prompt, preset)
     return ddim_invert(_windowed(unet, preset), source.latents, text, checkpoint.scheduler, preset.sampling_steps,
-                       callback=callback)  # fmt: skip
+                       callback=callback, class_labels=source.class_labels)  # fmt: skip
 
 
 def _windowed(unet: VideoUNet, preset: Preset) -> VideoUNet | WindowedUNet:
@@ -163,7 +165,7 @@ def find_subject(checkpoint: Checkpoint, unet: VideoUNet, source: Source, contra
     check_contrasts(source.prompt, contrasts)
     others = torch.cat([encode_prompt(checkpoint, contrast) for contrast in contrasts])
     return subject_mask(_windowed(unet, preset), source.latents, source.hidden_states, others, checkpoint.scheduler,
-                        seed=preset.tuning.seed)  # fmt: skip
+                        seed=preset.tuning.seed, class_labels=source.class_labels)  # fmt: skip
 
 
 def check_contrasts(prompt: str, contrasts: Sequence[str]):
@@ -175,7 +177,8 @@ def check_contrasts(prompt: str, contrasts: Sequence[str]):
 
 def sample(checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, preset: Preset, *,
            source_prompt: str | None = None, negative_prompt: str = "", subject: Tensor | None = None,
-           region: str = "everything", callback: Callback | None = None) -> Tensor:  # fmt: skip
+           region: str = "everything", class_labels: Tensor | None = None, negative_class_labels: Tensor | None = None,
+           source_class_labels: Tensor | None = None, callback: Callback | None = None) -> Tensor:  # fmt: skip
     """The clip of `prompt` from `noise`, uint8 `f h w c`.
 
     Args:
@@ -184,6 +187,7 @@ def sample(checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, 
         subject: mask of the clip's subject, `1 1 f h w` (see `find_subject`): attention injection keeps it in its place.
         region: what the edit may change: "everything", the "subject" or the "background"; the rest is what the noise
             reconstructs. The last two need `subject` and `source_prompt`.
+        class_labels, negative_class_labels, source_class_labels: see `ddim_sample`.
 
     Raises:
         TavError: an empty prompt, settings out of range (see `ddim_sample`), or a region without subject.
@@ -202,7 +206,9 @@ def sample(checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, 
             settings |= {"anchor": subject, "region": editable(region, subject)}
     latents = ddim_sample(_windowed(unet, preset), noise.to(unet.device), encode_prompt(checkpoint, prompt),
                           checkpoint.scheduler, preset.sampling_steps, guidance_scale=preset.guidance_scale,
-                          negative_hidden_states=negative, callback=callback, **settings)  # fmt: skip
+                          negative_hidden_states=negative, callback=callback, class_labels=class_labels,
+                          negative_class_labels=negative_class_labels, source_class_labels=source_class_labels,
+                          **settings)  # fmt: skip
     return decode_video(checkpoint, latents)
 
 

@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .errors import TavError
+from .inflate import labelled
 
 REGIONS = ("everything", "subject", "background")
 _LEVELS = (0.16, 0.28, 0.40, 0.52)  # of the training timesteps: below, the picture says it all, above, it says nothing
@@ -31,6 +32,7 @@ def subject_mask(
     *,
     threshold: float = 0.15,
     seed: int = 0,
+    class_labels: Tensor | None = None,
 ) -> Tensor:
     """Finds the subject by what sentences about other subjects change in the predicted noise.
 
@@ -42,6 +44,7 @@ def subject_mask(
             another colour and shape, find all of the subject.
         threshold: 0 ... 1 of the largest difference; less finds more.
         seed: of the noise.
+        class_labels: of the clip, `1` or `f`, where the U-Net has classes.
 
     Returns:
         float32 `1 1 f h w` of 0 and 1.
@@ -53,7 +56,7 @@ def subject_mask(
     predictions = []
     for t, alpha, noise in probes(latents, scheduler, seed):
         noisy = (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise).to(unet.dtype)
-        predictions.append(torch.cat([unet(noisy, t, text[None]).float() for text in texts]))
+        predictions.append(torch.cat([unet(noisy, t, text[None], **labelled(class_labels)).float() for text in texts]))
     return mask_of(predictions, threshold)
 
 

@@ -87,21 +87,23 @@ class TuneConfig:
 
 @dataclass(frozen=True)
 class Take:
-    """A clip and what is said of it: latents and their standard deviation (or None) `b c f h w`, text as in `tune`."""
+    """A clip and what is said of it: latents and their standard deviation (or None) `b c f h w`, the rest as in `tune`."""
 
     latents: Tensor
     encoder_hidden_states: Tensor
     latents_std: Tensor | None = None
+    class_labels: Tensor | None = None
 
     def to(self, device: torch.device) -> "Take":
-        """In float32 on that device."""
-        return Take(*(None if x is None else x.to(device, torch.float32) for x in vars(self).values()))
+        """In float32 on that device, but for labels that are integers."""
+        moved = (None if x is None else x.to(device) for x in vars(self).values())
+        return Take(*(x.float() if x is not None and x.is_floating_point() else x for x in moved))
 
     def at(self, frames: Tensor) -> "Take":
         """Those frames of it."""
         (b, _, f, _, _), std = self.latents.shape, self.latents_std
-        text = at_frames("encoder_hidden_states", self.encoder_hidden_states, b, f, frames)
-        return Take(self.latents[:, :, frames], text, None if std is None else std[:, :, frames])
+        text, labels = (at_frames(name, getattr(self, name), b, f, frames) for name in ("encoder_hidden_states", "class_labels"))
+        return Take(self.latents[:, :, frames], text, None if std is None else std[:, :, frames], labels)
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ def tune(
     config: TuneConfig,
     *,
     latents_std: Tensor | None = None,
+    class_labels: Tensor | None = None,
     more_takes: Sequence[Take] = (),
     state_path: str | Path | None = None,
     resume: bool = True,
@@ -159,6 +162,7 @@ def tune(
         encoder_hidden_states: embedding of the caption, `1 n d`, `b n d` or `(b f) n d`.
         latents_std: standard deviation of the posterior in the scale of `latents`; it is sampled anew at
             every step. Without it the mean is used.
+        class_labels: of the clip, one for all (`1`), per video (`b`) or per frame (`(b f)`), where the U-Net has classes.
         more_takes: further clips, each with its own sentence, size and length. Every step learns from one of all,
             in a random order in which all have their turn; the probe loss is the mean of theirs.
         state_path: state file (safetensors), read if it exists and `resume`, written on the way.
@@ -170,7 +174,7 @@ def tune(
             context_length; a loss or gradient that is not finite, after which the weights are those of the
             last save (or of the start).
     """
-    takes = [Take(latents, encoder_hidden_states, latents_std), *more_takes]
+    takes = [Take(latents, encoder_hidden_states, latents_std, class_labels), *more_takes]
     for number, take in enumerate(takes, 1):
         shape, std = tuple(take.latents.shape), take.latents_std
         if len(shape) != 5:
@@ -190,10 +194,10 @@ def tune(
     takes = [take.to(device) for take in takes]
     total, length = len(scheduler.alphas_cumprod), config.context_length
 
-    def loss_at(mean_or_sample: Tensor, noise: Tensor, t: Tensor, text: Tensor, weighting: str) -> Tensor:
-        dtype = DTYPES[config.dtype]
+    def loss_at(mean_or_sample: Tensor, noise: Tensor, t: Tensor, seen: Take, weighting: str) -> Tensor:
+        dtype, text = DTYPES[config.dtype], seen.encoder_hidden_states
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return tuning_loss(unet, scheduler, mean_or_sample, noise, t.to(device), text, weighting)
+            return tuning_loss(unet, scheduler, mean_or_sample, noise, t.to(device), text, weighting, seen.class_labels)
 
     @torch.no_grad()
     def probe() -> float:
@@ -208,7 +212,7 @@ def tune(
             for t, seen in zip(levels.long(), parts):
                 noise = torch.randn(seen.latents.shape, generator=generator).to(device)
                 t = t.expand(len(seen.latents))
-                losses.append(loss_at(seen.latents, noise, t, seen.encoder_hidden_states, "none").item())
+                losses.append(loss_at(seen.latents, noise, t, seen, "none").item())
         return sum(losses) / len(losses)
 
     with _computing(unet, parameters, config), torch.enable_grad():
@@ -251,7 +255,7 @@ def tune(
             lr = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
             optimizer.param_groups[0]["lr"] = lr
 
-            loss = loss_at(sample, noise, t, seen.encoder_hidden_states, config.loss_weighting)
+            loss = loss_at(sample, noise, t, seen, config.loss_weighting)
             if not torch.isfinite(loss):
                 raise fail("loss", step)
             scale, age = state.loss_scale
@@ -323,10 +327,12 @@ def run_fingerprint(
     """What must be equal for a run to go on from its state file: name to hash or value."""
     parameters = trainable_parameters(unet)
     options = dataclasses.asdict(config) | {"betas": list(config.betas)}  # as JSON has it
+    labels = [take.class_labels for take in takes if take.class_labels is not None]
     return {
         "latents": hash_tensors(take.latents for take in takes),
         "latents_std": hash_tensors(take.latents_std for take in takes if take.latents_std is not None),
         "encoder_hidden_states": hash_tensors(take.encoder_hidden_states for take in takes),
+        **({"class_labels": hash_tensors(labels)} if labels else {}),
         "noise schedule": hash_tensors([scheduler.alphas_cumprod]),
         "prediction_type": scheduler.config.prediction_type,
         "inflation": unet.inflation,

@@ -25,6 +25,7 @@ MINI = {  # workflow -> columns, rows and size of the tiles of its video
     FIRST: (2, 1, 128), SAVES: (3, 2, 128), LOADS: (2, 1, 128), "05-stock-sampler-mini": (2, 1, 128),
     "06-upscale-mini": (2, 1, 256), "07-long-clip-mini": (2, 1, 128), "08-two-takes-mini": (2, 1, 128), "09-regions-mini": (2, 2, 128),
     "10-controlnet-mini": (2, 2, 128),
+    "11-lora-mini": (3, 1, 128),
 }  # fmt: skip
 FEW = {"TAVOneShotTune": {"steps": 20, "preview_every": 10}, "TAVDDIMInversion": {"steps": 6},
        "TAVVideoSampler": {"steps": 6}, "KSamplerAdvanced": {"steps": 6}, "KSampler": {"steps": 4}}  # fmt: skip

@@ -27,7 +27,7 @@ def test_rendering_is_a_function_of_the_scene_and_every_attribute_shows():
     image = world.render(scene)
     assert image.shape == (128, 128, 3) and image.dtype == np.uint8
     assert np.array_equal(image, world.render(replace(scene)))
-    for change in (dict(shape="star"), dict(colour="blue"), dict(background="sea"), dict(style="sketch"),
+    for change in (dict(shape="star"), dict(colour="blue"), dict(background="sea"), dict(style="sketch"), dict(style="neon"),
                    dict(pattern="dots"), dict(x=0.6), dict(radius=0.3), dict(layout=1)):  # fmt: skip
         assert np.abs(world.render(replace(scene, **change)).astype(int) - image).mean() > 0.2, change
     turned = world.render(replace(scene, shape="triangle", angle=90))

@@ -26,6 +26,7 @@ from tav_core.mini.demo import CONTRASTS, EDITS, PROMPT  # noqa: E402
 
 DEMO = "demo clip of the mini checkpoint"
 HINTS = "silhouettes for the mini ControlNet"
+LORA = "mini-neon.safetensors"
 EDIT = EDITS["background"]
 SAVED = "demo-clip"  # the name under which 02 saves and 04 loads
 
@@ -521,6 +522,33 @@ With Stable Diffusion 1.5: a ControlNet as a diffusers folder in `models/control
     result(w, name, clip, [clip.images, hints.images, *frames], ["source", "hints", edited, "without the hints"])
 
 
+def lora_style(w: Workflow, name: str):
+    w.group("Read me", "yellow", 360)
+    w.note(f"""# A style from a LoRA
+
+The mini checkpoint has never seen neon light; the LoRA `{LORA}`, which ships with the pack, has. The stock *Load LoRA (Model)* puts it on the tuned MODEL, once at half its strength and once at all of it. It needs no words: the sentence is that of the clip. One tuning and one inversion, both without the LoRA, serve both.
+
+A LoRA may also come before *Inflate*: then it is baked in, and tuned weights belong to it. That suits a subject, and a style that the clip already has; another style would be unlearned again by the tuning, which sees the clip without it.
+
+With Stable Diffusion 1.5: any LoRA in `models/loras`, and its own words in the sentence, if it has some.
+""", 340)  # fmt: skip
+    clip, inflated, clip_model, vae, latent = source(w)
+    w.group("2  Sentences", "green", below=True)
+    described = sentence(w, clip_model, "What the clip shows", PROMPT)
+    empty = sentence(w, clip_model, "Nothing (leave it empty)", "")
+    tuned = tuning(w, inflated, latent, described, described, vae)
+    w.group("4  Invert", "cyan")
+    noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=described, steps=25)
+    frames = []
+    for part, strength in (("a", 0.5), ("b", 1.0)):
+        w.group(f"5{part}  With the LoRA at {strength}", "red")
+        styled = w.add("LoraLoaderModelOnly", model=tuned.MODEL, lora_name=LORA, strength_model=strength)
+        sample = w.add("TAVVideoSampler", model=injected(w, styled, described), positive=described, negative=empty, noise=noise.noise,
+                       sigmas=noise.sigmas, steps=25, cfg=5.0)  # fmt: skip
+        frames.append(w.add("VAEDecode", samples=sample, vae=vae))
+    result(w, name, clip, [clip.images, *frames], ["source", "neon 0.5", "neon 1.0"])
+
+
 WORKFLOWS = {
     "01-one-shot-edit-mini": mini_edit,
     "02-four-edits-mini": four_edits,
@@ -532,6 +560,7 @@ WORKFLOWS = {
     "08-two-takes-mini": two_takes,
     "09-regions-mini": regions,
     "10-controlnet-mini": controlnet,
+    "11-lora-mini": lora_style,
 }
 
 

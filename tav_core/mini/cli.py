@@ -32,6 +32,11 @@ def _train(args):
 
         train_controlnet(args.work, args.output / "checkpoint", device, args.controlnet_steps, 32, 1e-3)
         export_controlnet(args.work, args.output)
+    if args.stage in ("lora", "all"):
+        from .train_lora import export_lora, train_lora
+
+        train_lora(args.work, args.output / "checkpoint", device, args.lora_steps, 32, 2e-3)
+        export_lora(args.work, args.output)
 
 
 def _render(args):
@@ -64,6 +69,19 @@ def _controlnet(args):
     print(json.dumps(figures, indent=2))
 
 
+def _lora(args):
+    from .evaluate import contact_sheet, evaluate_neon
+    from .train_lora import load_lora, with_lora
+
+    strengths = {f"{strength:g}": with_lora(load_checkpoint("mini"), load_lora(), strength) for strength in args.strengths}
+    figures, rows = evaluate_neon(strengths, load_judge(), count=args.count, guidance_scale=args.guidance_scale,
+                                  steps=args.sampling_steps, seed=args.seed)  # fmt: skip
+    if args.sheet:
+        columns = min(16, args.count)
+        contact_sheet(rows[:, :columns].reshape(-1, *rows.shape[2:]), columns).save(args.sheet)
+    print(json.dumps(figures, indent=2))
+
+
 def _benchmark(args):
     from ..video import save_video
     from .benchmark import benchmark, benchmark_clips
@@ -90,19 +108,21 @@ def main():
         return sub
 
     train = command("train", _train, "train the checkpoint, or one stage of it; starts again where it stopped")
-    train.add_argument("stage", choices=["vae", "unet", "judge", "export", "controlnet", "all"])
+    train.add_argument("stage", choices=["vae", "unet", "judge", "export", "controlnet", "lora", "all"])
     train.add_argument("--work", type=Path, required=True, help="folder for renders, latents and states")
-    train.add_argument("--output", type=Path, default=Path(__file__).parent, help="where checkpoint/, the judge and controlnet/ go")
+    train.add_argument("--output", type=Path, default=Path(__file__).parent, help="where checkpoint/, the judge, controlnet/ and lora/ go")
     train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     train.add_argument("--vae-steps", type=int, default=3600, help="batches of 16")
     train.add_argument("--unet-steps", type=int, default=3000, help="batches of 64")
     train.add_argument("--judge-steps", type=int, default=1600, help="batches of 48")
     train.add_argument("--controlnet-steps", type=int, default=2000, help="batches of 32")
+    train.add_argument("--lora-steps", type=int, default=450, help="batches of 32")
 
     render = command("render", _render, "render a clip of the world")
     for name, choices in (("shape", [*world.SHAPES, *world.UNKNOWN_SHAPES]), ("colour", [*world.COLOURS]),
-                          ("background", [*world.BACKGROUNDS, *world.UNKNOWN_BACKGROUNDS]), ("style", [*world.STYLES]),
-                          ("pattern", [*world.PATTERNS]), ("motion", [*world.MOTIONS])):  # fmt: skip
+                          ("background", [*world.BACKGROUNDS, *world.UNKNOWN_BACKGROUNDS]),
+                          ("style", [*world.STYLES, *world.UNKNOWN_STYLES]), ("pattern", [*world.PATTERNS]),
+                          ("motion", [*world.MOTIONS])):  # fmt: skip
         render.add_argument(f"--{name}", choices=choices, default=choices[0])
     render.add_argument("--frames", type=int, default=8)
     render.add_argument("--layout", type=int, default=0, help="seed of the background's details")
@@ -124,6 +144,14 @@ def main():
     controlnet.add_argument("--sampling-steps", type=int, default=25)
     controlnet.add_argument("--seed", type=int, default=0)
     controlnet.add_argument("--sheet", type=Path, help="write hints and pictures here as one PNG")
+
+    lora = command("lora", _lora, "how far the LoRA draws in its style, by strength; prints JSON")
+    lora.add_argument("--strengths", type=float, nargs="+", default=[0.0, 0.5, 1.0])
+    lora.add_argument("--count", type=int, default=32, help="captions")
+    lora.add_argument("--guidance-scale", type=float, default=3.0)
+    lora.add_argument("--sampling-steps", type=int, default=25)
+    lora.add_argument("--seed", type=int, default=0)
+    lora.add_argument("--sheet", type=Path, help="write the pictures here as one PNG")
 
     benchmark = command("benchmark", _benchmark, "tune, invert and edit clips of known truth; prints JSON")
     benchmark.add_argument("--checkpoint", default="mini")

@@ -140,3 +140,24 @@ def contact_sheet(images: np.ndarray, columns: int = 16) -> Image.Image:
     rows = -(-len(images) // columns)
     blank = np.zeros((rows * columns - len(images), *images.shape[1:]), np.uint8)
     return Image.fromarray(rearrange(np.concatenate([images, blank]), "(r k) h w c -> (r h) (k w) c", k=columns))
+
+
+def evaluate_neon(checkpoints: dict[str, Checkpoint], judge: Judge, *, count: int = 32, guidance_scale: float = 3.0,
+                  steps: int = 25, seed: int = 0) -> tuple[dict, np.ndarray]:  # fmt: skip
+    """How far each checkpoint draws in the style "neon", which no caption speaks of.
+
+    Returns: of each, and of renders in the style: the mean `brightness` (0..1), the share of `night` (pixels of the night blue,
+    which no other style has) and of subjects in the right `colour`; and the pictures `k n h w 3`.
+    """
+    rng, places = random.Random(seed + 3_000_003), [place for place in world.BACKGROUNDS if place != "night"]
+    scenes = [world.random_scene(rng, (rng.choice(list(world.SHAPES)), rng.choice(list(world.COLOURS)), rng.choice(places), "plain"))
+              for _ in range(count)]  # fmt: skip
+    captions = [world.caption(scene) for scene in scenes]
+    drawn = {name: generate(checkpoint, captions, guidance_scale=guidance_scale, steps=steps, seed=seed)
+             for name, checkpoint in checkpoints.items()}  # fmt: skip
+    figures = {}
+    for name, images in {**drawn, "renders": np.stack([world.render(replace(scene, style="neon")) for scene in scenes])}.items():
+        night = np.abs(images.astype(int) - world.NEON_NIGHT).max(-1) <= 30
+        figures[name] = {"brightness": round(float(images.mean()) / 255, 3), "night": round(float(night.mean()), 3),
+                         "colour": _shares(accuracy(judge, images, scenes))["colour"]}  # fmt: skip
+    return figures, np.stack(list(drawn.values()))

@@ -78,6 +78,8 @@ SHAPES = {
 }
 UNKNOWN_SHAPES = {"cross": [_cross()], "moon": [_moon()]}
 UNKNOWN_BACKGROUNDS = {"checks": "on the checks", "hills": "in the hills"}
+UNKNOWN_STYLES = ("neon",)  # of the LoRA
+NEON_NIGHT = (22, 26, 62)
 
 
 @dataclass(frozen=True)
@@ -286,8 +288,16 @@ def render(scene: Scene, size: int = SIZE) -> np.ndarray:
         image = _over(image, pale, mask)
         image = image + (paint - image) * (mask * hatch)[..., None]
         image = _over(image, (70, 66, 70), _outline(scene, size, 0.018))
+    elif scene.style == "neon":  # glowing tubes in the night: the subject's outline in its colour, the stage's edges faint
+        light = cv2.GaussianBlur(stage.mean(-1), (0, 0), 0.006 * size)
+        edges = np.clip(np.hypot(*np.gradient(light)) * size / 2000 - 0.1, 0, 1)
+        image = _over(np.full_like(stage, NEON_NIGHT), (84, 84, 150), edges)
+        tube = _outline(scene, size, 0.05)
+        glow = np.clip(2 * cv2.GaussianBlur(tube, (0, 0), 0.03 * size), 0, 1)
+        image = _over(_over(image, NEON_NIGHT, mask), paint, 0.4 * glow)
+        image = _over(image, paint, tube)
     else:
-        raise ValueError(f"style is {scene.style!r}; choose one of {', '.join(STYLES)}")
+        raise ValueError(f"style is {scene.style!r}; choose one of {', '.join([*STYLES, *UNKNOWN_STYLES])}")
     return np.clip(np.round(image), 0, 255).astype(np.uint8)
 
 
