@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video
 from .ddim import ddim_invert, ddim_sample
 from .errors import TavError
 from .inflate import VideoUNet, inflate
-from .subject import editable, subject_mask
+from .subject import SOFTNESS, editable, softened, subject_mask
 from .tuning import Take, TuneConfig, TuneResult, tune
 from .video import to_pixels
 from .windows import ContextWindows, WindowedUNet
@@ -128,19 +128,22 @@ def _windowed(unet: VideoUNet, preset: Preset) -> VideoUNet | WindowedUNet:
     return unet if length is None else WindowedUNet(unet, ContextWindows(length, preset.context_overlap))
 
 
-def find_subject(checkpoint: Checkpoint, unet: VideoUNet, source: Source, contrasts: Sequence[str], preset: Preset) -> Tensor:
-    """Mask of the clip's subject, `1 1 f h w` of latent pixels (see `subject_mask`).
+def find_subject(checkpoint: Checkpoint, unet: VideoUNet, source: Source, contrasts: Sequence[str], preset: Preset,
+                 softness: int = SOFTNESS) -> Tensor:  # fmt: skip
+    """Mask of the clip's subject, 0 ... 1, `1 1 f h w` of latent pixels (see `subject_mask`).
 
     Args:
         contrasts: the clip's sentence with other subjects: for "a red ball on the grass", "a blue star on the grass".
+        softness: width of the mask's edge in pixels of the clip; 0 for a hard one.
 
     Raises:
         TavError: a contrast that is empty or the sentence itself.
     """
     check_contrasts(source.prompt, contrasts)
     others = torch.cat([encode_prompt(checkpoint, contrast) for contrast in contrasts])
-    return subject_mask(_windowed(unet, preset), source.latents, source.hidden_states, others, checkpoint.scheduler,
+    mask = subject_mask(_windowed(unet, preset), source.latents, source.hidden_states, others, checkpoint.scheduler,
                         seed=preset.tuning.seed)  # fmt: skip
+    return softened(mask, softness, checkpoint.downscale)
 
 
 def check_contrasts(prompt: str, contrasts: Sequence[str]):

@@ -18,7 +18,8 @@ from .errors import TavError
 
 REGIONS = ("everything", "subject", "background")
 _LEVELS = (0.16, 0.28, 0.40, 0.52)  # of the training timesteps: below, the picture says it all, above, it says nothing
-_MARGIN = 1  # latent pixels around the subject that are its own: masks tend to be too small
+_ROOM = 1  # latent pixels around the subject, for one of another shape
+SOFTNESS = 16  # pixels: two of the latents
 
 
 @torch.no_grad()
@@ -81,21 +82,36 @@ def mask_of(predictions: list[Tensor], threshold: float) -> Tensor:
 
 
 def editable(region: str, mask: Tensor) -> Tensor | None:
-    """What an edit of `region` may change, `1 1 f h w`, given the subject's mask; None for everything.
+    """What an edit of `region` may change, 0 ... 1, `1 1 f h w`, given the subject's mask; None for everything.
+
+    An edit of the subject may go a little beyond it.
 
     Raises:
         TavError: an unknown region.
     """
     if region not in REGIONS:
         raise TavError(f"region is {region!r}; choose one of {', '.join(REGIONS)}")
-    if region == "everything":
-        return None
-    mask = grown(mask, _MARGIN)
-    return mask if region == "subject" else 1 - mask
+    return {"everything": None, "subject": grown(mask, _ROOM), "background": 1 - mask}[region]
 
 
 def grown(mask: Tensor, margin: int) -> Tensor:
-    """A mask `1 1 f h w` that is `margin` pixels wider on each side, or narrower if it is negative."""
-    flat, size = rearrange(mask, "1 1 f h w -> f 1 h w"), 2 * abs(margin) + 1
-    flat = F.max_pool2d(flat, size, 1, margin) if margin >= 0 else -F.max_pool2d(-flat, size, 1, -margin)
+    """A mask `1 1 f h w` that is `margin` pixels wider on each side."""
+    flat = F.max_pool2d(rearrange(mask, "1 1 f h w -> f 1 h w"), 2 * margin + 1, 1, margin)
     return rearrange(flat, "f 1 h w -> 1 1 f h w")
+
+
+def softened(mask: Tensor, softness: int, scale: int = 1) -> Tensor:
+    """A mask `1 1 f h w` whose edges are ramps, half of them inside.
+
+    Args:
+        softness: width of the ramps in pixels; 0 leaves the edges hard.
+        scale: pixels a side that make one of the mask's.
+    """
+    if softness == 0:
+        return mask
+    pixels = rearrange(mask, "1 1 f h w -> f 1 h w").repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    reach = softness // 2
+    box = (softness / 2 + 0.5 - torch.arange(-reach, reach + 1.0).abs()).clamp(max=1) / softness  # an even one has half ends
+    pixels = F.pad(pixels, (reach,) * 4, mode="replicate")
+    pixels = F.conv2d(F.conv2d(pixels, box.to(mask)[None, None, None]), box.to(mask)[None, None, :, None])
+    return rearrange(F.avg_pool2d(pixels, scale), "f 1 h w -> 1 1 f h w").clamp(0, 1)

@@ -17,7 +17,9 @@ from einops import rearrange
 
 from ..checkpoint import Checkpoint
 from ..inflate import inflate
+from ..metrics import psnr
 from ..pipeline import Preset, Source, find_subject, invert, prepare, sample, tune_on
+from ..subject import editable
 from . import world
 from .evaluate import ATTRIBUTES
 from .judge import Judge, Verdict, locate, verdict
@@ -204,3 +206,34 @@ def benchmark(checkpoint: Checkpoint, judge: Judge, preset: Preset, *, seeds: in
             noise = torch.randn(source.latents.shape, generator=torch.Generator().manual_seed(seed))
             run("random_noise", name, clip, tuned, noise, frames)
     return {arm: {content: s.means() for content, s in by.items()} for arm, by in scores.items()}
+
+
+def untouched(checkpoint: Checkpoint, preset: Preset, *, clips: list[BenchmarkClip] | None = None,
+              progress: Callable[[str], None] = lambda line: None) -> dict[str, dict[str, float]]:  # fmt: skip
+    """How well edits of the subject and of the background leave all else as the noise reconstructs the clip.
+
+    PSNR in dB against the walk back without guidance, over the pixels whose latents lie outside of the region; mean of
+    the clips. With a region those latents are the same, and what differs is what the decoder draws of their neighbours.
+
+    Returns: kind -> "without" a region (all else equal), "with" it, and the "least_gain" of a clip.
+    """
+    figures: dict[str, list[list[float]]] = {"subject": [], "background": []}
+    clips = clips or benchmark_clips()
+    for number, clip in enumerate(clips):
+        progress(f"clip {number + 1}/{len(clips)}: {clip.caption()}")
+        source = prepare(checkpoint, torch.from_numpy(world.render_clip(clip.scenes())), clip.caption())
+        unet, _ = tune_on(checkpoint, source, preset)
+        noise = invert(checkpoint, unet, source, preset)
+        subject = find_subject(checkpoint, unet, source, clip.contrasts(), preset)
+        settings = dict(source_prompt=clip.caption(), subject=subject)
+        walk = replace(preset, guidance_scale=1.0, attention_injection=0.0)
+        again = sample(checkpoint, unet, noise, clip.caption(), walk, **settings)
+        for kind, rows in figures.items():
+            caption = clip.caption(**{KINDS[kind]: clip.edits[kind]})
+            outside = editable(REGIONS[kind], subject)[0, 0] == 0
+            outside = outside.repeat_interleave(checkpoint.downscale, 1).repeat_interleave(checkpoint.downscale, 2)  # f h w
+            edits = (sample(checkpoint, unet, noise, caption, preset, region=region, **settings) for region in ("everything", REGIONS[kind]))
+            rows.append([psnr(edit[outside], again[outside]) for edit in edits])
+    means = {kind: np.mean(rows, 0).tolist() for kind, rows in figures.items()}
+    return {kind: {"without": round(means[kind][0], 2), "with": round(means[kind][1], 2),
+                   "least_gain": round(float(np.diff(rows).min()), 2)} for kind, rows in figures.items()}  # fmt: skip
