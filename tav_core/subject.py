@@ -30,7 +30,7 @@ def subject_mask(
     contrast_hidden_states: Tensor,
     scheduler: SchedulerMixin,
     *,
-    threshold: float = 0.15,
+    threshold: float = 0.25,
     seed: int = 0,
 ) -> Tensor:
     """Finds the subject by what sentences about other subjects change in the predicted noise.

@@ -122,6 +122,7 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, tmp_pat
         ({"--caption-as-negative": -1}, "caption_as_negative=-1"),
         ({"--region": "subject"}, "--contrast"),
         ({"--contrast": "a red ball"}, "--contrast 'a red ball' says nothing of another subject"),
+        ({"--softness": -1}, "'-1' is no width; give a number of pixels"),
     ]
     for change, words in cases:
         args = [str(x) for pair in {**base, **change}.items() for x in pair]

@@ -272,10 +272,10 @@ def test_subject_and_region_are_those_of_the_core(pack, mini, region):
     nodes, caption, edit = pack.nodes, "a red ball is sliding on the grass", "a blue star is sliding on the snow"
     others = ["a green heart is sliding on the grass", "a purple ring is sliding on the grass"]
     contrast = [entry for other in others for entry in mini.encode(other)]
-    mask = nodes.SubjectMask.execute(mini.inflated, mini.latent, mini.encode(caption), contrast, 0.15, 16, 0).args[0]
+    mask = nodes.SubjectMask.execute(mini.inflated, mini.latent, mini.encode(caption), contrast, 0.25, 16, 0).args[0]
     unet, scheduler = inflate(mini.checkpoint.unet), DDIMScheduler.from_config(mini.checkpoint.scheduler.config, set_alpha_to_one=True)
     said, wish, empty, *told = (encode_prompt(mini.checkpoint, words) for words in (caption, edit, "", *others))
-    subject = softened(subject_mask(unet, mini.latents, said, torch.cat(told), scheduler, threshold=0.15), 16, 8)
+    subject = softened(subject_mask(unet, mini.latents, said, torch.cat(told), scheduler), 16, 8)
     assert mask.shape == (4, 128, 128) and 0.02 < subject.mean() < 0.5
     assert (F.avg_pool2d(mask, 8) - subject[0, 0]).abs().mean() < 0.01
 

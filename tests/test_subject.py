@@ -1,5 +1,7 @@
 """Where the subject is found, and that edits of a region leave the rest to the noise."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,21 @@ import torch.nn.functional as F
 from conftest import refused
 from diffusers import DDIMScheduler
 
-from tav_core import PRESETS, TavError, ddim_invert, ddim_sample, encode_prompt, find_subject, inflate, prepare, sample
+from tav_core import (
+    PRESETS,
+    TavError,
+    TuneConfig,
+    ddim_invert,
+    ddim_sample,
+    encode_prompt,
+    find_subject,
+    inflate,
+    prepare,
+    sample,
+)
 from tav_core.attention import FrameContext
 from tav_core.mini import world
-from tav_core.mini.benchmark import BenchmarkClip
+from tav_core.mini.benchmark import BenchmarkClip, untouched
 from tav_core.subject import editable, grown, mask_of, softened
 
 CLIP = BenchmarkClip(world.Scene("heart", "purple", "sand", layout=3), "circle", {}, num_frames=4)
@@ -160,3 +173,13 @@ def test_regions_blend_what_the_walks_predict(mini, eta):
             eps = (x[i] - alpha.sqrt() * x0[i]) / (1 - alpha).sqrt()
             wanted = ddim.step(eps, t, x[i]).prev_sample
             assert torch.allclose(latents[i], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_region_leaves_the_rest_alone_by_6_db_and_more(mini):
+    preset = replace(PRESETS["mini"], tuning=TuneConfig(steps=2, learning_rate=1e-3), sampling_steps=4)
+    clip = replace(CLIP, edits={"subject": "square", "background": "grass"})
+    figures = untouched(mini, preset, clips=[clip])
+    assert set(figures) == {"subject", "background"}
+    for kind in figures.values():
+        assert kind["with"] > kind["without"] + 6 and kind["with"] > 25, figures
+        assert kind["least_gain"] == pytest.approx(kind["with"] - kind["without"], abs=0.02)
