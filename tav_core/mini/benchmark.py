@@ -9,6 +9,7 @@ subject alone, edits of the background all but the subject, edits of the style e
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import cv2
 import numpy as np
@@ -213,9 +214,11 @@ def untouched(checkpoint: Checkpoint, preset: Preset, *, clips: list[BenchmarkCl
     """How well edits of the subject and of the background leave all else as the noise reconstructs the clip.
 
     PSNR in dB against the walk back without guidance, over the pixels whose latents lie outside of the region; mean of
-    the clips. With a region those latents are the same, and what differs is what the decoder draws of their neighbours.
+    the clips. With a region those latents are the same, and what differs is what the decoder makes of the others: the
+    statistics of its norms and its attention are of the whole picture.
 
-    Returns: kind -> "without" a region (all else equal), "with" it, and the "least_gain" of a clip.
+    Returns: kind -> "no_mask", "subject_held" (in its place, the region is everything), "region", and "least_gain", from
+    the first to the last, of a clip.
     """
     figures: dict[str, list[list[float]]] = {"subject": [], "background": []}
     clips = clips or benchmark_clips()
@@ -225,15 +228,17 @@ def untouched(checkpoint: Checkpoint, preset: Preset, *, clips: list[BenchmarkCl
         unet, _ = tune_on(checkpoint, source, preset)
         noise = invert(checkpoint, unet, source, preset)
         subject = find_subject(checkpoint, unet, source, clip.contrasts(), preset)
-        settings = dict(source_prompt=clip.caption(), subject=subject)
-        walk = replace(preset, guidance_scale=1.0, attention_injection=0.0)
-        again = sample(checkpoint, unet, noise, clip.caption(), walk, **settings)
+        draw = partial(sample, checkpoint, unet, noise, source_prompt=clip.caption())
+        again = draw(clip.caption(), replace(preset, guidance_scale=1.0, attention_injection=0.0))
         for kind, rows in figures.items():
-            caption = clip.caption(**{KINDS[kind]: clip.edits[kind]})
-            outside = editable(REGIONS[kind], subject)[0, 0] == 0
+            caption, region = clip.caption(**{KINDS[kind]: clip.edits[kind]}), REGIONS[kind]
+            outside = editable(region, subject)[0, 0] == 0
             outside = outside.repeat_interleave(checkpoint.downscale, 1).repeat_interleave(checkpoint.downscale, 2)  # f h w
-            edits = (sample(checkpoint, unet, noise, caption, preset, region=region, **settings) for region in ("everything", REGIONS[kind]))
+            edits = draw(caption, preset), draw(caption, preset, subject=subject), draw(caption, preset, subject=subject, region=region)
             rows.append([psnr(edit[outside], again[outside]) for edit in edits])
-    means = {kind: np.mean(rows, 0).tolist() for kind, rows in figures.items()}
-    return {kind: {"without": round(means[kind][0], 2), "with": round(means[kind][1], 2),
-                   "least_gain": round(float(np.diff(rows).min()), 2)} for kind, rows in figures.items()}  # fmt: skip
+    summary = {}
+    for kind, rows in figures.items():
+        no_mask, held, region = np.mean(rows, 0).round(2).tolist()
+        least = min(row[2] - row[0] for row in rows)
+        summary[kind] = {"no_mask": no_mask, "subject_held": held, "region": region, "least_gain": round(least, 2)}
+    return summary
