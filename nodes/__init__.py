@@ -14,9 +14,10 @@ from .take import Take
 from .tune import OneShotTune
 from .tuned_weights import ApplyTunedWeights, LoadTunedWeights, SaveTunedWeights
 from .windows import ContextWindows
+from .word import WordMask
 
 NODES = [LoadVideo, LoadCheckpoint, Inflate, Take, OneShotTune, SaveTunedWeights, LoadTunedWeights, ApplyTunedWeights,
-         ContextWindows, DDIMInversion, SubjectMask, AttentionInjection, VideoSampler, Compare]  # fmt: skip
+         ContextWindows, DDIMInversion, SubjectMask, WordMask, AttentionInjection, VideoSampler, Compare]  # fmt: skip
 
 
 class Extension(ComfyExtension):

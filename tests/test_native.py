@@ -22,7 +22,7 @@ from tav_core import (
     subject_mask,
     tune,
 )
-from tav_core.subject import softened
+from tav_core.subject import softened, word_mask
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
@@ -293,6 +293,24 @@ def test_subject_and_region_are_those_of_the_core(pack, mini, region):
         nodes.VideoSampler.execute(model, mini.encode(edit), mini.encode(""), noise, 10, 5.0, "ddim_uniform", 0.0, False, 0)
     with pytest.raises(ValueError, match="there is no mask; connect subject to Subject Mask"):
         nodes.AttentionInjection.execute(mini.inflated, mini.encode(caption), 0.5, region)
+
+
+def test_the_mask_of_a_word_is_that_of_the_core(pack, mini):
+    caption = "a red ball is sliding on the grass"
+    clip = pack.nodes.LoadCheckpoint.execute("mini").args[1]
+    mask = pack.nodes.WordMask.execute(mini.inflated, clip, mini.latent, caption, "ball", 5, 0.3, 0).args[0]
+    unet, ids = inflate(mini.checkpoint.unet), mini.checkpoint.tokenizer(caption).input_ids
+    scheduler = DDIMScheduler.from_config(mini.checkpoint.scheduler.config, set_alpha_to_one=True)
+    wanted = word_mask(unet, mini.latents, encode_prompt(mini.checkpoint, caption), [3], scheduler, steps=5, threshold=0.3)
+    assert ids[3] == mini.checkpoint.tokenizer("ball", add_special_tokens=False).input_ids[0]
+    assert mask.shape == (4, 128, 128) and (mask[:, ::8, ::8] - wanted[0, 0]).abs().mean() < 0.01 < wanted.mean() < 0.99
+    with pytest.raises(ValueError, match="word 'star' is not in the sentence"):
+        pack.nodes.WordMask.execute(mini.inflated, clip, mini.latent, caption, "star", 5, 0.3, 0)
+    with pytest.raises(ValueError, match="word ' ' is not in the sentence"):
+        pack.nodes.WordMask.execute(mini.inflated, clip, mini.latent, caption, " ", 5, 0.3, 0)
+    with pytest.raises(ValueError, match="MODEL sees the clip in Context Windows"):
+        windowed = pack.nodes.ContextWindows.execute(mini.inflated, 3, 2).args[0]
+        pack.nodes.WordMask.execute(windowed, clip, mini.latent, caption, "ball", 5, 0.3, 0)
 
 
 CAPTION, EDIT, MASKED_STEPS = "a red ball is sliding on the grass", "a blue star is sliding on the snow", 5

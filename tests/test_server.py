@@ -25,6 +25,7 @@ NODES = {
     "TAVContextWindows": "Context Windows (Tune-A-Video)",
     "TAVDDIMInversion": "DDIM Inversion (Tune-A-Video)",
     "TAVSubjectMask": "Subject Mask (Tune-A-Video)",
+    "TAVWordMask": "Word Mask (Tune-A-Video)",
     "TAVAttentionInjection": "Attention Injection (Tune-A-Video)",
     "TAVVideoSampler": "Video Sampler (Tune-A-Video)",
     "TAVCompare": "Compare (Tune-A-Video)",

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import refused
 from diffusers import DDIMScheduler
+from transformers import CLIPTokenizer
 
 from tav_core import (
     PRESETS,
@@ -22,9 +23,19 @@ from tav_core import (
     sample,
 )
 from tav_core.attention import FrameContext
+from tav_core.checkpoint import CONFIGS
 from tav_core.mini import world
 from tav_core.mini.benchmark import BenchmarkClip, untouched
-from tav_core.subject import editable, grown, mask_of, softened
+from tav_core.subject import (
+    editable,
+    grown,
+    mask_of,
+    mask_of_attention,
+    softened,
+    word_attention,
+    word_mask,
+    word_places,
+)
 
 CLIP = BenchmarkClip(world.Scene("heart", "purple", "sand", layout=3), "circle", {}, num_frames=4)
 EDIT = "an orange heart is circling on the sand"
@@ -183,3 +194,59 @@ def test_a_region_leaves_the_rest_alone_by_6_db_and_more(mini):
     for kind in figures.values():
         assert kind["region"] > kind["no_mask"] + 6 and kind["region"] > 25, figures
         assert kind["least_gain"] == pytest.approx(kind["region"] - kind["no_mask"], abs=0.02)
+
+
+def test_places_of_a_word():
+    def places(sentence, word):
+        return word_places(tokenizer(sentence).input_ids, tokenizer(word, add_special_tokens=False).input_ids, word)
+
+    tokenizer = CLIPTokenizer.from_pretrained(CONFIGS / "tokenizer")
+    assert places("a red ball is sliding", "ball") == [3]
+    assert places("a red ball is sliding", "Red ball") == [2, 3]
+    assert places("a man and a man", "man") == [2, 5]
+    long = tokenizer("tyrannosaurus", add_special_tokens=False).input_ids
+    assert len(long) > 1 and places("a tyrannosaurus is skiing", "tyrannosaurus") == list(range(2, 2 + len(long)))
+    for word in ("star", "bal", ""):
+        refused(f"word '{word}' is not in the sentence; name one of its words", "a red ball", word, call=places)
+
+
+def test_attention_to_a_word_is_that_of_the_softmax(checkpoint):
+    unet, places = inflate(checkpoint.unet), [2, 5]
+    generator = torch.Generator().manual_seed(0)
+    latents, text = torch.randn(1, 4, 3, 16, 8, generator=generator), torch.randn(1, 7, 32, generator=generator)
+    wanted = {}
+
+    def explicit(attn, args, kwargs):
+        x, text = args[0], kwargs["encoder_hidden_states"]
+        q, k = (y.unflatten(2, (attn.heads, -1)) for y in (attn.to_q(x), attn.to_k(text)))
+        weights = (torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5).softmax(-1)
+        wanted[x.shape[1]] = wanted.get(x.shape[1], 0) + (weights[..., 2] + weights[..., 5]).mean(1)
+
+    hooks = [module.register_forward_pre_hook(explicit, with_kwargs=True) for name, module in unet.named_modules() if name.endswith("attn2")]
+    with torch.no_grad(), word_attention(unet, places) as maps:
+        for t in (500, 900):
+            unet(latents, t, text)
+    assert set(maps) == set(wanted) == {128, 32, 8, 2} and maps[128].shape == (3, 128)
+    assert all(torch.allclose(maps[n], wanted[n], atol=1e-5) for n in maps)
+    for hook in hooks:
+        hook.remove()
+    with torch.no_grad():
+        unet(latents, 500, text)
+    assert all(torch.allclose(maps[n], wanted[n], atol=1e-5) for n in maps)  # nothing is left on the U-Net
+
+
+def test_mask_of_known_attention():
+    looked_at = torch.zeros(2, 8, 16)
+    looked_at[:, 2:4, 4:8] = 1.0
+    maps = {128: looked_at.flatten(1), 8: torch.rand(2, 8), 2048: torch.rand(2, 2048)}
+    mask = mask_of_attention(maps, 32, 64, 0.5)[0, 0]
+    assert torch.equal(mask[0], mask[1]) and mask[:, 9:15, 17:31].all() and mask.sum() == mask[:, 8:16, 16:32].sum()
+    refused("looked at alike everywhere", {256: torch.ones(1, 256)}, 16, 16, 0.5, call=mask_of_attention)
+    refused("threshold=0 is out of range", maps, 32, 64, 0, call=mask_of_attention)
+
+
+def test_a_word_is_found_during_inversion(mini, found):
+    source, unet, _ = found
+    ids = mini.tokenizer(source.prompt).input_ids
+    mask = word_mask(unet, source.latents, source.hidden_states, word_places(ids, ids[3:4], "heart"), mini.scheduler, steps=2)
+    assert mask.shape == (1, 1, 4, 16, 16) and 0 < mask.mean() < 1 and set(mask.unique().tolist()) == {0, 1}
