@@ -149,7 +149,8 @@ def ddim_sample(
     source_hidden_states: Tensor | None = None,
     region: Tensor | None = None,
     anchor: Tensor | None = None,
-) -> Tensor:
+    return_source: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Denoise `latents` to a clean video with classifier-free guidance (Ho & Salimans, arXiv 2207.12598).
 
     Args:
@@ -171,7 +172,7 @@ def ddim_sample(
             keeps the subject in its place.
 
     Returns:
-        float32 `b c f h w`.
+        float32 `b c f h w`, or with `return_source` and a region also what the source's walk ends in.
 
     Raises:
         TavError: guidance without `negative_hidden_states`, injection without `source_hidden_states`, an eta or
@@ -231,7 +232,7 @@ def ddim_sample(
             x = torch.where(region > 0, x, source)  # no rounding, no fresh noise
         if callback is not None:
             callback(_progress("sample", num_steps - i, num_steps, t, x, x0))
-    return x
+    return (x, source) if return_source else x
 
 
 def _progress(stage: str, step: int, total: int, t: int, x: Tensor, x0: Tensor) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video
 from .ddim import ddim_invert, ddim_sample
 from .errors import TavError
 from .inflate import VideoUNet, inflate
-from .subject import SOFTNESS, editable, softened, subject_mask
+from .subject import SOFTNESS, editable, put_back, softened, subject_mask
 from .tuning import Take, TuneConfig, TuneResult, tune
 from .video import to_pixels
 from .windows import ContextWindows, WindowedUNet
@@ -172,18 +172,21 @@ def sample(checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, 
         raise TavError(f"--region {region} needs to know where the subject is; invert the clip with --contrast")
     if not prompt.strip():
         raise TavError("--edit is empty; describe the edited clip in one sentence")
-    negative, settings = encode_prompt(checkpoint, negative_prompt), {}
+    negative, settings, changeable = encode_prompt(checkpoint, negative_prompt), {}, None
     if source_prompt is not None:
         negative = torch.lerp(negative, encode_prompt(checkpoint, source_prompt), preset.caption_as_negative)
         settings = {"attention_injection": preset.attention_injection,
                     "source_hidden_states": _inversion_text(checkpoint, source_prompt, preset)}  # fmt: skip
         if subject is not None:
             subject = subject.to(unet.device)
-            settings |= {"anchor": subject, "region": editable(region, subject)}
+            changeable = editable(region, subject)
+            settings |= {"anchor": subject, "region": changeable, "return_source": changeable is not None}
     latents = ddim_sample(_windowed(unet, preset), noise.to(unet.device), encode_prompt(checkpoint, prompt),
                           checkpoint.scheduler, preset.sampling_steps, guidance_scale=preset.guidance_scale,
                           negative_hidden_states=negative, callback=callback, **settings)  # fmt: skip
-    return decode_video(checkpoint, latents)
+    if changeable is None:
+        return decode_video(checkpoint, latents)
+    return put_back(*(decode_video(checkpoint, each) for each in latents), changeable)
 
 
 def _inversion_text(checkpoint: Checkpoint, prompt: str, preset: Preset) -> Tensor:

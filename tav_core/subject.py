@@ -177,6 +177,17 @@ def editable(region: str, mask: Tensor) -> Tensor | None:
     return {"everything": None, "subject": grown(mask, _ROOM), "background": 1 - mask}[region]
 
 
+def put_back(edit: Tensor, source: Tensor, region: Tensor) -> Tensor:
+    """An edit (uint8 `f h w c`) with the pixels of the source where the region, `1 1 f h w` of latent pixels, is 0.
+
+    Their latents are the same, but a decoder sees the whole picture and draws them otherwise beside others. The seam is
+    inside, half a latent pixel wide.
+    """
+    outside = rearrange((region == 0).float().cpu(), "1 1 f h w -> f 1 h w")
+    share = F.interpolate(outside, edit.shape[1:3], mode="bilinear").mul(2).sub(1).clamp(min=0)
+    return torch.lerp(edit.float(), source.float(), rearrange(share, "f 1 h w -> f h w 1")).round().to(torch.uint8)
+
+
 def grown(mask: Tensor, margin: int) -> Tensor:
     """A mask `1 1 f h w` that is `margin` pixels wider on each side."""
     flat = F.max_pool2d(rearrange(mask, "1 1 f h w -> f 1 h w"), 2 * margin + 1, 1, margin)

@@ -31,6 +31,7 @@ from tav_core.subject import (
     grown,
     mask_of,
     mask_of_attention,
+    put_back,
     softened,
     word_attention,
     word_mask,
@@ -121,6 +122,18 @@ def test_soft_edges_are_ramps_of_the_given_width():
     pixels = softened(small.repeat_interleave(8, -1).repeat_interleave(8, -2), 12)[0]
     assert torch.allclose(softened(small, 12, 8)[0], F.avg_pool2d(pixels, 8), atol=1e-6)
     assert torch.allclose(softened(small, 16, 8)[0, 0, 0, 4], torch.tensor([0, 0, 0.25, 0.75, 1, 1, 0.75, 0.25]))
+
+
+def test_pixels_outside_of_a_region_are_those_of_the_source():
+    region = torch.zeros(1, 1, 2, 4, 4)
+    region[:, :, 0, :, 2:], region[:, :, 1, :, 1:] = 0.25, 1.0
+    edit, source = torch.full((2, 32, 32, 3), 200, dtype=torch.uint8), torch.full((2, 32, 32, 3), 100, dtype=torch.uint8)
+    mixed = put_back(edit, source, region)
+    assert mixed.dtype == torch.uint8 and (mixed[0, :, 16:] == 200).all()
+    assert (mixed[0, :, :12] == 100).all() and (mixed[1, :, :4] == 100).all()
+    ramp = mixed[0, 9, 11:17, 0].tolist()
+    assert ramp == sorted(ramp) and 100 < ramp[1] < ramp[4] < 200
+    assert (put_back(edit, source, torch.ones_like(region)) == edit).all()
 
 
 def test_refusals(mini, found):

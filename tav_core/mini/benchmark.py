@@ -214,8 +214,7 @@ def untouched(checkpoint: Checkpoint, preset: Preset, *, clips: list[BenchmarkCl
     """How well edits of the subject and of the background leave all else as the noise reconstructs the clip.
 
     PSNR in dB against the walk back without guidance, over the pixels whose latents lie outside of the region; mean of
-    the clips. With a region those latents are the same, and what differs is what the decoder makes of the others: the
-    statistics of its norms and its attention are of the whole picture.
+    the clips. With a region those pixels are the same but for a seam (see `put_back`).
 
     Returns: kind -> "no_mask", "subject_held" (in its place, the region is everything), "region", and "least_gain", from
     the first to the last, of a clip.
