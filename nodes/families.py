@@ -19,7 +19,9 @@ from ..tav_core import TavError, VideoUNet
 
 
 class OneFamily:
-    """Mixin for a `BaseModel` around a diffusers U-Net: foreign ControlNets are refused, and hints that fit no clip."""
+    """Mixin for a `BaseModel` around a diffusers U-Net. Refused are foreign ControlNets, hints that fit no clip, and masks that
+    keep only noise.
+    """
 
     def extra_conds(self, **kwargs) -> dict[str, Any]:
         net, frames = kwargs.get("control"), len(kwargs["noise"])
@@ -36,6 +38,13 @@ class OneFamily:
                 raise TavError(f"{name} has {hints} hints, LATENT has {frames} frames; give it 1 image for all frames, or {frames}")
             net = net.previous_controlnet
         return super().extra_conds(**kwargs)
+
+    def scale_latent_inpaint(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, **kwargs) -> Tensor:
+        """What a stock noise mask puts outside of it: the latent under as much noise as the sampler is at."""
+        if isinstance(self.diffusion_model, VideoUNet) and not noise.any():  # the latent is inverted noise itself
+            raise TavError("noise_mask on inverted noise needs to know what the clip was inverted with; connect MODEL through "
+                           "Attention Injection (share 0 will do), or use Video Sampler")  # fmt: skip
+        return super().scale_latent_inpaint(sigma=sigma, noise=noise, latent_image=latent_image, **kwargs)
 
 
 class NativeModel(OneFamily, comfy.model_base.BaseModel):

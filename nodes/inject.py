@@ -1,12 +1,13 @@
 """Attention Injection: a MODEL whose samples attend as the clip does that their noise was inverted from.
 
-It can also leave a part of the clip as it is: the noise reconstructs it.
+It can also leave a part of the clip as it is, outside of a region or of a noise mask: the noise reconstructs it.
 """
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import comfy.sampler_helpers
 import comfy.utils
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,10 @@ class SourceWalk:
     A walk starts with the sampling and goes from one noise level to the next by Euler's method (DDIM). Only the first
     call at a level takes it further: guidance such as perturbed attention calls the model again, changed.
 
+    Where an edit may change only a part, the walk is the rest, as in `ddim_sample`: at every call the clean latents
+    that the two predict are blended. A noise mask (stock Set Latent Noise Mask) does so as well, together with `region`,
+    in a sampling that starts from the latent itself. In one that adds noise it keeps its stock meaning.
+
     Args:
         text: what the clip was inverted with, `1 n d`.
         vector: the rest of it for latents of a size, where the MODEL is SDXL.
@@ -47,10 +52,24 @@ class SourceWalk:
         self.text, self.vector, self.share, self.inner = text, vector, share, inner
         self.subject, self.region = subject, region
 
-    def sample(self, executor: Callable, *args, **kwargs) -> Tensor:
-        """Wraps the whole sampling."""
-        self.sigma = None
-        return executor(*args, **kwargs)
+    def sample(self, executor: Callable, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor,
+               denoise_mask: Tensor | None = None, *args, **kwargs) -> Tensor:  # fmt: skip
+        """Wraps the whole sampling.
+
+        Raises:
+            TavError: a mask of another number of frames.
+        """
+        self.sigma, self.anchor, self.changeable = None, None, None
+        if self.subject is not None:
+            self.anchor = at_size(self.subject, noise)
+            region = editable(self.region, rearrange(self.anchor, "f 1 h w -> 1 1 f h w"))
+            if region is not None:
+                self.changeable = rearrange(region, "1 1 f h w -> f 1 h w")
+        if denoise_mask is not None and not noise.any():
+            mask = noise_mask(denoise_mask, noise)
+            self.changeable = mask if self.changeable is None else mask * self.changeable
+            denoise_mask = None
+        return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
 
     def __call__(self, apply_model: Callable, args: dict[str, Any]) -> Tensor:
         x, c, kinds = args["input"], dict(args["c"]), args["cond_or_uncond"]
@@ -59,7 +78,7 @@ class SourceWalk:
         led_steps = round(self.share * (len(levels) - 1))
         # a sampler's second look at a step counts as well
         leads = led_steps > 0 and sigma >= levels[led_steps - 1] * (1 - 1e-4)
-        if not leads and self.region == "everything":
+        if not leads and self.changeable is None:
             return self.call(apply_model, args)
 
         rows = len(x) // len(kinds)
@@ -75,18 +94,16 @@ class SourceWalk:
         if c.get("control"):  # the clip itself is under no ControlNet
             c["control"] = {place: [_led_by_none(t, rows) for t in entries] for place, entries in c["control"].items()}
         c["transformer_options"] = {**options, "cond_or_uncond": [1, *kinds], SOURCE_ROWS: rows if leads else 0}
-        mask = None if self.subject is None else at_size(self.subject, x[:rows])
         anchored_steps = round(ANCHORED * led_steps)
-        if mask is not None and anchored_steps and sigma >= levels[anchored_steps - 1] * (1 - 1e-4):
-            c["transformer_options"][ANCHOR] = mask.repeat(len(kinds) + 1, 1, 1, 1)
+        if self.anchor is not None and anchored_steps and sigma >= levels[anchored_steps - 1] * (1 - 1e-4):
+            c["transformer_options"][ANCHOR] = self.anchor.to(x).repeat(len(kinds) + 1, 1, 1, 1)
         led = {**args, "input": torch.cat([self.source, x]), "c": c, "cond_or_uncond": [1, *kinds],
                "timestep": torch.cat([args["timestep"][:rows], args["timestep"]])}  # fmt: skip
         denoised, out = self.call(apply_model, led).split([rows, len(x)])
         if sigma != self.sigma:
             self.sigma, self.denoised = sigma, denoised
-        if self.region != "everything":  # the same for both prompts, so that guidance changes nothing there either
-            region = rearrange(editable(self.region, rearrange(mask, "f 1 h w -> 1 1 f h w")), "1 1 f h w -> f 1 h w")
-            out = torch.lerp(denoised.repeat(len(kinds), 1, 1, 1), out, region.repeat(len(kinds), 1, 1, 1))
+        if self.changeable is not None:  # the same for both prompts, so that guidance changes nothing there either
+            out = torch.lerp(denoised.repeat(len(kinds), 1, 1, 1), out, self.changeable.to(x).repeat(len(kinds), 1, 1, 1))
         return out
 
     def call(self, apply_model: Callable, args: dict[str, Any]) -> Tensor:
@@ -105,18 +122,56 @@ def at_size(mask: Tensor, latents: Tensor) -> Tensor:
     Raises:
         TavError: it has another number of frames.
     """
-    if len(mask) not in (1, len(latents)):
-        raise TavError(f"subject has {len(mask)} masks for {len(latents)} frames; give one for all, or one for each frame")
+    _check_count("subject", len(mask), len(latents))
     mask = F.adaptive_avg_pool2d(mask[:, None].to(latents), latents.shape[-2:])
     return mask.expand(len(latents), -1, -1, -1)
 
 
+def noise_mask(mask: Tensor, latents: Tensor) -> Tensor:
+    """A noise mask, `f 1 h w` or `1 1 h w`, for latents `f c h w`, scaled as stock samplers do: `f 1 h w`.
+
+    Raises:
+        TavError: it has another number of frames.
+    """
+    _check_count("noise_mask", mask[..., 0, 0].numel(), len(latents))
+    return comfy.sampler_helpers.prepare_mask(mask, latents.shape, latents.device)[:, :1]
+
+
+def _check_count(name: str, masks: int, frames: int):
+    if masks not in (1, frames):
+        raise TavError(f"{name} has {masks} masks for {frames} frames; give one for all, or one for each frame")
+
+
+def with_injection(model: ModelPatcher, conditioning: list, share: float, region: str = "everything",
+                   subject: Tensor | None = None) -> ModelPatcher:  # fmt: skip
+    """A clone of an inflated MODEL with a `SourceWalk`.
+
+    Args:
+        conditioning: what the clip was inverted with.
+
+    Raises:
+        TavError: it isn't inflated, or the CONDITIONING isn't for it.
+    """
+    video_unet(model)  # raises for a model that isn't inflated
+    text = hidden_states(model, conditioning, "conditioning")
+    model = without_injection(model)
+    inner = model.model_options.get(WRAPPER)
+    model = model.clone()
+    walk = SourceWalk(text, partial(vector_of, model, conditioning), share, subject, region, inner)
+    model.set_model_unet_function_wrapper(walk)
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER, walk.sample)
+    return model
+
+
+def has_injection(model: ModelPatcher) -> bool:
+    return isinstance(model.model_options.get(WRAPPER), SourceWalk)
+
+
 def without_injection(model: ModelPatcher) -> ModelPatcher:
     """The MODEL without `SourceWalk`, for inverting with it."""
-    walk = model.model_options.get(WRAPPER)
-    if not isinstance(walk, SourceWalk):
+    if not has_injection(model):
         return model
-    model = model.clone()
+    walk, model = model.model_options[WRAPPER], model.clone()
     del model.model_options[WRAPPER]
     model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER)
     if walk.inner:
@@ -154,12 +209,5 @@ class AttentionInjection(io.ComfyNode):
         with plain_errors():
             if region != "everything" and subject is None:
                 raise TavError(f"region is {region}, but there is no mask; connect subject to Subject Mask")
-            video_unet(model)  # raises for a model that isn't inflated
-            text = hidden_states(model, conditioning, "conditioning")
-            model = without_injection(model)
-            inner = model.model_options.get(WRAPPER)
-            model = model.clone()
-            walk = SourceWalk(text, partial(vector_of, model, conditioning), share, subject, region, inner)
-            model.set_model_unet_function_wrapper(walk)
-            model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER, walk.sample)
+            model = with_injection(model, conditioning, share, region, subject)
         return io.NodeOutput(model)

@@ -13,6 +13,8 @@ from .common import clean_latents, hidden_states, plain_errors, report, schema
 from .inject import without_injection
 from .native import scheduler_of
 
+INVERTED_WITH = "tav_inverted_with"  # in a LATENT of inverted noise: the CONDITIONING of its inversion
+
 
 class InversionSampler(comfy.samplers.Sampler):
     """Walks up the noise levels that a DDIM (Euler) sampler walks down (paper, section 3.3).
@@ -109,4 +111,4 @@ class DDIMInversion(io.ComfyNode):
                 back = sample_with(model, euler, levels, {"samples": noise}, conditioning, conditioning, 1.0, still)
                 error = (clean_latents(model, {"samples": back}) - clip).square().mean().sqrt().item()
                 report(cls, f"reconstruction error {error:.3f}")
-        return io.NodeOutput({**latent, "samples": noise}, levels, error)
+        return io.NodeOutput({**latent, "samples": noise, INVERTED_WITH: conditioning}, levels, error)

@@ -5,8 +5,10 @@ import comfy.samplers
 import torch
 from comfy_api.latest import io
 
+from ..tav_core import TavError
 from .common import clean_latents, plain_errors, schema
-from .invert import sample_with, sigmas_for
+from .inject import has_injection, with_injection
+from .invert import INVERTED_WITH, sample_with, sigmas_for
 
 
 class VideoSampler(io.ComfyNode):
@@ -22,7 +24,8 @@ class VideoSampler(io.ComfyNode):
                 io.Model.Input("model", tooltip="The tuned MODEL."),
                 io.Conditioning.Input("positive", tooltip="The edited sentence."),
                 io.Conditioning.Input("negative", tooltip="What should not be there; an empty prompt in the paper."),
-                io.Latent.Input("noise", tooltip="From DDIM Inversion; any LATENT of the right size with add_noise on."),
+                io.Latent.Input("noise", tooltip="From DDIM Inversion; any LATENT of the right size with add_noise on. With a noise mask "
+                                "(Set Latent Noise Mask) the rest of the clip stays as the noise reconstructs it."),
                 io.Int.Input("steps", default=50, min=1, max=1000, tooltip="As many as were inverted."),
                 io.Float.Input("cfg", default=12.5, min=1.0, max=100.0, step=0.5,
                                tooltip="Guidance: more follows the prompt more and the clip less. The paper: 12.5."),
@@ -43,6 +46,15 @@ class VideoSampler(io.ComfyNode):
     def execute(cls, model, positive, negative, noise, steps, cfg, scheduler, eta, add_noise, seed, sigmas=None) -> io.NodeOutput:
         with plain_errors():
             clean_latents(model, noise)  # raises for one that isn't a clip
+            if noise.get("noise_mask") is not None:
+                if add_noise:
+                    raise TavError("noise has a noise_mask, outside of which the inverted clip stays, but add_noise starts from "
+                                   "other noise; turn add_noise off, or leave the mask out")  # fmt: skip
+                if not has_injection(model):
+                    if INVERTED_WITH not in noise:
+                        raise TavError("noise has a noise_mask, but doesn't say what the clip was inverted with; connect noise to "
+                                       "DDIM Inversion, or MODEL through Attention Injection")  # fmt: skip
+                    model = with_injection(model, noise[INVERTED_WITH], share=0.0)
             start = dict(noise)
             random = torch.zeros_like(noise["samples"])
             if add_noise:

@@ -2,12 +2,11 @@
 
 import comfy.samplers
 import torch
-import torch.nn.functional as F
 from comfy_api.latest import io
 from einops import rearrange
 from torch import Tensor
 
-from ..tav_core.subject import mask_of, probes
+from ..tav_core.subject import SOFTNESS, mask_of, probes, softened
 from .common import clean_latents, hidden_states, plain_errors, schema
 from .inject import without_injection
 from .invert import sample_with
@@ -46,14 +45,16 @@ class SubjectMask(io.ComfyNode):
                 io.Conditioning.Input("conditioning", tooltip="What the clip shows."),
                 io.Conditioning.Input("contrast", tooltip="The same sentence with another subject; better several of them, each with "
                                       "another colour and shape, put together by Conditioning (Combine)."),
-                io.Float.Input("threshold", default=0.15, min=0.01, max=0.99, step=0.01, tooltip="Less finds more."),
+                io.Float.Input("threshold", default=0.25, min=0.01, max=0.99, step=0.01, tooltip="Less finds more."),
+                io.Int.Input("softness", default=SOFTNESS, min=0, max=512,
+                             tooltip="Width of the edge in pixels, over which an edit blends into the rest. 0: a hard edge."),
                 io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip="Of the noise in which it looks."),
             ],
             outputs=[io.Mask.Output(tooltip="White where the subject is, a mask for each frame.")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, latent, conditioning, contrast, threshold, seed) -> io.NodeOutput:
+    def execute(cls, model, latent, conditioning, contrast, threshold, softness, seed) -> io.NodeOutput:
         with plain_errors():
             scheduler = scheduler_of(model)  # raises for a model that this isn't for
             model = without_injection(model)
@@ -67,4 +68,5 @@ class SubjectMask(io.ComfyNode):
                 sample_with(model, probe, sigmas, {"samples": latent["samples"]}, sentence, sentence, 1.0, still)
                 predictions.append(probe.predictions)
             mask = mask_of([torch.cat(level) for level in zip(*predictions)], threshold)
-        return io.NodeOutput(F.interpolate(rearrange(mask, "1 1 f h w -> f 1 h w"), scale_factor=8)[:, 0])
+            mask = softened(mask.repeat_interleave(8, -2).repeat_interleave(8, -1), softness)
+        return io.NodeOutput(rearrange(mask, "1 1 f h w -> f h w"))

@@ -22,7 +22,7 @@ from .errors import Cancelled, TavError
 from .files import atomic_path
 from .inflate import VideoUNet
 from .metrics import frame_difference, psnr
-from .subject import REGIONS
+from .subject import REGIONS, SOFTNESS
 from .tuned import TunedInfo, load_tuned, read_tuned, save_tuned
 from .video import Clip, load_video, save_video
 from .visuals import loss_curve, side_by_side, spotlight, strip
@@ -143,7 +143,7 @@ def _read_noise(path: Path, preset: pipeline.Preset) -> tuple[Tensor, Tensor | N
 
 def _subject(args, checkpoint: Checkpoint, unet, source: pipeline.Source, preset: pipeline.Preset) -> Tensor | None:
     """The mask of the subject, if there are sentences to find it by."""
-    return pipeline.find_subject(checkpoint, unet, source, args.contrast, preset) if args.contrast else None
+    return pipeline.find_subject(checkpoint, unet, source, args.contrast, preset, args.softness) if args.contrast else None
 
 
 def _regions(args) -> list[str]:
@@ -234,7 +234,7 @@ def _demo(args):
     from .mini.demo import CLIP, CONTRASTS, EDITS, PROMPT, REGIONS, score  # the world is needed here alone
 
     args.video, args.prompt, args.edit = CLIP, PROMPT, list(EDITS.values())
-    args.contrast, args.region = CONTRASTS, [REGIONS[kind] for kind in EDITS]
+    args.contrast, args.softness, args.region = CONTRASTS, SOFTNESS, [REGIONS[kind] for kind in EDITS]
     progress = Progress().stop_at_interrupt()
     checkpoint = _checkpoint(args)
     summary, videos = run_edit(args, checkpoint, _clip(args, checkpoint, args.video), progress)
@@ -320,6 +320,12 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
+def _softness(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no width; give a number of pixels, 0 for a hard edge")
+    return int(text)
+
+
 def _device(text: str) -> torch.device:
     try:
         return torch.empty(0, device=text).device
@@ -377,6 +383,8 @@ def _contrast_argument(parser):
     parser.add_argument("--contrast", action="append", metavar="TEXT",
                         help="the clip's sentence with another subject; finds the subject, keeps it in its place, and lets "
                         "--region work; best three times, each with another colour and shape")  # fmt: skip
+    parser.add_argument("--softness", type=_softness, default=SOFTNESS, metavar="PIXELS",
+                        help=f"width of the edge between the subject and the rest; 0 for a hard one ({SOFTNESS})")  # fmt: skip
 
 
 def main():

@@ -154,7 +154,8 @@ def ddim_sample(
     class_labels: Tensor | None = None,
     negative_class_labels: Tensor | None = None,
     source_class_labels: Tensor | None = None,
-) -> Tensor:
+    return_source: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Denoise `latents` to a clean video with classifier-free guidance (Ho & Salimans, arXiv 2207.12598).
 
     Args:
@@ -170,7 +171,8 @@ def ddim_sample(
         attention_injection: share of the steps, from the first on, in which a second walk from the same noise,
             without guidance back to the source clip, leads the attention (see `attention`); needs a `VideoUNet`.
         source_hidden_states: embedding that the source clip was inverted with, for the attention injection and `region`.
-        region: what the edit may change, 0 ... 1, `b 1 f h w`; everything else is what the noise reconstructs.
+        region: what the edit may change, 0 ... 1, `b 1 f h w`. A step goes towards the blend of the clean latents that
+            the two walks predict, `lerp(x0_source, x0, region)`; where it is 0, the source's walk is taken as it is.
         anchor: where the clip's features lead as well in the first two thirds of these steps, 0 ... 1, `b 1 f h w`:
             keeps the subject in its place.
         class_labels: of the video, `1`, `b` or `(b f)`, where the U-Net has classes.
@@ -179,7 +181,7 @@ def ddim_sample(
         source_class_labels: those that the source clip was inverted with; by default `class_labels`.
 
     Returns:
-        float32 `b c f h w`.
+        float32 `b c f h w`, or with `return_source` and a region also what the source's walk ends in.
 
     Raises:
         TavError: guidance without `negative_hidden_states`, injection without `source_hidden_states`, an eta or
@@ -226,8 +228,8 @@ def ddim_sample(
             with unet.frame_context.led_by(b if leads else 0):
                 output = _predict(unet, torch.cat([source, *videos]), t, beside_text, **settings, **beside_labels)
             source_output, *outputs = output.split(b)
-            eps, x0 = to_eps_x0(source_output, source, levels[i + 1], prediction_type)
-            source = ddim_step(x0, eps, levels[i + 1], levels[i])
+            source_eps, source_x0 = to_eps_x0(source_output, source, levels[i + 1], prediction_type)
+            source = ddim_step(source_x0, source_eps, levels[i + 1], levels[i])
         else:
             outputs = _predict(unet, torch.cat(videos), t, text, **labels).split(b)
         output = outputs[-1]
@@ -235,13 +237,16 @@ def ddim_sample(
             negative, positive = outputs
             output = negative + guidance_scale * (positive - negative)
         eps, x0 = to_eps_x0(output, x, levels[i + 1], prediction_type)
+        if region is not None:
+            x0 = torch.lerp(source_x0, x0, region)
+            eps = (x - levels[i + 1].sqrt() * x0) / (1 - levels[i + 1]).sqrt()
         noise = randn_tensor(x.shape, generator, x.device, x.dtype) if eta > 0 else None
         x = ddim_step(x0, eps, levels[i + 1], levels[i], eta, noise)
         if region is not None:
-            x = torch.lerp(source, x, region)
+            x = torch.where(region > 0, x, source)  # no rounding, no fresh noise
         if callback is not None:
             callback(_progress("sample", num_steps - i, num_steps, t, x, x0))
-    return x
+    return (x, source) if return_source else x
 
 
 def _progress(stage: str, step: int, total: int, t: int, x: Tensor, x0: Tensor) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video
 from .ddim import ddim_invert, ddim_sample
 from .errors import TavError
 from .inflate import VideoUNet, inflate, trainable_parameters
-from .subject import editable, subject_mask
+from .subject import SOFTNESS, editable, put_back, softened, subject_mask
 from .tuning import Take, TuneConfig, TuneResult, tune
 from .video import to_pixels
 from .windows import ContextWindows, WindowedUNet
@@ -153,19 +153,22 @@ def _windowed(unet: VideoUNet, preset: Preset) -> VideoUNet | WindowedUNet:
     return unet if length is None else WindowedUNet(unet, ContextWindows(length, preset.context_overlap))
 
 
-def find_subject(checkpoint: Checkpoint, unet: VideoUNet, source: Source, contrasts: Sequence[str], preset: Preset) -> Tensor:
-    """Mask of the clip's subject, `1 1 f h w` of latent pixels (see `subject_mask`).
+def find_subject(checkpoint: Checkpoint, unet: VideoUNet, source: Source, contrasts: Sequence[str], preset: Preset,
+                 softness: int = SOFTNESS) -> Tensor:  # fmt: skip
+    """Mask of the clip's subject, 0 ... 1, `1 1 f h w` of latent pixels (see `subject_mask`).
 
     Args:
         contrasts: the clip's sentence with other subjects: for "a red ball on the grass", "a blue star on the grass".
+        softness: width of the mask's edge in pixels of the clip; 0 for a hard one.
 
     Raises:
         TavError: a contrast that is empty or the sentence itself.
     """
     check_contrasts(source.prompt, contrasts)
     others = torch.cat([encode_prompt(checkpoint, contrast) for contrast in contrasts])
-    return subject_mask(_windowed(unet, preset), source.latents, source.hidden_states, others, checkpoint.scheduler,
+    mask = subject_mask(_windowed(unet, preset), source.latents, source.hidden_states, others, checkpoint.scheduler,
                         seed=preset.tuning.seed, class_labels=source.class_labels)  # fmt: skip
+    return softened(mask, softness, checkpoint.downscale)
 
 
 def check_contrasts(prompt: str, contrasts: Sequence[str]):
@@ -196,20 +199,23 @@ def sample(checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, 
         raise TavError(f"--region {region} needs to know where the subject is; invert the clip with --contrast")
     if not prompt.strip():
         raise TavError("--edit is empty; describe the edited clip in one sentence")
-    negative, settings = encode_prompt(checkpoint, negative_prompt), {}
+    negative, settings, changeable = encode_prompt(checkpoint, negative_prompt), {}, None
     if source_prompt is not None:
         negative = torch.lerp(negative, encode_prompt(checkpoint, source_prompt), preset.caption_as_negative)
         settings = {"attention_injection": preset.attention_injection,
                     "source_hidden_states": _inversion_text(checkpoint, source_prompt, preset)}  # fmt: skip
         if subject is not None:
             subject = subject.to(unet.device)
-            settings |= {"anchor": subject, "region": editable(region, subject)}
+            changeable = editable(region, subject)
+            settings |= {"anchor": subject, "region": changeable, "return_source": changeable is not None}
     latents = ddim_sample(_windowed(unet, preset), noise.to(unet.device), encode_prompt(checkpoint, prompt),
                           checkpoint.scheduler, preset.sampling_steps, guidance_scale=preset.guidance_scale,
                           negative_hidden_states=negative, callback=callback, class_labels=class_labels,
                           negative_class_labels=negative_class_labels, source_class_labels=source_class_labels,
                           **settings)  # fmt: skip
-    return decode_video(checkpoint, latents)
+    if changeable is None:
+        return decode_video(checkpoint, latents)
+    return put_back(*(decode_video(checkpoint, each) for each in latents), changeable)
 
 
 def _inversion_text(checkpoint: Checkpoint, prompt: str, preset: Preset) -> Tensor:

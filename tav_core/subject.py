@@ -1,25 +1,31 @@
 """Where the subject of a clip is, and which part of the frames an edit may change.
 
-A sentence and the same sentence about another subject make the model predict different noise where the subject is
-(DiffEdit, Couairon et al., arXiv 2210.11427, section 3.2). No attention map is read: in a causal text encoder the words
-after the subject tell of it too, and its own word may look anywhere else.
+By contrast: a sentence and the same sentence about another subject make the model predict different noise where the
+subject is (DiffEdit, Couairon et al., arXiv 2210.11427, section 3.2). By a word: its cross-attention is high there
+(Prompt-to-Prompt, Hertz et al., arXiv 2208.01626, section 3). The second needs no other sentence, but a model whose words
+keep apart: in a causal text encoder those after the subject tell of it too, and in a small one (the mini checkpoint's) they
+take its place.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
 from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
+from .ddim import ddim_invert
 from .errors import TavError
 from .inflate import labelled
 
 REGIONS = ("everything", "subject", "background")
 _LEVELS = (0.16, 0.28, 0.40, 0.52)  # of the training timesteps: below, the picture says it all, above, it says nothing
-_MARGIN = 1  # latent pixels around the subject that are its own: masks tend to be too small
+_ROOM = 1  # latent pixels around the subject, for one of another shape
+SOFTNESS = 16  # pixels: two of the latents
 
 
 @torch.no_grad()
@@ -30,7 +36,7 @@ def subject_mask(
     contrast_hidden_states: Tensor,
     scheduler: SchedulerMixin,
     *,
-    threshold: float = 0.15,
+    threshold: float = 0.25,
     seed: int = 0,
     class_labels: Tensor | None = None,
 ) -> Tensor:
@@ -70,35 +76,139 @@ def probes(latents: Tensor, scheduler: SchedulerMixin, seed: int) -> list[tuple[
 
 def mask_of(predictions: list[Tensor], threshold: float) -> Tensor:
     """The mask `1 1 f h w` from what was predicted at each level, `1+k c f h w`: for the sentence, then for the others."""
-    if not 0 < threshold < 1:
-        raise TavError(f"threshold={threshold} is out of range; give a number between 0 and 1")
     difference = torch.zeros(())
     for prediction in predictions:
         changes = (prediction[1:] - prediction[:1]).square().mean(1, keepdim=True)  # k 1 f h w
         share = changes / changes.mean((1, 2, 3, 4), keepdim=True).clamp(min=1e-12)
         difference = difference + share.sum(0, keepdim=True).cpu()
-    low, high = difference.flatten().quantile(torch.tensor([0.02, 0.98]))
+    return _above(threshold, difference, "the contrast sentences change nothing; name another subject in them")
+
+
+def _above(threshold: float, values: Tensor, flat: str) -> Tensor:
+    """Where values are above a share of their range; raises what is `flat` if they have none."""
+    if not 0 < threshold < 1:
+        raise TavError(f"threshold={threshold} is out of range; give a number between 0 and 1")
+    low, high = values.flatten().quantile(torch.tensor([0.02, 0.98]))
     if high <= low:
-        raise TavError("the contrast sentences change nothing; name another subject in them")
-    return (difference > torch.lerp(low, high, threshold)).float()
+        raise TavError(flat)
+    return (values > torch.lerp(low, high, threshold)).float()
+
+
+@torch.no_grad()
+def word_mask(
+    unet: nn.Module,
+    latents: Tensor,
+    encoder_hidden_states: Tensor,
+    places: Sequence[int],
+    scheduler: SchedulerMixin,
+    *,
+    steps: int = 10,
+    threshold: float = 0.3,
+) -> Tensor:
+    """Finds the subject by where its word is looked at, while the clip is inverted with its sentence.
+
+    Args:
+        unet: a `VideoUNet`; tuned on the clip it finds more.
+        latents: clean latents of the clip, `1 c f h w`.
+        encoder_hidden_states: embedding of its sentence, `1 n d`.
+        places: of the word among the tokens (see `word_places`).
+        steps: of the inversion.
+        threshold: 0 ... 1 of the largest attention; less finds more.
+
+    Returns:
+        float32 `1 1 f h w` of 0 and 1.
+    """
+    with word_attention(unet, places) as maps:
+        ddim_invert(unet, latents, encoder_hidden_states, scheduler, steps)
+    return mask_of_attention(maps, *latents.shape[-2:], threshold)
+
+
+def word_places(sentence: Sequence[int], word: Sequence[int], name: str) -> list[int]:
+    """Where the tokens of a word are among those of a sentence, wherever it is said.
+
+    Raises:
+        TavError: nowhere; `name` is the word as it is written.
+    """
+    starts = [i for i in range(len(sentence) - len(word) + 1) if list(sentence[i : i + len(word)]) == list(word)]
+    if not word or not starts:
+        raise TavError(f"word {name!r} is not in the sentence; name one of its words")
+    return [start + i for start in starts for i in range(len(word))]
+
+
+@contextmanager
+def word_attention(unet: nn.Module, places: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Adds up, over the forwards inside, how much each place of the frames looks at some tokens of the text.
+
+    Yields:
+        by number of places n, the sum over all cross-attentions of that size, `(b f) n`, float32 on the CPU.
+    """
+    maps: dict[int, Tensor] = {}
+
+    def look(attn: nn.Module, args: tuple, kwargs: dict):
+        q, k = (attn.head_to_batch_dim(y) for y in (attn.to_q(args[0]), attn.to_k(kwargs["encoder_hidden_states"])))
+        weights = attn.get_attention_scores(q, k)[..., list(places)]  # (b f heads) n places
+        weights = rearrange(weights.float().cpu(), "(b heads) n k -> b heads n k", heads=attn.heads).sum(3).mean(1)
+        maps[weights.shape[1]] = maps.get(weights.shape[1], 0) + weights
+
+    with ExitStack() as stack:
+        for name, module in unet.named_modules():
+            if name.endswith(".attn2"):
+                stack.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
+        yield maps
+
+
+def mask_of_attention(maps: dict[int, Tensor], height: int, width: int, threshold: float) -> Tensor:
+    """The mask `1 1 f h w` from what `word_attention` yields of one clip: from the maps nearest to 16 x 16 places,
+    where attention speaks of things rather than of texture."""
+    places = min(maps, key=lambda n: abs(math.log(n / 256)))
+    factor = round((height * width / places) ** 0.5)
+    grid = rearrange(maps[places], "f (h w) -> f 1 h w", h=math.ceil(height / factor))
+    values = F.interpolate(grid, (height, width), mode="bilinear")
+    return _above(threshold, rearrange(values, "f 1 h w -> 1 1 f h w"), "the word is looked at alike everywhere; name another")
 
 
 def editable(region: str, mask: Tensor) -> Tensor | None:
-    """What an edit of `region` may change, `1 1 f h w`, given the subject's mask; None for everything.
+    """What an edit of `region` may change, 0 ... 1, `1 1 f h w`, given the subject's mask; None for everything.
+
+    An edit of the subject may go a little beyond it.
 
     Raises:
         TavError: an unknown region.
     """
     if region not in REGIONS:
         raise TavError(f"region is {region!r}; choose one of {', '.join(REGIONS)}")
-    if region == "everything":
-        return None
-    mask = grown(mask, _MARGIN)
-    return mask if region == "subject" else 1 - mask
+    return {"everything": None, "subject": grown(mask, _ROOM), "background": 1 - mask}[region]
+
+
+def put_back(edit: Tensor, source: Tensor, region: Tensor) -> Tensor:
+    """An edit (uint8 `f h w c`) with the pixels of the source where the region, `1 1 f h w` of latent pixels, is 0.
+
+    Their latents are the same, but a decoder sees the whole picture and draws them otherwise beside others. The seam is
+    inside, half a latent pixel wide.
+    """
+    outside = rearrange((region == 0).float().cpu(), "1 1 f h w -> f 1 h w")
+    share = F.interpolate(outside, edit.shape[1:3], mode="bilinear").mul(2).sub(1).clamp(min=0)
+    return torch.lerp(edit.float(), source.float(), rearrange(share, "f 1 h w -> f h w 1")).round().to(torch.uint8)
 
 
 def grown(mask: Tensor, margin: int) -> Tensor:
-    """A mask `1 1 f h w` that is `margin` pixels wider on each side, or narrower if it is negative."""
-    flat, size = rearrange(mask, "1 1 f h w -> f 1 h w"), 2 * abs(margin) + 1
-    flat = F.max_pool2d(flat, size, 1, margin) if margin >= 0 else -F.max_pool2d(-flat, size, 1, -margin)
+    """A mask `1 1 f h w` that is `margin` pixels wider on each side."""
+    flat = F.max_pool2d(rearrange(mask, "1 1 f h w -> f 1 h w"), 2 * margin + 1, 1, margin)
     return rearrange(flat, "f 1 h w -> 1 1 f h w")
+
+
+def softened(mask: Tensor, softness: int, scale: int = 1) -> Tensor:
+    """A mask `1 1 f h w` whose edges are ramps, half of them inside.
+
+    Args:
+        softness: width of the ramps in pixels; 0 leaves the edges hard.
+        scale: pixels a side that make one of the mask's.
+    """
+    if softness == 0:
+        return mask
+    pixels = rearrange(mask, "1 1 f h w -> f 1 h w").repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    reach = softness // 2
+    box = (softness / 2 + 0.5 - torch.arange(-reach, reach + 1.0).abs()).clamp(max=1) / softness  # an even one has half ends
+    pixels = F.pad(pixels, (reach,) * 4, mode="replicate")
+    pixels = F.conv2d(F.conv2d(pixels, box.to(mask)[None, None, None]), box.to(mask)[None, None, :, None])
+    return rearrange(F.avg_pool2d(pixels, scale), "f 1 h w -> 1 1 f h w").clamp(0, 1)

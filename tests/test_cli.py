@@ -129,6 +129,8 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, tmp_pat
         assert done.returncode == 2, (change, done.stderr)
         assert len(done.stderr.strip().splitlines()) == 1 and words in done.stderr, (change, done.stderr)
         assert not (tmp_path / "out").exists(), change
+    done = tav("invert", "--softness", "-1", check=False)
+    assert done.returncode == 2 and done.stderr.strip().endswith("'-1' is no width; give a number of pixels, 0 for a hard edge")
     done = tav("sample", "--tuned", edited / "tuned.safetensors", "--noise", edited / "noise.safetensors", "--edit", "x",
                "--output", tmp_path, *FAST, "--region", "subject", "--region", "background", check=False)  # fmt: skip
     assert done.returncode == 2 and "there are 2 --region for 1 --edit" in done.stderr

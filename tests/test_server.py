@@ -26,6 +26,7 @@ NODES = {
     "TAVContextWindows": "Context Windows (Tune-A-Video)",
     "TAVDDIMInversion": "DDIM Inversion (Tune-A-Video)",
     "TAVSubjectMask": "Subject Mask (Tune-A-Video)",
+    "TAVWordMask": "Word Mask (Tune-A-Video)",
     "TAVAttentionInjection": "Attention Injection (Tune-A-Video)",
     "TAVVideoSampler": "Video Sampler (Tune-A-Video)",
     "TAVCompare": "Compare (Tune-A-Video)",
@@ -323,6 +324,29 @@ def test_stock_sampler_equals_video_sampler(server, graph):
     assert expected.shape == (FRAMES, 4, SIZE // 8, SIZE // 8) and expected.std() > 0.1
     assert (latents(server, outputs, stock) - expected).abs().max() < 1e-4
     assert torch.equal(latents(server, outputs, on_sigmas), expected)
+
+
+def test_set_latent_noise_mask_restricts_an_edit(server, graph):
+    """Left half white, by stock nodes; the rest is what the noise gives without guidance."""
+    tuned = graph.tune()
+    noise = graph.invert(tuned[0])[0]
+    black, white = (graph("SolidMask", value=value, width=width, height=SIZE)[0] for value, width in ((0.0, SIZE), (1.0, SIZE // 2)))
+    half = graph("MaskComposite", destination=black, source=white, x=0, y=0, operation="add")[0]
+    masked = graph("SetLatentNoiseMask", samples=noise, mask=half)[0]
+    again = graph("SaveLatent", samples=graph.sample(tuned[0], noise, positive=graph.empty, cfg=1.0)[0])
+    ours = graph("SaveLatent", samples=graph.sample(tuned[0], masked)[0])
+    settings = dict(add_noise="disable", steps=STEPS, cfg=5.0, sampler_name="euler", scheduler="ddim_uniform", positive=graph.edit,
+                    negative=graph.empty, latent_image=masked)  # fmt: skip
+    led = graph("TAVAttentionInjection", model=tuned[0], conditioning=graph.empty, share=0.0)[0]
+    stock = graph("SaveLatent", samples=graph("KSamplerAdvanced", model=led, **settings)[0])
+    outputs = server.run(graph)
+    again, ours, stock = (latents(server, outputs, saved) for saved in (again, ours, stock))
+    middle = SIZE // 16
+    assert (ours - again)[..., middle:].abs().max() < 1e-3 < 0.5 < (ours - again)[..., :middle].abs().max()
+    assert (stock - ours).abs().max() < 1e-3
+
+    graph("SaveLatent", samples=graph("KSamplerAdvanced", model=tuned[0], **settings)[0])
+    fails(server, graph, "KSamplerAdvanced", "connect MODEL through Attention Injection (share 0 will do), or use Video Sampler")
 
 
 @pytest.mark.parametrize("led", [False, True])

@@ -1,15 +1,42 @@
 """Where the subject is found, and that edits of a region leave the rest to the noise."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import refused
+from diffusers import DDIMScheduler
+from transformers import CLIPTokenizer
 
-from tav_core import PRESETS, TavError, ddim_invert, ddim_sample, encode_prompt, find_subject, inflate, prepare, sample
+from tav_core import (
+    PRESETS,
+    TavError,
+    TuneConfig,
+    ddim_invert,
+    ddim_sample,
+    encode_prompt,
+    find_subject,
+    inflate,
+    prepare,
+    sample,
+)
+from tav_core.attention import FrameContext
+from tav_core.checkpoint import CONFIGS
 from tav_core.mini import world
-from tav_core.mini.benchmark import BenchmarkClip
-from tav_core.subject import editable, grown, mask_of
+from tav_core.mini.benchmark import BenchmarkClip, untouched
+from tav_core.subject import (
+    editable,
+    grown,
+    mask_of,
+    mask_of_attention,
+    put_back,
+    softened,
+    word_attention,
+    word_mask,
+    word_places,
+)
 
 CLIP = BenchmarkClip(world.Scene("heart", "purple", "sand", layout=3), "circle", {}, num_frames=4)
 EDIT = "an orange heart is circling on the sand"
@@ -50,7 +77,7 @@ def test_an_edit_of_a_region_leaves_the_rest_as_the_noise_reconstructs_it(mini, 
             edited = ddim_sample(unet, noise, edit, mini.scheduler, steps, region=changeable, anchor=subject,
                                  attention_injection=injection, **settings)  # fmt: skip
             difference = (edited - again).abs()
-            assert (difference * (1 - changeable)).max() < 1e-4
+            assert (difference * (changeable == 0)).max() < 1e-4
             assert (difference * changeable).max() > 0.1
     free = ddim_sample(unet, noise, edit, mini.scheduler, steps, **settings)
     whole = ddim_sample(unet, noise, edit, mini.scheduler, steps, region=torch.ones_like(subject), **settings)
@@ -73,9 +100,40 @@ def test_mask_of_known_differences():
     mask = mask_of([predictions], 0.15)
     assert mask.sum() == 2 * 4 and mask[0, 0, :, 2:4, 2:4].all()
     assert editable("subject", mask).sum() == 2 * 16
-    assert (editable("background", mask) + editable("subject", mask) == 1).all()
+    assert torch.equal(editable("subject", mask), grown(mask, 1))
+    assert torch.equal(editable("background", mask), 1 - mask)
     assert editable("everything", mask) is None
-    assert (grown(grown(mask, 1), -1) == mask).all()
+
+
+def test_soft_edges_are_ramps_of_the_given_width():
+    mask = torch.zeros(1, 1, 2, 32, 32)
+    mask[..., 16:] = 1
+    assert softened(mask, 0) is mask
+    for width in (1, 4, 5, 8):
+        soft = softened(mask, width)[0, 0, 1, 7]
+        ramp = (torch.arange(32) + 0.5 - 16) / width + 0.5  # of the pixels' middles, from the edge on
+        away = (torch.arange(32) + 0.5 - 16).abs() > (width + 1) / 2
+        assert torch.allclose(soft[away], mask[0, 0, 0, 0][away]) and (soft.diff() >= 0).all()
+        assert torch.allclose(soft, ramp.clamp(0, 1), atol=0.5 / width)
+        assert soft.sum() == pytest.approx(16, abs=1e-4)  # half of the ramp is inside
+    # of pixels, on a mask of latents: as on the pixels themselves
+    small = torch.zeros(1, 1, 1, 8, 8)
+    small[..., 2:6, 3:7] = 1
+    pixels = softened(small.repeat_interleave(8, -1).repeat_interleave(8, -2), 12)[0]
+    assert torch.allclose(softened(small, 12, 8)[0], F.avg_pool2d(pixels, 8), atol=1e-6)
+    assert torch.allclose(softened(small, 16, 8)[0, 0, 0, 4], torch.tensor([0, 0, 0.25, 0.75, 1, 1, 0.75, 0.25]))
+
+
+def test_pixels_outside_of_a_region_are_those_of_the_source():
+    region = torch.zeros(1, 1, 2, 4, 4)
+    region[:, :, 0, :, 2:], region[:, :, 1, :, 1:] = 0.25, 1.0
+    edit, source = torch.full((2, 32, 32, 3), 200, dtype=torch.uint8), torch.full((2, 32, 32, 3), 100, dtype=torch.uint8)
+    mixed = put_back(edit, source, region)
+    assert mixed.dtype == torch.uint8 and (mixed[0, :, 16:] == 200).all()
+    assert (mixed[0, :, :12] == 100).all() and (mixed[1, :, :4] == 100).all()
+    ramp = mixed[0, 9, 11:17, 0].tolist()
+    assert ramp == sorted(ramp) and 100 < ramp[1] < ramp[4] < 200
+    assert (put_back(edit, source, torch.ones_like(region)) == edit).all()
 
 
 def test_refusals(mini, found):
@@ -91,3 +149,117 @@ def test_refusals(mini, found):
     with pytest.raises(TavError, match="region needs source_hidden_states"):
         text = encode_prompt(mini, EDIT)
         ddim_sample(unet, torch.zeros_like(source.latents), text, mini.scheduler, 2, guidance_scale=1, region=subject)
+
+
+class Pointwise:
+    """A U-Net of one multiplication, so that batches change no rounding; text is its factor."""
+
+    dtype = torch.float32
+
+    def __init__(self):
+        self.frame_context = FrameContext()
+
+    def __call__(self, x, t, text):
+        return x * text.mean((1, 2)).reshape(len(x), -1).mean(1)[:, None, None, None, None] * (1 + t / 1000)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_regions_blend_what_the_walks_predict(mini, eta):
+    """Where the region is 0 the latents are those of the clip's walk; elsewhere a step goes towards the blend."""
+    generator = torch.Generator().manual_seed(0)
+    unet, scheduler, steps = Pointwise(), mini.scheduler, 6
+    noise = torch.randn(1, 4, 3, 8, 8, generator=generator)
+    text, edit, empty = (torch.full((1, 2, 2), value) for value in (0.3, 0.9, 0.1))
+    region = torch.rand(1, 1, 3, 8, 8, generator=generator)  # another for each frame
+    region[:, :, 0, :4], region[:, :, 1, :, 3:] = 0, 1
+
+    def trail(*args, **settings):
+        seen = []
+        ddim_sample(unet, noise, *args, scheduler, steps, callback=lambda info: seen.append(info), **settings)
+        return torch.stack([info["latents"] for info in seen]), torch.stack([info["pred_x0"] for info in seen])
+
+    walk, walk_x0 = trail(text, guidance_scale=1)
+    settings = dict(guidance_scale=4.0, negative_hidden_states=empty, source_hidden_states=text, eta=eta)
+    latents, x0 = trail(edit, region=region, generator=torch.Generator().manual_seed(1), **settings)
+    outside = (region == 0).expand_as(noise)
+    assert (latents - walk)[:, outside].abs().max() < 1e-6
+    assert (latents - walk)[:, ~outside].abs().mean() > 0.1
+
+    # a step with guidance, written out
+    ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
+    ddim.set_timesteps(steps)
+    x = torch.cat([noise[None], latents[:-1]])
+    for i, t in enumerate(ddim.timesteps):
+        alpha, factor = ddim.alphas_cumprod[t], (1 + t / 1000)
+        own = (x[i] - (1 - alpha).sqrt() * (0.1 + 4.0 * 0.8) * factor * x[i]) / alpha.sqrt()
+        assert torch.allclose(x0[i], (1 - region) * walk_x0[i] + region * own, rtol=1e-4, atol=1e-4)
+        if not eta:
+            eps = (x[i] - alpha.sqrt() * x0[i]) / (1 - alpha).sqrt()
+            wanted = ddim.step(eps, t, x[i]).prev_sample
+            assert torch.allclose(latents[i], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_region_leaves_the_rest_alone_by_6_db_and_more(mini):
+    preset = replace(PRESETS["mini"], tuning=TuneConfig(steps=2, learning_rate=1e-3), sampling_steps=4)
+    clip = replace(CLIP, edits={"subject": "square", "background": "grass"})
+    figures = untouched(mini, preset, clips=[clip])
+    assert set(figures) == {"subject", "background"}
+    for kind in figures.values():
+        assert kind["region"] > kind["no_mask"] + 6 and kind["region"] > 25, figures
+        assert kind["least_gain"] == pytest.approx(kind["region"] - kind["no_mask"], abs=0.02)
+
+
+def test_places_of_a_word():
+    def places(sentence, word):
+        return word_places(tokenizer(sentence).input_ids, tokenizer(word, add_special_tokens=False).input_ids, word)
+
+    tokenizer = CLIPTokenizer.from_pretrained(CONFIGS / "tokenizer")
+    assert places("a red ball is sliding", "ball") == [3]
+    assert places("a red ball is sliding", "Red ball") == [2, 3]
+    assert places("a man and a man", "man") == [2, 5]
+    long = tokenizer("tyrannosaurus", add_special_tokens=False).input_ids
+    assert len(long) > 1 and places("a tyrannosaurus is skiing", "tyrannosaurus") == list(range(2, 2 + len(long)))
+    for word in ("star", "bal", ""):
+        refused(f"word '{word}' is not in the sentence; name one of its words", "a red ball", word, call=places)
+
+
+def test_attention_to_a_word_is_that_of_the_softmax(checkpoint):
+    unet, places = inflate(checkpoint.unet), [2, 5]
+    generator = torch.Generator().manual_seed(0)
+    latents, text = torch.randn(1, 4, 3, 16, 8, generator=generator), torch.randn(1, 7, 32, generator=generator)
+    wanted = {}
+
+    def explicit(attn, args, kwargs):
+        x, text = args[0], kwargs["encoder_hidden_states"]
+        q, k = (y.unflatten(2, (attn.heads, -1)) for y in (attn.to_q(x), attn.to_k(text)))
+        weights = (torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5).softmax(-1)
+        wanted[x.shape[1]] = wanted.get(x.shape[1], 0) + (weights[..., 2] + weights[..., 5]).mean(1)
+
+    hooks = [module.register_forward_pre_hook(explicit, with_kwargs=True) for name, module in unet.named_modules() if name.endswith("attn2")]
+    with torch.no_grad(), word_attention(unet, places) as maps:
+        for t in (500, 900):
+            unet(latents, t, text)
+    assert set(maps) == set(wanted) == {128, 32, 8, 2} and maps[128].shape == (3, 128)
+    assert all(torch.allclose(maps[n], wanted[n], atol=1e-5) for n in maps)
+    for hook in hooks:
+        hook.remove()
+    with torch.no_grad():
+        unet(latents, 500, text)
+    assert all(torch.allclose(maps[n], wanted[n], atol=1e-5) for n in maps)  # nothing is left on the U-Net
+
+
+def test_mask_of_known_attention():
+    looked_at = torch.zeros(2, 8, 16)
+    looked_at[:, 2:4, 4:8] = 1.0
+    maps = {128: looked_at.flatten(1), 8: torch.rand(2, 8), 2048: torch.rand(2, 2048)}
+    mask = mask_of_attention(maps, 32, 64, 0.5)[0, 0]
+    assert torch.equal(mask[0], mask[1]) and mask[:, 9:15, 17:31].all() and mask.sum() == mask[:, 8:16, 16:32].sum()
+    refused("looked at alike everywhere", {256: torch.ones(1, 256)}, 16, 16, 0.5, call=mask_of_attention)
+    refused("threshold=0 is out of range", maps, 32, 64, 0, call=mask_of_attention)
+
+
+def test_a_word_is_found_during_inversion(mini, found):
+    source, unet, _ = found
+    ids = mini.tokenizer(source.prompt).input_ids
+    mask = word_mask(unet, source.latents, source.hidden_states, word_places(ids, ids[3:4], "heart"), mini.scheduler, steps=2)
+    assert mask.shape == (1, 1, 4, 16, 16) and 0 < mask.mean() < 1 and set(mask.unique().tolist()) == {0, 1}

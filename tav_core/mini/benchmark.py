@@ -9,6 +9,7 @@ subject alone, edits of the background all but the subject, edits of the style e
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import cv2
 import numpy as np
@@ -17,7 +18,9 @@ from einops import rearrange
 
 from ..checkpoint import Checkpoint
 from ..inflate import inflate
+from ..metrics import psnr
 from ..pipeline import Preset, Source, find_subject, invert, prepare, sample, tune_on
+from ..subject import editable
 from . import world
 from .evaluate import ATTRIBUTES
 from .judge import Judge, Verdict, locate, verdict
@@ -204,3 +207,37 @@ def benchmark(checkpoint: Checkpoint, judge: Judge, preset: Preset, *, seeds: in
             noise = torch.randn(source.latents.shape, generator=torch.Generator().manual_seed(seed))
             run("random_noise", name, clip, tuned, noise, frames)
     return {arm: {content: s.means() for content, s in by.items()} for arm, by in scores.items()}
+
+
+def untouched(checkpoint: Checkpoint, preset: Preset, *, clips: list[BenchmarkClip] | None = None,
+              progress: Callable[[str], None] = lambda line: None) -> dict[str, dict[str, float]]:  # fmt: skip
+    """How well edits of the subject and of the background leave all else as the noise reconstructs the clip.
+
+    PSNR in dB against the walk back without guidance, over the pixels whose latents lie outside of the region; mean of
+    the clips. With a region those pixels are the same but for a seam (see `put_back`).
+
+    Returns: kind -> "no_mask", "subject_held" (in its place, the region is everything), "region", and "least_gain", from
+    the first to the last, of a clip.
+    """
+    figures: dict[str, list[list[float]]] = {"subject": [], "background": []}
+    clips = clips or benchmark_clips()
+    for number, clip in enumerate(clips):
+        progress(f"clip {number + 1}/{len(clips)}: {clip.caption()}")
+        source = prepare(checkpoint, torch.from_numpy(world.render_clip(clip.scenes())), clip.caption())
+        unet, _ = tune_on(checkpoint, source, preset)
+        noise = invert(checkpoint, unet, source, preset)
+        subject = find_subject(checkpoint, unet, source, clip.contrasts(), preset)
+        draw = partial(sample, checkpoint, unet, noise, source_prompt=clip.caption())
+        again = draw(clip.caption(), replace(preset, guidance_scale=1.0, attention_injection=0.0))
+        for kind, rows in figures.items():
+            caption, region = clip.caption(**{KINDS[kind]: clip.edits[kind]}), REGIONS[kind]
+            outside = editable(region, subject)[0, 0] == 0
+            outside = outside.repeat_interleave(checkpoint.downscale, 1).repeat_interleave(checkpoint.downscale, 2)  # f h w
+            edits = draw(caption, preset), draw(caption, preset, subject=subject), draw(caption, preset, subject=subject, region=region)
+            rows.append([psnr(edit[outside], again[outside]) for edit in edits])
+    summary = {}
+    for kind, rows in figures.items():
+        no_mask, held, region = np.mean(rows, 0).round(2).tolist()
+        least = min(row[2] - row[0] for row in rows)
+        summary[kind] = {"no_mask": no_mask, "subject_held": held, "region": region, "least_gain": round(least, 2)}
+    return summary

@@ -97,6 +97,16 @@ def _benchmark(args):
     print(json.dumps(figures, indent=2))
 
 
+def _regions(args):
+    from .benchmark import benchmark_clips, untouched
+
+    clips = benchmark_clips()
+    clips = [clips[i] for i in args.clips] if args.clips else clips
+    figures = untouched(load_checkpoint("mini"), preset_of(args), clips=clips,
+                        progress=lambda line: print(line, file=sys.stderr, flush=True))  # fmt: skip
+    print(json.dumps(figures, indent=2))
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m tav_core.mini", description=__doc__,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
@@ -159,5 +169,9 @@ def main():
     benchmark.add_argument("--clips", type=int, nargs="*", help="numbers of the clips to run; all without it")
     benchmark.add_argument("--videos", type=Path, help="write every video into this folder")
     add_preset_arguments(benchmark)
+
+    regions = command("regions", _regions, "how well edits of a region leave the rest alone (PSNR in dB); prints JSON")
+    regions.add_argument("--clips", type=int, nargs="*", help="numbers of the clips to run; all without it")
+    add_preset_arguments(regions)
 
     run(parser)
