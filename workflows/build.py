@@ -467,8 +467,8 @@ def regions(w: Workflow, name: str):
 
 *Attention Injection* takes the mask. With *region* subject an edit changes the subject alone, with *region* background all else. What it may not change is what the noise reconstructs of the clip.
 
-Instead of *Subject Mask*, connect a mask that you drew or that another pack found.
-""", 290)  # fmt: skip
+Instead of *Subject Mask*, connect a mask that you drew or that another pack found; or, with a large checkpoint, *Word Mask*, which stands here unconnected: the word of the subject is enough for it.
+""", 330)  # fmt: skip
     clip, inflated, clip_model, vae, latent = source(w)
     w.group("2  Sentences", "green")
     described = sentence(w, clip_model, "What the clip shows", PROMPT)
@@ -482,6 +482,8 @@ Instead of *Subject Mask*, connect a mask that you drew or that another pack fou
     contrast = w.add("ConditioningCombine", conditioning_1=others[0], conditioning_2=others[1])
     subject = w.add("TAVSubjectMask", model=tuned.MODEL, latent=latent, conditioning=described, contrast=contrast)
     mask = w.add("MaskToImage", mask=subject)
+    w.group("Or by its word (large checkpoints)", "cyan", below=True)
+    w.add("TAVWordMask", model=tuned.MODEL, clip=clip_model, latent=latent, sentence=PROMPT, word="ball")
     frames = []
     for region, edit in (("subject", colour), ("background", place)):
         w.group(f"5  Edit the {region}", "cyan", below=region == "background")
