@@ -85,6 +85,7 @@ def test_first_workflow_with_the_mouse(browser, server):
     """Two clicks: a template and Run."""
     page = visit(browser, server, first=True)
     card = page.get_by_test_id(f"template-workflow-{FIRST}")
+    card.scroll_into_view_if_needed()  # pictures are loaded when they come into sight
     expect(card.locator("img").first).to_have_js_property("complete", True)
     assert page.get_by_test_id(re.compile(r"^template-workflow-\d\d-")).count() == len(WORKFLOWS)
     if PICTURES:
