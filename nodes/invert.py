@@ -52,11 +52,8 @@ def sample_with(model: ModelPatcher, sampler, sigmas: Tensor, latent: dict, posi
     """One pass of a sampler over a LATENT, with progress and preview.
 
     Raises:
-        TavError: noise masks that fit neither all frames nor each, or a result that isn't finite.
+        TavError: a result that isn't finite.
     """
-    masks, frames = latent.get("noise_mask"), len(latent["samples"])
-    if masks is not None and len(masks) not in (1, frames):  # the core would cycle or cut them
-        raise TavError(f"LATENT has {len(masks)} noise masks for {frames} frames; give one for all, or one for each frame")
     callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
     samples = comfy.sample.sample_custom(
         model, noise, cfg, sampler, sigmas, positive, negative, latent["samples"], noise_mask=latent.get("noise_mask"),

@@ -193,7 +193,7 @@ def each_node(pack):
                                                           takes=nodes.Take.execute({"samples": x}, c).args[0]),
         "invert": lambda m, x, c: nodes.DDIMInversion.execute(m, {"samples": x}, c, 2, "ddim_uniform", False),
         "sample": lambda m, x, c: nodes.VideoSampler.execute(m, c, c, {"samples": x}, 2, 4.0, "ddim_uniform", 0.0, False, 0),
-        "mask": lambda m, x, c: nodes.SubjectMask.execute(m, {"samples": x}, c, c, 0.15, 0),
+        "mask": lambda m, x, c: nodes.SubjectMask.execute(m, {"samples": x}, c, c, 0.15, 0, 0),
         "stock": lambda m, x, c: sample(m, noise=x, positive=c),
     }  # fmt: skip
 
@@ -206,20 +206,6 @@ def test_text_and_latents_of_another_family_are_refused(pack, each_node, node):
     told = "LATENT has 16 channels, this MODEL takes 4" if node == "stock" else r"LATENT has shape \(2, 16, 16, 16\); give frames as a batch"
     with pytest.raises(ValueError, match=told):
         each_node[node](wrapped, clip(2).repeat(1, 4, 1, 1), prompt(1))
-
-
-def test_noise_masks_that_fit_nothing_are_refused(pack):
-    from nodes import SetLatentNoiseMask
-
-    wrapped = inflated(pack, native())
-
-    def run(count):
-        (noise,) = SetLatentNoiseMask().set_mask({"samples": clip(3)}, torch.ones(count, 128, 128))
-        return pack.nodes.VideoSampler.execute(wrapped, prompt(1), prompt(2), noise, 2, 4.0, "ddim_uniform", 0.0, False, 0).args[0]
-
-    assert relative(run(1)["samples"], run(3)["samples"]) < 1e-6
-    with pytest.raises(ValueError, match="LATENT has 2 noise masks for 3 frames; give one for all, or one for each frame"):
-        run(2)
 
 
 def test_tuned_weights_stay_off_the_model_they_came_from(pack):
