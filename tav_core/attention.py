@@ -20,6 +20,7 @@ from diffusers.models.attention_processor import Attention
 from einops import rearrange
 from torch import Tensor
 
+from .block_attention import block_attention
 from .errors import TavError
 
 MODES = ("sparse-causal", "first", "full")
@@ -28,6 +29,8 @@ ANCHORED = 2 / 3  # of the led steps, the first, in which an anchor holds; longe
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention on `b heads n d`; mask: bool (True: look) or additive, of shape `b heads n m`."""
+    if q.device.type == "cpu" and mask is None and q.dtype != torch.float64:
+        return block_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
