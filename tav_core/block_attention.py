@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _LOG2_E = math.log2(math.e)
-_SCORES = 1 << 18  # in a block: a megabyte, which fits the cache of a core
+_SCORES = 1 << 18  # of a thread in a block: a megabyte, which fits the cache of a core
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -26,8 +26,8 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _blocks(heads: int, n: int, m: int) -> Iterator[tuple[slice, slice]]:
-    """Heads and queries of each block: several heads where one has few scores, else some queries of one."""
-    queries, together = max(1, min(n, _SCORES // m)), max(1, _SCORES // (n * m))
+    """Heads and queries of each block: as many heads as threads, each with some queries; more where heads have few scores."""
+    queries, together = max(1, min(n, _SCORES // m)), max(torch.get_num_threads(), _SCORES // (n * m))
     for head in range(0, heads, together):
         for query in range(0, n, queries):
             yield slice(head, head + together), slice(query, query + queries)
