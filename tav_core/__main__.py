@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import pipeline
+from . import bench, pipeline
 from .checkpoint import Checkpoint, load_checkpoint
 from .cli import Progress, add_preset_arguments, preset_of, run
 from .ddim import ddim_timesteps
@@ -442,6 +442,10 @@ def main():
     sample.add_argument("--output", required=True, type=Path, metavar="DIR")
     _model_arguments(sample)
     add_preset_arguments(sample)
+
+    measure = command("bench", bench.bench, "measure the speed and the memory of every stage, against the method written plainly")
+    _device_argument(measure)
+    bench.add_arguments(measure)
 
     run(parser)
 

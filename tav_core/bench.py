@@ -1,0 +1,370 @@
+"""How fast and how small: every stage of the method, measured against the same method written plainly.
+
+**Plain** is the recipe of the authors' implementation in float32: softmax attention step by step, which holds all scores;
+the clip and its sentence encoded again in every tuning step; all parameters handed to the optimiser, although, as
+there, only the tuned ones have gradients; the whole clip through the VAE at once. **Fast** is what `tune`,
+`ddim_invert`, `ddim_sample` and the VAE's functions do. Between them lie the `OPTIMISATIONS`; each can be switched off.
+"""
+
+import gc
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .checkpoint import CONFIGS, Checkpoint, decode_video, encode_prompt, encode_video, load_checkpoint
+from .ddim import ddim_invert, ddim_sample
+from .errors import TavError
+from .files import atomic_path
+from .inflate import VideoUNet, inflate
+from .tuning import DTYPES, TuneConfig, tune, tuning_loss
+
+STAGES = ("tune", "invert", "sample", "encode", "decode")
+WITH_MEMORY = ("tune", "sample")
+OPTIMISATIONS = {
+    "blocks": "on the CPU, attention in blocks of queries instead of PyTorch's fused kernel",
+    "fused": "attention that never holds all scores",
+    "caching": "clip and sentence encoded once; tuned parameters alone in the optimiser; the VAE in chunks of frames",
+}
+MEMORY = ("fast", "checkpointing")
+GUIDANCE = 12.5
+GROWTH = {"frames": (8, 16, 32, 64), "size": (16, 32, 64)}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checkpoint of a certain size, with random weights (the mini one has its own), and a clip for it.
+
+    Attributes:
+        size: side of the latents.
+    """
+
+    name: str
+    frames: int
+    size: int
+
+    def checkpoint(self) -> Checkpoint:
+        if self.name == "mini":
+            return load_checkpoint("mini")
+        torch.manual_seed(0)
+        parts = ("unet", "vae", "text_encoder")
+        unet, vae, text = (json.loads((CONFIGS / "sd1" / part / "config.json").read_text()) for part in parts)
+        if self.name in _NARROW:
+            width, groups, layers = _NARROW[self.name]
+            unet |= dict(block_out_channels=[width * n for n in (1, 2, 4, 4)], cross_attention_dim=4 * width, norm_num_groups=groups)
+            vae |= dict(block_out_channels=[width // 2 * n for n in (1, 2, 4, 4)], norm_num_groups=groups // 2)
+            text |= dict(hidden_size=4 * width, intermediate_size=16 * width, num_attention_heads=4, num_hidden_layers=layers)
+        tokenizer = CLIPTokenizer.from_pretrained(CONFIGS / "tokenizer", local_files_only=True)
+        scheduler = DDIMScheduler.from_pretrained(CONFIGS / "sd1" / "scheduler", clip_sample=False)
+        unet, vae, text = ({k: v for k, v in part.items() if k[0] != "_"} for part in (unet, vae, text))
+        models = UNet2DConditionModel(**unet), AutoencoderKL(**vae), CLIPTextModel(CLIPTextConfig(**text))
+        return Checkpoint(self.name, *(model.eval().requires_grad_(False) for model in models), tokenizer, scheduler)
+
+
+# Stable Diffusion 1.5, narrower: width of the first level, groups of its norms, layers of the text encoder
+_NARROW = {"middle": (64, 32, 12), "small": (32, 16, 2)}
+LAYOUTS = {name: Layout(name, *clip) for name, clip in {"mini": (8, 16), "small": (4, 16), "middle": (8, 32), "sd15": (24, 64)}.items()}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How the stages run: `dtype` of the U-Net, `memory` of the tuning, and the optimisations that are `off`."""
+
+    dtype: str = "fp32"
+    memory: str = "fast"
+    off: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        if self == PLAIN:
+            return "plain"
+        return ", ".join([self.dtype, *[self.memory] * (self.memory != "fast"), *(f"no {name}" for name in self.off)])
+
+
+PLAIN = Mode(off=tuple(OPTIMISATIONS))
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention step by step, on `b heads n d`; no mask is needed where this is used."""
+    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def set_attention(unet: VideoUNet, off: tuple[str, ...]):
+    """Switches the optimisations of attention off."""
+    if "fused" in off:
+        unet.frame_context.attention_fn = explicit_attention
+    elif "blocks" in off:
+        unet.frame_context.attention_fn = fused_attention
+
+
+class Enough(Exception):
+    """Ends a tuning that was measured."""
+
+
+class Subject:
+    """A checkpoint, its inflated U-Net and a clip, ready to run every stage in a mode. Stages return seconds."""
+
+    def __init__(self, layout: Layout, mode: Mode, device: str):
+        self.mode, self.device, self.checkpoint = mode, torch.device(device), layout.checkpoint()
+        self.unet = inflate(self.checkpoint.unet)
+        self.checkpoint.unet = None
+        for part in (self.unet, self.checkpoint.vae, self.checkpoint.text_encoder):
+            nn.Module.to(part, self.device)
+        generator, side = torch.Generator().manual_seed(0), layout.size * self.checkpoint.downscale
+        self.pixels = torch.rand(1, 3, layout.frames, side, side, generator=generator) * 2 - 1
+        self.latents = torch.randn(1, 4, layout.frames, layout.size, layout.size, generator=generator).to(self.device)
+        self.texts = [encode_prompt(self.checkpoint, said) for said in ("a man is skiing", "", "spider man is skiing")]
+        self.chunk = layout.frames if "caching" in mode.off else 8
+        set_attention(self.unet, mode.off)
+
+    def run(self, stage: str) -> float:
+        half = stage in ("invert", "sample")  # tuning has its own way with dtypes, the VAE stays in float32
+        nn.Module.to(self.unet, DTYPES[self.mode.dtype] if half else torch.float32)
+        return getattr(self, stage)()
+
+    def _timed(self, function: Callable, *args, **kwargs) -> float:
+        started = self._now()
+        function(*args, **kwargs)
+        return self._now() - started
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def tune(self) -> float:
+        """The second step of a tuning."""
+        if "caching" in self.mode.off:
+            return self._tune_plainly()
+        ends = []
+
+        def callback(progress: dict[str, Any]):
+            ends.append(self._now())
+            if progress["step"] == 2:
+                raise Enough
+
+        config = TuneConfig(steps=3, probe_size=1, dtype=self.mode.dtype, gradient_checkpointing=self.mode.memory == "checkpointing")
+        try:
+            tune(self.unet, self.checkpoint.scheduler, self.latents, self.texts[0], config, latents_std=self.latents.abs() / 10,
+                 callback=callback)  # fmt: skip
+        except Enough:
+            return ends[1] - ends[0]
+
+    def _tune_plainly(self) -> float:
+        """A step of tuning that encodes the clip and its sentence itself."""
+        optimizer, dtype = torch.optim.AdamW(self.unet.parameters(), lr=3e-5), DTYPES[self.mode.dtype]
+        self.unet.frame_context.checkpointing = self.mode.memory == "checkpointing"
+
+        def step():
+            mean, std = encode_video(self.checkpoint, self.pixels, self.chunk)
+            text, latents = encode_prompt(self.checkpoint, "a man is skiing"), mean + std * torch.randn_like(mean)
+            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+                timestep = torch.tensor([500], device=self.device)
+                loss = tuning_loss(self.unet, self.checkpoint.scheduler, latents, torch.randn_like(mean), timestep, text)
+            optimizer.zero_grad()
+            loss.backward()
+            tuned = [parameter for parameter in self.unet.parameters() if parameter.grad is not None]
+            nn.utils.clip_grad_norm_(tuned, 1.0)
+            optimizer.step()
+
+        step()
+        return self._timed(step)
+
+    def invert(self) -> float:
+        """A step of DDIM inversion."""
+        return self._timed(ddim_invert, self.unet, self.latents, self.texts[1], self.checkpoint.scheduler, 1)
+
+    def sample(self, steps: int = 1) -> float:
+        """A step of DDIM sampling with guidance."""
+        return self._timed(ddim_sample, self.unet, self.latents, self.texts[2], self.checkpoint.scheduler, steps, GUIDANCE, self.texts[1])
+
+    def encode(self) -> float:
+        return self._timed(encode_video, self.checkpoint, self.pixels, self.chunk)
+
+    def decode(self) -> float:
+        return self._timed(decode_video, self.checkpoint, self.latents, self.chunk)
+
+    def edit(self, steps: int = 50) -> float:
+        """Inversion and guided sampling."""
+        nn.Module.to(self.unet, DTYPES[self.mode.dtype])
+        inversion = self._timed(ddim_invert, self.unet, self.latents, self.texts[1], self.checkpoint.scheduler, steps)
+        return inversion + self.sample(steps)
+
+    def tuning_flops(self) -> int:
+        """Floating-point operations of a tuning step, recomputed ones included."""
+        nn.Module.to(self.unet, torch.float32)
+        with FlopCounterMode(display=False) as counter:
+            text, t = self.texts[0], torch.tensor([500], device=self.device)
+            with torch.autocast(self.device.type, DTYPES[self.mode.dtype], enabled=self.mode.dtype != "fp32"):
+                loss = tuning_loss(self.unet, self.checkpoint.scheduler, self.latents, self.latents, t, text)
+            loss.backward()
+        self.unet.zero_grad()
+        return counter.get_total_flops()
+
+
+def seconds(layout: Layout, modes: list[Mode], stages: list[str], runs: int, device: str) -> dict[str, dict[str, float]]:
+    """Median seconds by mode and stage; the modes take turns, so that what else the machine does hits all alike."""
+    subjects, medians = {mode.name: Subject(layout, mode, device) for mode in modes}, {mode.name: {} for mode in modes}
+    for stage in stages:
+        taken = {name: [] for name in subjects}
+        for _ in range(runs + 1):
+            for name, subject in subjects.items():
+                taken[name].append(subject.run(stage))
+        for name, values in taken.items():
+            medians[name][stage] = statistics.median(values[1:])  # the first is a warm-up
+    return medians
+
+
+def memory(layout: Layout, mode: Mode, stage: str, device: str, threads: int) -> dict[str, float]:
+    """GB at the peak of a stage and before it, in a process of its own: resident memory, or CUDA's allocated."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_memory, layout, mode, stage, device, threads).result()
+
+
+def _memory(layout: Layout, mode: Mode, stage: str, device: str, threads: int) -> dict[str, float]:
+    torch.set_num_threads(threads)
+    subject = Subject(layout, mode, device)
+    gc.collect()
+    if subject.device.type == "cuda":
+        before = torch.cuda.memory_allocated(subject.device)
+        torch.cuda.reset_peak_memory_stats(subject.device)
+        subject.run(stage)
+        peak = torch.cuda.max_memory_allocated(subject.device)
+    else:
+        before = _resident("VmRSS")
+        subject.run(stage)
+        peak = _resident("VmHWM")
+    return {"peak": peak / 1e9, "before": before / 1e9}
+
+
+def _resident(field: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at its peak. (getrusage counts the parent's peak as well.)"""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError as error:
+        raise TavError("resident memory is read from /proc, which this system lacks; use --no-memory") from error
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
+
+
+def matmul_rate(device: str, dtype: torch.dtype, side: int) -> float:
+    """Floating-point operations a second of the product of two square matrices, the best of five."""
+    a, cuda, best = torch.randn(side, side, device=device, dtype=dtype), torch.device(device).type == "cuda", math.inf
+    for _ in range(5):
+        started = time.perf_counter()
+        for _ in range(5):
+            a @ a
+        if cuda:
+            torch.cuda.synchronize(device)
+        best = min(best, (time.perf_counter() - started) / 5)
+    return 2 * side**3 / best
+
+
+def growth(layout: Layout, mode: Mode, runs: int, device: str, sizes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Seconds and working memory over frames and over pixels, and the exponents of the power laws through them."""
+    result = {}
+    for axis, values in sizes.items():
+        points = []
+        for value in values:
+            grown = replace(layout, **{axis: value})
+            points.append({axis: value, **seconds(grown, [mode], list(WITH_MEMORY), runs, device)[mode.name]})
+            for stage in WITH_MEMORY:
+                used = memory(grown, mode, stage, device, torch.get_num_threads())
+                points[-1][f"{stage} GB"] = used["peak"] - used["before"]
+        x = [math.log(value) * (2 if axis == "size" else 1) for value in values]  # size: over the number of pixels
+        fit = {name: statistics.linear_regression(x, [math.log(max(p[name], 1e-6)) for p in points]).slope
+               for name in points[0] if name != axis}  # fmt: skip
+        result[axis] = {"points": points, "exponents": fit}
+    return result
+
+
+def add_arguments(parser):
+    parser.add_argument("--layout", choices=LAYOUTS, help="(middle; with --gpu sd15, Stable Diffusion 1.5 at 512 x 512; with --growth small)")
+    parser.add_argument("--frames", type=int, metavar="N", help="(that of the layout)")
+    parser.add_argument("--size", type=int, metavar="N", help="side of the latents (that of the layout)")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="of the U-Net (fp32; with --gpu bf16)")
+    parser.add_argument("--memory", nargs="+", choices=MEMORY, help="of the tuning (fast; with --gpu both)")
+    parser.add_argument("--without", nargs="+", choices=OPTIMISATIONS, default=[],
+                        help="measures also with each of these switched off. " + "; ".join(f"{k}: {v}" for k, v in OPTIMISATIONS.items()))  # fmt: skip
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="the median of so many is reported (3)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (all)")
+    parser.add_argument("--no-memory", action="store_true", help="leaves out the memory, which takes a process for each figure")
+    parser.add_argument("--gpu", action="store_true", help="also 50 steps of inversion and sampling, and the share of the device's matmul rate; "
+                        "no plain, which wouldn't fit")  # fmt: skip
+    parser.add_argument("--growth", action="store_true", help="instead: over 8 to 64 frames, and latents of 16 to 64, with exponents")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="writes all figures")
+
+
+def bench(args):
+    if args.runs < 1:
+        raise TavError(f"--runs {args.runs} is out of range; give 1 or more")
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    layout, device = LAYOUTS[args.layout or ("sd15" if args.gpu else "small" if args.growth else "middle")], str(args.device)
+    layout = replace(layout, frames=args.frames or layout.frames, size=args.size or layout.size)
+    multiple = 1 if layout.name == "mini" else 8
+    if layout.frames < 1 or layout.size < 1 or layout.size % multiple:
+        raise TavError(f"--frames {layout.frames} --size {layout.size} can't be run; give 1 or more frames, and a size in multiples of {multiple}")
+    on = [Mode(dtype, kind) for dtype in args.dtype or ["bf16" if args.gpu else "fp32"] for kind in args.memory or (MEMORY if args.gpu else ["fast"])]
+    modes = [*([] if args.gpu else [PLAIN]), *on, *(replace(on[0], off=(name,)) for name in args.without)]
+    machine = {"device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu", "threads": torch.get_num_threads(),
+               "load": os.getloadavg()[0], "torch": torch.__version__}  # fmt: skip
+    result = {"layout": asdict(layout), "machine": machine}
+    print(f"{layout.name}: {layout.frames} frames, {layout.size} x {layout.size} latents; {machine}", flush=True)
+    if args.growth:
+        result["growth"] = growth(layout, on[0], args.runs, device, GROWTH)
+        for axis, found in result["growth"].items():
+            print(*(json.dumps({k: round(v, 3) for k, v in point.items()}) for point in found["points"]), sep="\n")
+            over = "pixels" if axis == "size" else axis
+            print(f"exponents over {over}: " + ", ".join(f"{name} {value:.2f}" for name, value in found["exponents"].items()))
+    else:
+        result["seconds"] = seconds(layout, modes, list(args.stages), args.runs, device)
+        _table("seconds", result["seconds"], args.stages)
+        if args.gpu:
+            result["gpu"] = _gpu(layout, on[0], result["seconds"][on[0].name], device)
+            print(*(f"{name}: {value:.4g}" for name, value in result["gpu"].items()), sep="\n")
+        if not args.no_memory:
+            stages = [stage for stage in WITH_MEMORY if stage in args.stages]
+            used = {mode.name: {stage: memory(layout, mode, stage, device, torch.get_num_threads()) for stage in stages} for mode in modes}
+            result["memory"] = used
+            _table("peak GB", {name: {stage: gb["peak"] for stage, gb in of.items()} for name, of in used.items()}, stages)
+    if args.json:
+        with atomic_path(args.json) as temporary:
+            temporary.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _gpu(layout: Layout, mode: Mode, medians: dict[str, float], device: str) -> dict[str, float]:
+    subject = Subject(layout, mode, device)
+    side = 8192 if subject.device.type == "cuda" else 512
+    figures = {"inversion and 50 guided steps (s)": subject.edit()}
+    if "tune" in medians:
+        rate, flops = matmul_rate(device, DTYPES[mode.dtype], side), subject.tuning_flops()
+        figures |= {"matmul (TFLOP/s)": rate / 1e12, "tuning step (TFLOP)": flops / 1e12,
+                    "share of the matmul rate in tuning": flops / medians["tune"] / rate}  # fmt: skip
+    return figures
+
+
+def _table(title: str, figures: dict[str, dict[str, float]], stages: list[str]):
+    """A row a mode; behind each figure, how many times less than the first row's."""
+    (first, *_), width = figures.values(), max(map(len, [title, *figures])) + 2
+    print("\n" + title.ljust(width) + "".join(stage.rjust(17) for stage in stages))
+    for name, of in figures.items():
+        cells = (f"{of[stage]:.3f} {f'({first[stage] / of[stage]:.2f}x)':>8}" for stage in stages)
+        print(name.ljust(width) + "".join(cell.rjust(17) for cell in cells), flush=True)

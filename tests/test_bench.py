@@ -1,0 +1,127 @@
+"""The benchmark measures one computation in several ways, and says so in a table and in JSON."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from tav_core import bench
+from tav_core.__main__ import main
+from tav_core.block_attention import block_attention
+from tav_core.inflate import trainable_parameters
+from tav_core.tuning import tuning_loss
+
+
+@pytest.fixture(scope="module")
+def subject():
+    subject = bench.Subject(bench.LAYOUTS["small"], bench.Mode(), "cpu")
+    with torch.no_grad():  # as after some tuning: at first the temporal attention adds nothing
+        for name, parameter in trainable_parameters(subject.unet).items():
+            if "attn_temp.to_out" in name:
+                parameter.normal_(std=0.05)
+    return subject
+
+
+def computed(subject, off=(), checkpointing=False, dtype=torch.float32):
+    """Prediction, loss and gradients, as one float64 vector each."""
+    unet = copy.deepcopy(subject.unet)
+    bench.set_attention(unet, off)
+    unet.frame_context.checkpointing = checkpointing
+    noise = torch.randn(subject.latents.shape, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with torch.no_grad():
+            out = unet(noise, 500, subject.texts[0])
+        loss = tuning_loss(unet, subject.checkpoint.scheduler, subject.latents, noise, torch.tensor([500]), subject.texts[0])
+    loss.backward()
+    gradients = torch.cat([parameter.grad.flatten() for parameter in trainable_parameters(unet).values()])
+    return [x.detach().double().flatten() for x in (out, loss, gradients)]
+
+
+@pytest.fixture(scope="module")
+def plain(subject):
+    return computed(subject, bench.PLAIN.off)
+
+
+@pytest.mark.parametrize(
+    "settings, tolerance",
+    [
+        ({}, 1e-5),
+        ({"off": ("blocks",)}, 1e-5),
+        ({"checkpointing": True}, 1e-5),
+        ({"dtype": torch.bfloat16}, 5e-2),
+    ],
+    ids=["blocks", "fused", "checkpointing", "bf16"],
+)
+def test_every_mode_computes_what_plain_does(subject, plain, settings, tolerance):
+    for fast, expected in zip(computed(subject, **settings), plain):
+        assert (fast - expected).norm() <= tolerance * expected.norm()
+
+
+def test_the_switches_change_what_runs(subject, monkeypatch):
+    called = []
+    monkeypatch.setattr("tav_core.attention.block_attention", lambda *qkv: called.append(1) or block_attention(*qkv))
+    computed(subject, ("blocks",))
+    computed(subject, bench.PLAIN.off)
+    assert not called
+    computed(subject)
+    assert called
+
+
+def run(monkeypatch, *options):
+    monkeypatch.setattr("sys.argv", ["tav_core", "bench", "--device", "cpu", *map(str, options)])
+    main()
+
+
+def test_a_table_and_json(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    run(monkeypatch, "--layout", "small", "--size", 8, "--frames", 2, "--runs", 1, "--threads", 1, "--no-memory",
+        "--dtype", "fp32", "bf16", "--without", "caching", "--json", file)  # fmt: skip
+    figures = json.loads(file.read_text())
+    assert figures["layout"] == {"name": "small", "frames": 2, "size": 8}
+    assert list(figures["seconds"]) == ["plain", "fp32", "bf16", "fp32, no caching"]
+    for of in figures["seconds"].values():
+        assert list(of) == list(bench.STAGES)
+        assert all(value > 0 for value in of.values())
+    ratio = figures["seconds"]["plain"]["tune"] / figures["seconds"]["bf16"]["tune"]
+    assert f"({ratio:.2f}x)" in capsys.readouterr().out
+
+
+def test_the_figures_of_a_gpu_run_on_a_cpu_too(monkeypatch, tmp_path):
+    file = tmp_path / "bench.json"
+    monkeypatch.setattr(bench.Subject, "edit", lambda self, real=bench.Subject.edit: real(self, 2))
+    run(monkeypatch, "--gpu", "--layout", "small", "--size", 8, "--frames", 2, "--runs", 1, "--threads", 1,
+        "--memory", "checkpointing", "--stages", "tune", "--json", file)  # fmt: skip
+    figures = json.loads(file.read_text())
+    assert list(figures["seconds"]) == ["bf16, checkpointing"]
+    assert all(value > 0 for value in figures["gpu"].values())
+    assert 0 < figures["gpu"]["share of the matmul rate in tuning"] < 1.5
+    for of in figures["memory"].values():
+        assert 0.1 < of["tune"]["before"] <= of["tune"]["peak"] < 4
+
+
+def test_exponents_of_growth(monkeypatch):
+    def seconds(layout, modes, stages, runs, device):
+        return {modes[0].name: {"tune": 3.0 * layout.frames, "sample": 0.5 * layout.size**4}}
+
+    monkeypatch.setattr(bench, "seconds", seconds)
+    monkeypatch.setattr(bench, "memory", lambda layout, *rest: {"peak": 1 + layout.frames * layout.size**2, "before": 1})
+    found = bench.growth(bench.LAYOUTS["small"], bench.Mode(), 1, "cpu", {"frames": (2, 4, 8), "size": (16, 32)})
+    assert found["frames"]["exponents"] == pytest.approx({"tune": 1, "sample": 0, "tune GB": 1, "sample GB": 1})
+    assert found["size"]["exponents"] == pytest.approx({"tune": 0, "sample": 2, "tune GB": 1, "sample GB": 1})
+
+
+def test_the_layout_of_the_paper_is_that_of_stable_diffusion():
+    with torch.device("meta"):
+        checkpoint = bench.LAYOUTS["sd15"].checkpoint()
+    assert sum(parameter.numel() for parameter in checkpoint.unet.parameters()) == 859_520_964
+    assert (checkpoint.downscale, checkpoint.size) == (8, 512)
+
+
+@pytest.mark.parametrize("options, told", [(["--runs", 0], "--runs 0"), (["--size", 12], "--size 12"), (["--frames", -1], "--frames -1")])
+def test_what_cannot_be_run_is_refused(monkeypatch, capsys, options, told):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *options)
+    assert told in capsys.readouterr().err
+
+
