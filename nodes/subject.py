@@ -45,9 +45,9 @@ class SubjectMask(io.ComfyNode):
                 io.Conditioning.Input("conditioning", tooltip="What the clip shows."),
                 io.Conditioning.Input("contrast", tooltip="The same sentence with another subject; better several of them, each with "
                                       "another colour and shape, put together by Conditioning (Combine)."),
-                io.Float.Input("threshold", default=0.25, min=0.01, max=0.99, step=0.01, tooltip="Less finds more."),
+                io.Float.Input("threshold", default=0.15, min=0.01, max=0.99, step=0.01, tooltip="Less finds more."),
                 io.Int.Input("softness", default=SOFTNESS, min=0, max=512,
-                             tooltip="Width of the edge in pixels, over which an edit blends into the rest. 0: a hard edge."),
+                             tooltip="Width of the edge around it in pixels, over which an edit blends into the rest. 0: a hard edge."),
                 io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip="Of the noise in which it looks."),
             ],
             outputs=[io.Mask.Output(tooltip="White where the subject is, a mask for each frame.")],

@@ -43,7 +43,7 @@ class WordMask(io.ComfyNode):
                 io.Int.Input("steps", default=10, min=1, max=1000, tooltip="Of the inversion in which it looks."),
                 io.Float.Input("threshold", default=0.3, min=0.01, max=0.99, step=0.01, tooltip="Less finds more."),
                 io.Int.Input("softness", default=SOFTNESS, min=0, max=512,
-                             tooltip="Width of the edge in pixels, over which an edit blends into the rest. 0: a hard edge."),
+                             tooltip="Width of the edge around it in pixels, over which an edit blends into the rest. 0: a hard edge."),
             ],
             outputs=[io.Mask.Output(tooltip="White where the subject is, a mask for each frame.")],
         )  # fmt: skip

@@ -384,7 +384,7 @@ def _contrast_argument(parser):
                         help="the clip's sentence with another subject; finds the subject, keeps it in its place, and lets "
                         "--region work; best three times, each with another colour and shape")  # fmt: skip
     parser.add_argument("--softness", type=_softness, default=SOFTNESS, metavar="PIXELS",
-                        help=f"width of the edge between the subject and the rest; 0 for a hard one ({SOFTNESS})")  # fmt: skip
+                        help=f"width of the edge around the subject; 0 for a hard one ({SOFTNESS})")  # fmt: skip
 
 
 def main():

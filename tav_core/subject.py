@@ -36,7 +36,7 @@ def subject_mask(
     contrast_hidden_states: Tensor,
     scheduler: SchedulerMixin,
     *,
-    threshold: float = 0.25,
+    threshold: float = 0.15,
     seed: int = 0,
     class_labels: Tensor | None = None,
 ) -> Tensor:
@@ -198,7 +198,7 @@ def grown(mask: Tensor, margin: int) -> Tensor:
 
 
 def softened(mask: Tensor, softness: int, scale: int = 1) -> Tensor:
-    """A mask `1 1 f h w` whose edges are ramps, half of them inside.
+    """A mask `1 1 f h w` whose edges are ramps, all of them outside: where it was 1 it stays so.
 
     Args:
         softness: width of the ramps in pixels; 0 leaves the edges hard.
@@ -209,6 +209,6 @@ def softened(mask: Tensor, softness: int, scale: int = 1) -> Tensor:
     pixels = rearrange(mask, "1 1 f h w -> f 1 h w").repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     reach = softness // 2
     box = (softness / 2 + 0.5 - torch.arange(-reach, reach + 1.0).abs()).clamp(max=1) / softness  # an even one has half ends
-    pixels = F.pad(pixels, (reach,) * 4, mode="replicate")
+    pixels = F.pad(F.max_pool2d(pixels, 2 * reach + 1, 1, reach), (reach,) * 4, mode="replicate")
     pixels = F.conv2d(F.conv2d(pixels, box.to(mask)[None, None, None]), box.to(mask)[None, None, :, None])
     return rearrange(F.avg_pool2d(pixels, scale), "f 1 h w -> 1 1 f h w").clamp(0, 1)
