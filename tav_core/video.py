@@ -1,4 +1,7 @@
-"""Clips in and out: decoding only the frames that are wanted, and writing videos that a browser plays."""
+"""Clips in and out: decoding only the frames that are wanted, and writing videos that a browser plays.
+
+PyAV and OpenCV are imported where they are used: the method itself, and its benchmark on a rented GPU, need neither.
+"""
 
 import re
 from collections.abc import Iterator
@@ -6,11 +9,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import av
-import cv2
 import numpy as np
 import torch
-from av.video.reformatter import ColorRange, Colorspace
 from einops import rearrange
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -104,6 +104,8 @@ def _file(path: Path, start: int, stride: int) -> Iterator[float | np.ndarray]:
     PyAV rather than OpenCV: it counts frames exactly, reads gif and webm alike, and tells the rotation of phones.
     Frames before `start` and between strides are decoded, as codecs need, but never converted to RGB.
     """
+    import av
+
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -145,6 +147,8 @@ def _fit(frame: np.ndarray, width: int | None, height: int | None, fit: str) -> 
 
 
 def _resize(frame: np.ndarray, width: int, height: int) -> np.ndarray:
+    import cv2
+
     h, w = frame.shape[:2]  # one axis may shrink while the other grows: INTER_AREA only averages where none grows
     shrunk = cv2.resize(frame, (min(w, width), min(h, height)), interpolation=cv2.INTER_AREA)
     return cv2.resize(shrunk, (width, height), interpolation=cv2.INTER_CUBIC)
@@ -161,6 +165,9 @@ def save_video(frames: Tensor | np.ndarray, path: str | Path, fps: float):
     Raises:
         TavError: another suffix, no frames, a rate out of range, or a file that can't be written.
     """
+    import av
+    from av.video.reformatter import ColorRange, Colorspace
+
     path = Path(path)
     codecs = {".mp4": ("libx264", {"crf": "17"}), ".webm": ("libvpx-vp9", {"crf": "24", "b": "0"}), ".gif": None}
     if path.suffix.lower() not in codecs:

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,6 +101,13 @@ def test_the_figures_of_a_gpu_run_on_a_cpu_too(monkeypatch, tmp_path):
     assert 0 < figures["gpu"]["share of the matmul rate in tuning"] < 1.5
     for of in figures["memory"].values():
         assert 0.1 < of["tune"]["before"] <= of["tune"]["peak"] < 4
+
+
+def test_it_needs_no_video_library():
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['av', 'cv2', 'matplotlib'])); "
+    program = blocked + "sys.argv[1:] = ['bench', '--help']; from tav_core.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0 and "--gpu" in done.stdout, done.stderr
 
 
 def test_exponents_of_growth(monkeypatch):
