@@ -62,7 +62,7 @@ class SourceWalk:
         self.sigma, self.anchor, self.changeable = None, None, None
         if self.subject is not None:
             self.anchor = at_size(self.subject, noise)
-            region = editable(self.region, rearrange(self.anchor, "f 1 h w -> 1 1 f h w"))
+            region = editable(self.region, rearrange(self.anchor, "f 1 h w -> 1 1 f h w"), room=1)
             if region is not None:
                 self.changeable = rearrange(region, "1 1 f h w -> f 1 h w")
         if denoise_mask is not None and not noise.any():

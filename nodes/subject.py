@@ -6,8 +6,9 @@ from comfy_api.latest import io
 from einops import rearrange
 from torch import Tensor
 
-from ..tav_core.subject import SOFTNESS, mask_of, probes, softened
-from .common import clean_latents, hidden_states, plain_errors, schema
+from ..tav_core import TavError
+from ..tav_core.subject import SOFTNESS, mask_of, outlined, probes, softened
+from .common import clean_latents, from_images, hidden_states, plain_errors, schema
 from .inject import without_injection
 from .invert import sample_with
 from .native import scheduler_of
@@ -30,6 +31,15 @@ class Probe(comfy.samplers.Sampler):
         return latent_image
 
 
+def check_images(images: Tensor, latent: dict):
+    """Raises a TavError if these aren't the frames of the LATENT."""
+    frames, _, height, width = latent["samples"].shape
+    if images.shape[:3] != (frames, 8 * height, 8 * width):
+        count, h, w, _ = images.shape
+        raise TavError(f"images are {count} of {w} x {h}, latent is of {frames} of {8 * width} x {8 * height}; give the frames "
+                       "that were encoded")  # fmt: skip
+
+
 class SubjectMask(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -42,23 +52,25 @@ class SubjectMask(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The tuned MODEL."),
                 io.Latent.Input("latent", tooltip="The clip, from VAE Encode."),
+                io.Image.Input("images", tooltip="The frames that were encoded: the mask follows the subject's outline in them."),
                 io.Conditioning.Input("conditioning", tooltip="What the clip shows."),
                 io.Conditioning.Input("contrast", tooltip="The same sentence with another subject; better several of them, each with "
                                       "another colour and shape, put together by Conditioning (Combine)."),
                 io.Float.Input("threshold", default=0.15, min=0.01, max=0.99, step=0.01, tooltip="Less finds more."),
                 io.Int.Input("softness", default=SOFTNESS, min=0, max=512,
-                             tooltip="Width of the edge around it in pixels, over which an edit blends into the rest. 0: a hard edge."),
+                             tooltip="Width of the edge in pixels. 0: a hard one."),
                 io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip="Of the noise in which it looks."),
             ],
             outputs=[io.Mask.Output(tooltip="White where the subject is, a mask for each frame.")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, latent, conditioning, contrast, threshold, softness, seed) -> io.NodeOutput:
+    def execute(cls, model, latent, images, conditioning, contrast, threshold, softness, seed) -> io.NodeOutput:
         with plain_errors():
             scheduler = scheduler_of(model)  # raises for a model that this isn't for
             model = without_injection(model)
             levels = probes(clean_latents(model, latent), scheduler, seed)
+            check_images(images, latent)
             hidden_states(model, conditioning, "conditioning")
             predictions = []
             for sentence in [conditioning, *([other] for other in contrast)]:
@@ -68,5 +80,5 @@ class SubjectMask(io.ComfyNode):
                 sample_with(model, probe, sigmas, {"samples": latent["samples"]}, sentence, sentence, 1.0, still)
                 predictions.append(probe.predictions)
             mask = mask_of([torch.cat(level) for level in zip(*predictions)], threshold)
-            mask = softened(mask.repeat_interleave(8, -2).repeat_interleave(8, -1), softness)
+            mask = softened(outlined(mask, from_images(images)), softness)
         return io.NodeOutput(rearrange(mask, "1 1 f h w -> f h w"))

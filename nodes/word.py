@@ -6,11 +6,12 @@ from comfy_api.latest import io
 from einops import rearrange
 
 from ..tav_core import TavError
-from ..tav_core.subject import SOFTNESS, mask_of_attention, softened, word_attention, word_places
-from .common import clean_latents, hidden_states, plain_errors, schema
+from ..tav_core.subject import SOFTNESS, mask_of_attention, outlined, softened, word_attention, word_places
+from .common import clean_latents, from_images, hidden_states, plain_errors, schema
 from .inject import without_injection
 from .invert import InversionSampler, sample_with, sigmas_for
 from .native import scheduler_of, video_unet, windows_of
+from .subject import check_images
 
 
 def tokens(clip: CLIP, text: str) -> list[int]:
@@ -38,24 +39,26 @@ class WordMask(io.ComfyNode):
                 io.Model.Input("model", tooltip="The tuned MODEL."),
                 io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
                 io.Latent.Input("latent", tooltip="The clip, from VAE Encode."),
+                io.Image.Input("images", tooltip="The frames that were encoded: the mask follows the subject's outline in them."),
                 io.String.Input("sentence", multiline=True, default="", tooltip="What the clip shows."),
                 io.String.Input("word", default="", tooltip="The word of the sentence that names the subject; several if they follow each other."),
                 io.Int.Input("steps", default=10, min=1, max=1000, tooltip="Of the inversion in which it looks."),
                 io.Float.Input("threshold", default=0.3, min=0.01, max=0.99, step=0.01, tooltip="Less finds more."),
                 io.Int.Input("softness", default=SOFTNESS, min=0, max=512,
-                             tooltip="Width of the edge around it in pixels, over which an edit blends into the rest. 0: a hard edge."),
+                             tooltip="Width of the edge in pixels. 0: a hard one."),
             ],
             outputs=[io.Mask.Output(tooltip="White where the subject is, a mask for each frame.")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, clip, latent, sentence, word, steps, threshold, softness) -> io.NodeOutput:
+    def execute(cls, model, clip, latent, images, sentence, word, steps, threshold, softness) -> io.NodeOutput:
         with plain_errors():
             scheduler_of(model)  # raises for a model that this isn't for
             model = without_injection(model)
             if windows_of(model.model_options["transformer_options"]):
                 raise TavError("MODEL sees the clip in Context Windows, but a word is looked for in all of it at once; use Subject Mask")
             clean_latents(model, latent)
+            check_images(images, latent)
             places = word_places(tokens(clip, sentence), tokens_of_word(clip, word), word)
             conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(sentence))
             hidden_states(model, conditioning, "clip")
@@ -63,5 +66,5 @@ class WordMask(io.ComfyNode):
             with word_attention(video_unet(model), places) as maps:
                 sample_with(model, InversionSampler(), levels, {"samples": latent["samples"]}, conditioning, conditioning, 1.0, still)
             mask = mask_of_attention(maps, *latent["samples"].shape[-2:], threshold)
-            mask = softened(mask.repeat_interleave(8, -2).repeat_interleave(8, -1), softness)
+            mask = softened(outlined(mask, from_images(images)), softness)
         return io.NodeOutput(rearrange(mask, "1 1 f h w -> f h w"))

@@ -116,7 +116,7 @@ def _save_noise(path: Path, noise: Tensor, subject: Tensor | None, prompt: str, 
 
 
 def _read_noise(path: Path, preset: pipeline.Preset) -> tuple[Tensor, Tensor | None, str]:
-    """Inverted noise `1 c f h w`, the mask of the subject `1 1 f h w` if one was found, and the sentence of its clip.
+    """Inverted noise `1 c f h w`, the mask of the subject `1 1 f h w` of pixels if one was found, and the sentence of its clip.
 
     Raises:
         TavError: a file that isn't noise, or noise that was inverted in another way than `preset` samples.
@@ -384,7 +384,7 @@ def _contrast_argument(parser):
                         help="the clip's sentence with another subject; finds the subject, keeps it in its place, and lets "
                         "--region work; best three times, each with another colour and shape")  # fmt: skip
     parser.add_argument("--softness", type=_softness, default=SOFTNESS, metavar="PIXELS",
-                        help=f"width of the edge around the subject; 0 for a hard one ({SOFTNESS})")  # fmt: skip
+                        help=f"width of the edge of the subject's mask; 0 for a hard one ({SOFTNESS})")  # fmt: skip
 
 
 def main():

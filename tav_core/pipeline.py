@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video
 from .ddim import ddim_invert, ddim_sample
 from .errors import TavError
 from .inflate import VideoUNet, inflate, trainable_parameters
-from .subject import SOFTNESS, editable, put_back, softened, subject_mask
+from .subject import SOFTNESS, editable, outlined, pooled, put_back, softened, subject_mask
 from .tuning import Take, TuneConfig, TuneResult, tune
 from .video import to_pixels
 from .windows import ContextWindows, WindowedUNet
@@ -73,9 +73,10 @@ def default_preset(checkpoint_name: str) -> str:
 
 @dataclass
 class Source:
-    """A clip as the model sees it: posterior mean and std of its latents (`1 c f h w`, scaled), text `1 n d`, and for a
-    U-Net with classes its labels, `1` or `f`."""
+    """A clip, uint8 `f h w c`, and as the model sees it: posterior mean and std of its latents (`1 c f h w`, scaled), text
+    `1 n d`, and for a U-Net with classes its labels, `1` or `f`."""
 
+    frames: Tensor
     prompt: str
     latents: Tensor
     latents_std: Tensor
@@ -93,7 +94,7 @@ def prepare(checkpoint: Checkpoint, frames: Tensor, prompt: str, class_labels: T
         raise TavError('--prompt is empty; describe the clip in one sentence, e.g. "a man is skiing"')
     check_size(checkpoint, width=frames.shape[2], height=frames.shape[1])
     mean, std = encode_video(checkpoint, to_pixels(frames))
-    return Source(prompt, mean, std, encode_prompt(checkpoint, prompt), class_labels)
+    return Source(frames, prompt, mean, std, encode_prompt(checkpoint, prompt), class_labels)
 
 
 def check_size(checkpoint: Checkpoint, *, width: int, height: int):
@@ -155,11 +156,11 @@ def _windowed(unet: VideoUNet, preset: Preset) -> VideoUNet | WindowedUNet:
 
 def find_subject(checkpoint: Checkpoint, unet: VideoUNet, source: Source, contrasts: Sequence[str], preset: Preset,
                  softness: int = SOFTNESS) -> Tensor:  # fmt: skip
-    """Mask of the clip's subject, 0 ... 1, `1 1 f h w` of latent pixels (see `subject_mask`).
+    """Mask of the clip's subject, 0 ... 1, `1 1 f h w` of pixels (see `subject_mask` and `outlined`).
 
     Args:
         contrasts: the clip's sentence with other subjects: for "a red ball on the grass", "a blue star on the grass".
-        softness: width of the mask's edge in pixels of the clip; 0 for a hard one.
+        softness: width of the mask's edge in pixels; 0 for a hard one.
 
     Raises:
         TavError: a contrast that is empty or the sentence itself.
@@ -168,7 +169,7 @@ def find_subject(checkpoint: Checkpoint, unet: VideoUNet, source: Source, contra
     others = torch.cat([encode_prompt(checkpoint, contrast) for contrast in contrasts])
     mask = subject_mask(_windowed(unet, preset), source.latents, source.hidden_states, others, checkpoint.scheduler,
                         seed=preset.tuning.seed, class_labels=source.class_labels)  # fmt: skip
-    return softened(mask, softness, checkpoint.downscale)
+    return softened(outlined(mask, source.frames), softness)
 
 
 def check_contrasts(prompt: str, contrasts: Sequence[str]):
@@ -187,7 +188,7 @@ def sample(checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, 
     Args:
         source_prompt: the sentence of the clip that was inverted to `noise`; None for random noise, which has no clip
             to take attention or a caption from.
-        subject: mask of the clip's subject, `1 1 f h w` (see `find_subject`): attention injection keeps it in its place.
+        subject: mask of the clip's subject, `1 1 f h w` of pixels (see `find_subject`): attention injection keeps it in its place.
         region: what the edit may change: "everything", the "subject" or the "background"; the rest is what the noise
             reconstructs. The last two need `subject` and `source_prompt`.
         class_labels, negative_class_labels, source_class_labels: see `ddim_sample`.
@@ -205,9 +206,9 @@ def sample(checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, 
         settings = {"attention_injection": preset.attention_injection,
                     "source_hidden_states": _inversion_text(checkpoint, source_prompt, preset)}  # fmt: skip
         if subject is not None:
-            subject = subject.to(unet.device)
-            changeable = editable(region, subject)
-            settings |= {"anchor": subject, "region": changeable, "return_source": changeable is not None}
+            anchor = pooled(subject, checkpoint.downscale).to(unet.device)
+            changeable = editable(region, anchor, room=1)
+            settings |= {"anchor": anchor, "region": changeable, "return_source": changeable is not None}
     latents = ddim_sample(_windowed(unet, preset), noise.to(unet.device), encode_prompt(checkpoint, prompt),
                           checkpoint.scheduler, preset.sampling_steps, guidance_scale=preset.guidance_scale,
                           negative_hidden_states=negative, callback=callback, class_labels=class_labels,
@@ -215,7 +216,8 @@ def sample(checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, 
                           **settings)  # fmt: skip
     if changeable is None:
         return decode_video(checkpoint, latents)
-    return put_back(*(decode_video(checkpoint, each) for each in latents), changeable)
+    edit, source = (decode_video(checkpoint, each) for each in latents)
+    return put_back(edit, source, editable(region, subject, room=checkpoint.downscale))
 
 
 def _inversion_text(checkpoint: Checkpoint, prompt: str, preset: Preset) -> Tensor:

@@ -5,12 +5,15 @@ subject is (DiffEdit, Couairon et al., arXiv 2210.11427, section 3.2). By a word
 (Prompt-to-Prompt, Hertz et al., arXiv 2208.01626, section 3). The second needs no other sentence, but a model whose words
 keep apart: in a causal text encoder those after the subject tell of it too, and in a small one (the mini checkpoint's) they
 take its place.
+
+Either knows latent pixels alone; the outline is found in the clip itself (GrabCut, Rother et al., SIGGRAPH 2004).
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import SchedulerMixin
@@ -24,8 +27,7 @@ from .inflate import labelled
 
 REGIONS = ("everything", "subject", "background")
 _LEVELS = (0.16, 0.28, 0.40, 0.52)  # of the training timesteps: below, the picture says it all, above, it says nothing
-_ROOM = 1  # latent pixels around the subject, for one of another shape
-SOFTNESS = 16  # pixels: two of the latents
+SOFTNESS = 3  # pixels
 
 
 @torch.no_grad()
@@ -167,48 +169,78 @@ def mask_of_attention(maps: dict[int, Tensor], height: int, width: int, threshol
     return _above(threshold, rearrange(values, "f 1 h w -> 1 1 f h w"), "the word is looked at alike everywhere; name another")
 
 
-def editable(region: str, mask: Tensor) -> Tensor | None:
+def outlined(mask: Tensor, frames: Tensor) -> Tensor:
+    """A mask of latents, `1 1 f h w`, at the pixels of the clip, along the outline of what it covers.
+
+    GrabCut: colours in and out of the mask are learned from all frames; then each frame is cut where the colours say so
+    and the picture has an edge, at most 1.5 latent pixels outside of the mask, and not in its core.
+
+    Args:
+        mask: of 0 and 1.
+        frames: the clip, uint8 `f h w c`, some whole number of times as large.
+
+    Returns:
+        float32 of 0 and 1, `1 1 f h w` of pixels.
+    """
+    import cv2
+
+    scale = frames.shape[1] // mask.shape[-2]
+    coarse = rearrange(mask.cpu(), "1 1 f h w -> f 1 h w").repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    core = 1 - _grown(1 - coarse, scale)
+    near = _grown(coarse, scale * 3 // 2)
+    kinds = torch.where(coarse > 0, cv2.GC_PR_FGD, torch.where(near > 0, cv2.GC_PR_BGD, cv2.GC_BGD))[:, 0].to(torch.uint8).numpy()
+    frames, colours = frames.numpy(), (np.zeros((1, 65)), np.zeros((1, 65)))
+    step = max(1, min(frames.shape[1:3]) // 128)  # colours are the same at any size
+    cv2.setRNGSeed(0)
+    cv2.grabCut(*(np.concatenate(x[:, ::step, ::step]) for x in (frames, kinds)), None, *colours, 2, cv2.GC_INIT_WITH_MASK)
+    for frame, kind in zip(frames, kinds):
+        cv2.grabCut(np.ascontiguousarray(frame), kind, None, *colours, 1, cv2.GC_EVAL_FREEZE_MODEL)
+    inside = torch.from_numpy((kinds == cv2.GC_FGD) | (kinds == cv2.GC_PR_FGD))[:, None] | (core > 0)
+    return rearrange(inside.float(), "f 1 h w -> 1 1 f h w")
+
+
+def editable(region: str, mask: Tensor, room: int) -> Tensor | None:
     """What an edit of `region` may change, 0 ... 1, `1 1 f h w`, given the subject's mask; None for everything.
 
-    An edit of the subject may go a little beyond it.
+    An edit of the subject may go beyond it by `room` pixels of the mask, for one of another shape.
 
     Raises:
         TavError: an unknown region.
     """
     if region not in REGIONS:
         raise TavError(f"region is {region!r}; choose one of {', '.join(REGIONS)}")
-    return {"everything": None, "subject": grown(mask, _ROOM), "background": 1 - mask}[region]
+    return {"everything": None, "subject": grown(mask, room), "background": 1 - mask}[region]
 
 
 def put_back(edit: Tensor, source: Tensor, region: Tensor) -> Tensor:
-    """An edit (uint8 `f h w c`) with the pixels of the source where the region, `1 1 f h w` of latent pixels, is 0.
+    """An edit (uint8 `f h w c`) within the region (0 ... 1, `1 1 f h w` of its pixels), and the source around it.
 
-    Their latents are the same, but a decoder sees the whole picture and draws them otherwise beside others. The seam is
-    inside, half a latent pixel wide.
+    Where an edit may change no latents a decoder still draws them otherwise beside others: it sees the whole picture.
     """
-    outside = rearrange((region == 0).float().cpu(), "1 1 f h w -> f 1 h w")
-    share = F.interpolate(outside, edit.shape[1:3], mode="bilinear").mul(2).sub(1).clamp(min=0)
-    return torch.lerp(edit.float(), source.float(), rearrange(share, "f 1 h w -> f h w 1")).round().to(torch.uint8)
+    share = rearrange(region.cpu(), "1 1 f h w -> f h w 1")
+    return torch.lerp(source.float(), edit.float(), share).round().to(torch.uint8)
 
 
 def grown(mask: Tensor, margin: int) -> Tensor:
     """A mask `1 1 f h w` that is `margin` pixels wider on each side."""
-    flat = F.max_pool2d(rearrange(mask, "1 1 f h w -> f 1 h w"), 2 * margin + 1, 1, margin)
-    return rearrange(flat, "f 1 h w -> 1 1 f h w")
+    return rearrange(_grown(rearrange(mask, "1 1 f h w -> f 1 h w"), margin), "f 1 h w -> 1 1 f h w")
 
 
-def softened(mask: Tensor, softness: int, scale: int = 1) -> Tensor:
-    """A mask `1 1 f h w` whose edges are ramps, all of them outside: where it was 1 it stays so.
+def _grown(mask: Tensor, margin: int) -> Tensor:  # f 1 h w
+    return F.max_pool2d(mask, 2 * margin + 1, 1, margin)
 
-    Args:
-        softness: width of the ramps in pixels; 0 leaves the edges hard.
-        scale: pixels a side that make one of the mask's.
-    """
+
+def softened(mask: Tensor, softness: int) -> Tensor:
+    """A mask `1 1 f h w` whose edges are ramps of `softness` pixels, half of them inside; 0 leaves the edges hard."""
     if softness == 0:
         return mask
-    pixels = rearrange(mask, "1 1 f h w -> f 1 h w").repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     reach = softness // 2
     box = (softness / 2 + 0.5 - torch.arange(-reach, reach + 1.0).abs()).clamp(max=1) / softness  # an even one has half ends
-    pixels = F.pad(F.max_pool2d(pixels, 2 * reach + 1, 1, reach), (reach,) * 4, mode="replicate")
-    pixels = F.conv2d(F.conv2d(pixels, box.to(mask)[None, None, None]), box.to(mask)[None, None, :, None])
-    return rearrange(F.avg_pool2d(pixels, scale), "f 1 h w -> 1 1 f h w").clamp(0, 1)
+    box = box.to(mask)[None, None, None]
+    pixels = F.pad(rearrange(mask, "1 1 f h w -> f 1 h w"), (reach,) * 4, mode="replicate")
+    return rearrange(F.conv2d(F.conv2d(pixels, box), box.mT), "f 1 h w -> 1 1 f h w").clamp(0, 1)
+
+
+def pooled(mask: Tensor, scale: int) -> Tensor:
+    """A mask of pixels as one of latents, `1 1 f h w`: the share of each that it covers."""
+    return F.avg_pool3d(mask, (1, scale, scale))

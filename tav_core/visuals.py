@@ -40,9 +40,8 @@ def strip(videos: list[Tensor], labels: list[str], path: str | Path | None = Non
 
 
 def spotlight(video: Tensor, mask: Tensor) -> Tensor:
-    """A video (uint8 `f h w c`) that is dark where a mask, `1 1 f h w` of any smaller size, is 0."""
-    light = F.interpolate(rearrange(mask, "1 1 f h w -> f 1 h w"), size=video.shape[1:3])
-    return (video * (0.25 + 0.75 * rearrange(light.cpu(), "f 1 h w -> f h w 1"))).to(torch.uint8)
+    """A video (uint8 `f h w c`) that is dark where a mask, `1 1 f h w`, is 0."""
+    return (video * (0.25 + 0.75 * rearrange(mask.cpu(), "1 1 f h w -> f h w 1"))).to(torch.uint8)
 
 
 def side_by_side(videos: list[Tensor], labels: list[str]) -> Tensor:

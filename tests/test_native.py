@@ -22,7 +22,7 @@ from tav_core import (
     subject_mask,
     tune,
 )
-from tav_core.subject import softened, word_mask
+from tav_core.subject import outlined, softened, word_mask
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
@@ -193,7 +193,7 @@ def each_node(pack):
                                                           takes=nodes.Take.execute({"samples": x}, c).args[0]),
         "invert": lambda m, x, c: nodes.DDIMInversion.execute(m, {"samples": x}, c, 2, "ddim_uniform", False),
         "sample": lambda m, x, c: nodes.VideoSampler.execute(m, c, c, {"samples": x}, 2, 4.0, "ddim_uniform", 0.0, False, 0),
-        "mask": lambda m, x, c: nodes.SubjectMask.execute(m, {"samples": x}, c, c, 0.15, 0, 0),
+        "mask": lambda m, x, c: nodes.SubjectMask.execute(m, {"samples": x}, torch.zeros(len(x), 128, 128, 3), c, c, 0.15, 0, 0),
         "stock": lambda m, x, c: sample(m, noise=x, positive=c),
     }  # fmt: skip
 
@@ -307,12 +307,13 @@ def test_subject_and_region_are_those_of_the_core(pack, mini, region):
     nodes, caption, edit = pack.nodes, "a red ball is sliding on the grass", "a blue star is sliding on the snow"
     others = ["a green heart is sliding on the grass", "a purple ring is sliding on the grass"]
     contrast = [entry for other in others for entry in mini.encode(other)]
-    mask = nodes.SubjectMask.execute(mini.inflated, mini.latent, mini.encode(caption), contrast, 0.25, 16, 0).args[0]
+    mask = nodes.SubjectMask.execute(mini.inflated, mini.latent, mini.images, mini.encode(caption), contrast, 0.15, 3, 0).args[0]
     unet, scheduler = inflate(mini.checkpoint.unet), DDIMScheduler.from_config(mini.checkpoint.scheduler.config, set_alpha_to_one=True)
     said, wish, empty, *told = (encode_prompt(mini.checkpoint, words) for words in (caption, edit, "", *others))
-    subject = softened(subject_mask(unet, mini.latents, said, torch.cat(told), scheduler), 16, 8)
+    found = subject_mask(unet, mini.latents, said, torch.cat(told), scheduler)
+    subject = softened(outlined(found, (mini.images * 255).round().to(torch.uint8)), 3)
     assert mask.shape == (4, 128, 128) and 0.02 < subject.mean() < 0.5
-    assert (F.avg_pool2d(mask, 8) - subject[0, 0]).abs().mean() < 0.01
+    assert (mask - subject[0, 0]).abs().mean() < 0.01
 
     model = nodes.AttentionInjection.execute(mini.inflated, mini.encode(caption), 0.5, region, mask).args[0]
     noise = nodes.DDIMInversion.execute(model, mini.latent, mini.encode(caption), 10, "ddim_uniform", False).args[0]
@@ -320,7 +321,7 @@ def test_subject_and_region_are_those_of_the_core(pack, mini, region):
     edited = mini.model.model.process_latent_in(edited["samples"]).movedim(0, 1)[None]
     start, subject = ddim_invert(unet, mini.latents, said, scheduler, 10), F.avg_pool2d(mask, 8)[None, None]
     settings = dict(guidance_scale=5.0, negative_hidden_states=empty, source_hidden_states=said, attention_injection=0.5)
-    wanted = ddim_sample(unet, start, wish, scheduler, 10, anchor=subject, region=editable(region, subject), **settings)
+    wanted = ddim_sample(unet, start, wish, scheduler, 10, anchor=subject, region=editable(region, subject, room=1), **settings)
     free = ddim_sample(unet, start, wish, scheduler, 10, anchor=subject, **settings)
     assert (edited - wanted).abs().max() < 1e-3 < 0.1 < (wanted - free).abs().max()
     with pytest.raises(ValueError, match="subject has 3 masks for 4 frames"):
@@ -333,19 +334,22 @@ def test_subject_and_region_are_those_of_the_core(pack, mini, region):
 def test_the_mask_of_a_word_is_that_of_the_core(pack, mini):
     caption = "a red ball is sliding on the grass"
     clip = pack.nodes.LoadCheckpoint.execute("mini").args[1]
-    mask = pack.nodes.WordMask.execute(mini.inflated, clip, mini.latent, caption, "ball", 5, 0.3, 0).args[0]
+    mask = pack.nodes.WordMask.execute(mini.inflated, clip, mini.latent, mini.images, caption, "ball", 5, 0.3, 0).args[0]
     unet, ids = inflate(mini.checkpoint.unet), mini.checkpoint.tokenizer(caption).input_ids
     scheduler = DDIMScheduler.from_config(mini.checkpoint.scheduler.config, set_alpha_to_one=True)
     wanted = word_mask(unet, mini.latents, encode_prompt(mini.checkpoint, caption), [3], scheduler, steps=5, threshold=0.3)
     assert ids[3] == mini.checkpoint.tokenizer("ball", add_special_tokens=False).input_ids[0]
-    assert mask.shape == (4, 128, 128) and (mask[:, ::8, ::8] - wanted[0, 0]).abs().mean() < 0.01 < wanted.mean() < 0.99
+    outline = outlined(wanted, (mini.images * 255).round().to(torch.uint8))[0, 0]
+    assert mask.shape == (4, 128, 128) and (mask - outline).abs().mean() < 0.01 < outline.mean() < 0.99
+    with pytest.raises(ValueError, match="images are 3 of 128 x 128, latent is of 4 of 128 x 128; give the frames that were encoded"):
+        pack.nodes.WordMask.execute(mini.inflated, clip, mini.latent, mini.images[1:], caption, "ball", 5, 0.3, 0)
     with pytest.raises(ValueError, match="word 'star' is not in the sentence"):
-        pack.nodes.WordMask.execute(mini.inflated, clip, mini.latent, caption, "star", 5, 0.3, 0)
+        pack.nodes.WordMask.execute(mini.inflated, clip, mini.latent, mini.images, caption, "star", 5, 0.3, 0)
     with pytest.raises(ValueError, match="word ' ' is not in the sentence"):
-        pack.nodes.WordMask.execute(mini.inflated, clip, mini.latent, caption, " ", 5, 0.3, 0)
+        pack.nodes.WordMask.execute(mini.inflated, clip, mini.latent, mini.images, caption, " ", 5, 0.3, 0)
     with pytest.raises(ValueError, match="MODEL sees the clip in Context Windows"):
         windowed = pack.nodes.ContextWindows.execute(mini.inflated, 3, 2).args[0]
-        pack.nodes.WordMask.execute(windowed, clip, mini.latent, caption, "ball", 5, 0.3, 0)
+        pack.nodes.WordMask.execute(windowed, clip, mini.latent, mini.images, caption, "ball", 5, 0.3, 0)
 
 
 CAPTION, EDIT, MASKED_STEPS = "a red ball is sliding on the grass", "a blue star is sliding on the snow", 5

@@ -480,10 +480,10 @@ Instead of *Subject Mask*, connect a mask that you drew or that another pack fou
     w.group("4  Invert, and find the subject", "cyan")
     noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=described, steps=25, measure=False)
     contrast = w.add("ConditioningCombine", conditioning_1=others[0], conditioning_2=others[1])
-    subject = w.add("TAVSubjectMask", model=tuned.MODEL, latent=latent, conditioning=described, contrast=contrast)
+    subject = w.add("TAVSubjectMask", model=tuned.MODEL, latent=latent, images=clip.images, conditioning=described, contrast=contrast)
     mask = w.add("MaskToImage", mask=subject)
     w.group("Or by its word (large checkpoints)", "cyan", below=True)
-    w.add("TAVWordMask", model=tuned.MODEL, clip=clip_model, latent=latent, sentence=PROMPT, word="ball")
+    w.add("TAVWordMask", model=tuned.MODEL, clip=clip_model, latent=latent, images=clip.images, sentence=PROMPT, word="ball")
     frames = []
     for region, edit in (("subject", colour), ("background", place)):
         w.group(f"5  Edit the {region}", "cyan", below=region == "background")

@@ -213,8 +213,8 @@ def untouched(checkpoint: Checkpoint, preset: Preset, *, clips: list[BenchmarkCl
               progress: Callable[[str], None] = lambda line: None) -> dict[str, dict[str, float]]:  # fmt: skip
     """How well edits of the subject and of the background leave all else as the noise reconstructs the clip.
 
-    PSNR in dB against the walk back without guidance, over the pixels whose latents lie outside of the region; mean of
-    the clips. With a region those pixels are the same but for a seam (see `put_back`).
+    PSNR in dB against the walk back without guidance, over the pixels outside of the region, whose edge is taken as hard;
+    mean of the clips. With a region those pixels are the same but for that edge (see `put_back`).
 
     Returns: kind -> "no_mask", "subject_held" (in its place, the region is everything), "region", and "least_gain", from
     the first to the last, of a clip.
@@ -231,8 +231,7 @@ def untouched(checkpoint: Checkpoint, preset: Preset, *, clips: list[BenchmarkCl
         again = draw(clip.caption(), replace(preset, guidance_scale=1.0, attention_injection=0.0))
         for kind, rows in figures.items():
             caption, region = clip.caption(**{KINDS[kind]: clip.edits[kind]}), REGIONS[kind]
-            outside = editable(region, subject)[0, 0] == 0
-            outside = outside.repeat_interleave(checkpoint.downscale, 1).repeat_interleave(checkpoint.downscale, 2)  # f h w
+            outside = editable(region, subject.round(), room=checkpoint.downscale)[0, 0] == 0  # f h w
             edits = draw(caption, preset), draw(caption, preset, subject=subject), draw(caption, preset, subject=subject, region=region)
             rows.append([psnr(edit[outside], again[outside]) for edit in edits])
     summary = {}
