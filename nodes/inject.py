@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..tav_core import TavError
 from ..tav_core.attention import ANCHORED
-from ..tav_core.subject import REGIONS, editable
+from ..tav_core.subject import REGIONS, anchor_of, editable
 from .common import hidden_states, plain_errors, schema
 from .families import vector_of
 from .native import ANCHOR, SOURCE_ROWS, video_unet
@@ -61,10 +61,11 @@ class SourceWalk:
         """
         self.sigma, self.anchor, self.changeable = None, None, None
         if self.subject is not None:
-            self.anchor = at_size(self.subject, noise)
-            region = editable(self.region, rearrange(self.anchor, "f 1 h w -> 1 1 f h w"), room=1)
+            mask = at_size(self.subject, noise)
+            region = editable(self.region, rearrange(mask, "f 1 h w -> 1 1 f h w"), room=1)
             if region is not None:
                 self.changeable = rearrange(region, "1 1 f h w -> f 1 h w")
+            self.anchor = anchor_of(self.region, mask, self.changeable)
         if denoise_mask is not None and not noise.any():
             mask = noise_mask(denoise_mask, noise)
             self.changeable = mask if self.changeable is None else mask * self.changeable

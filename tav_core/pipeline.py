@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video
 from .ddim import ddim_invert, ddim_sample
 from .errors import TavError
 from .inflate import VideoUNet, inflate, trainable_parameters
-from .subject import SOFTNESS, editable, outlined, pooled, put_back, softened, subject_mask
+from .subject import SOFTNESS, anchor_of, editable, outlined, pooled, put_back, softened, subject_mask
 from .tuning import Take, TuneConfig, TuneResult, tune
 from .video import to_pixels
 from .windows import ContextWindows, WindowedUNet
@@ -206,9 +206,9 @@ def sample(checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, 
         settings = {"attention_injection": preset.attention_injection,
                     "source_hidden_states": _inversion_text(checkpoint, source_prompt, preset)}  # fmt: skip
         if subject is not None:
-            anchor = pooled(subject, checkpoint.downscale).to(unet.device)
-            changeable = editable(region, anchor, room=1)
-            settings |= {"anchor": anchor, "region": changeable, "return_source": changeable is not None}
+            mask = pooled(subject, checkpoint.downscale).to(unet.device)
+            changeable = editable(region, mask, room=1)
+            settings |= {"anchor": anchor_of(region, mask, changeable), "region": changeable, "return_source": changeable is not None}
     latents = ddim_sample(_windowed(unet, preset), noise.to(unet.device), encode_prompt(checkpoint, prompt),
                           checkpoint.scheduler, preset.sampling_steps, guidance_scale=preset.guidance_scale,
                           negative_hidden_states=negative, callback=callback, class_labels=class_labels,

@@ -212,6 +212,15 @@ def editable(region: str, mask: Tensor, room: int) -> Tensor | None:
     return {"everything": None, "subject": grown(mask, room), "background": 1 - mask}[region]
 
 
+def anchor_of(region: str, mask: Tensor, changeable: Tensor | None) -> Tensor | None:
+    """Where the clip's features lead an edit of `region`, given the subject's mask and what is `editable`.
+
+    An edit of the subject would lose it in some frames if they led it no farther than the old outline. One of the
+    background needs them nowhere: its subject is held already.
+    """
+    return {"everything": mask, "subject": changeable, "background": None}[region]
+
+
 def put_back(edit: Tensor, source: Tensor, region: Tensor) -> Tensor:
     """An edit (uint8 `f h w c`) within the region (0 ... 1, `1 1 f h w` of its pixels), and the source around it.
 

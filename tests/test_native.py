@@ -321,8 +321,10 @@ def test_subject_and_region_are_those_of_the_core(pack, mini, region):
     edited = mini.model.model.process_latent_in(edited["samples"]).movedim(0, 1)[None]
     start, subject = ddim_invert(unet, mini.latents, said, scheduler, 10), F.avg_pool2d(mask, 8)[None, None]
     settings = dict(guidance_scale=5.0, negative_hidden_states=empty, source_hidden_states=said, attention_injection=0.5)
-    wanted = ddim_sample(unet, start, wish, scheduler, 10, anchor=subject, region=editable(region, subject, room=1), **settings)
-    free = ddim_sample(unet, start, wish, scheduler, 10, anchor=subject, **settings)
+    changeable = editable(region, subject, room=1)
+    anchor = {"subject": changeable, "background": None}[region]
+    wanted = ddim_sample(unet, start, wish, scheduler, 10, anchor=anchor, region=changeable, **settings)
+    free = ddim_sample(unet, start, wish, scheduler, 10, anchor=anchor, **settings)
     assert (edited - wanted).abs().max() < 1e-3 < 0.1 < (wanted - free).abs().max()
     with pytest.raises(ValueError, match="subject has 3 masks for 4 frames"):
         model = nodes.AttentionInjection.execute(mini.inflated, mini.encode(caption), 0.5, region, mask[:3]).args[0]
