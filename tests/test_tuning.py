@@ -241,7 +241,7 @@ def test_atomic_path(tmp_path):
 
 def test_gradient_checkpointing_changes_nothing(uninterrupted):
     unet = make_unet()
-    result = run(unet, replace(CONFIG, gradient_checkpointing=True))
+    result = run(unet, replace(CONFIG, memory="checkpointing"))
     assert not unet.is_gradient_checkpointing
     assert max(abs(a - b) for a, b in zip(result.losses, uninterrupted[0].losses)) <= 1e-6
     assert all((a - uninterrupted[1][name]).abs().max() <= 1e-6 for name, a in weights(unet).items())
@@ -299,7 +299,7 @@ def test_timesteps_cover_the_range():
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision(dtype, uninterrupted, tmp_path):
     unet, path = make_unet(), tmp_path / "run.safetensors"
-    config = replace(CONFIG, dtype=dtype, gradient_checkpointing=True)
+    config = replace(CONFIG, dtype=dtype, memory="checkpointing")
     before = {
         name: parameter.clone() for name, parameter in unet.named_parameters() if not parameter.requires_grad
     }
