@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -24,6 +24,7 @@ from .errors import TavError
 
 NORMS = ("video", "frame")
 MEMORY = ("fast", "checkpointing", "low")  # of the tuning: each takes less memory and more time than the one before
+_PARTS = 4
 _TRAINABLE = re.compile(r"\.(attn1\.to_q|attn2\.to_q|attn_temp)\.")
 
 
@@ -50,6 +51,14 @@ class Recomputed:
                 return forward(*args, **kwargs)
 
         return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+
+class RecomputedInParts(Recomputed):
+    """The same for a module that treats every frame alike: a few frames at a time, so that no part takes much."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:  # (b f) n c
+        forward = super().forward
+        return torch.cat([forward(part, *args, **kwargs) for part in x.chunk(_PARTS)]) if self.recomputed else forward(x, *args, **kwargs)
 
 
 class OverFrames:
@@ -173,8 +182,8 @@ class VideoUNet(UNet2DConditionModel):
     def set_memory(self, memory: str) -> None:
         """What the backward pass recomputes.
 
-        "fast": nothing; "checkpointing": resnets and transformers, one at a time; "low": around them also whole
-        blocks of the U-Net, so that nothing is kept but what flows from block to block.
+        "fast": nothing; "checkpointing": resnets and transformers, one at a time; "low": around them whole blocks of the
+        U-Net, so that nothing is kept but what flows from block to block, and in them attentions and feed-forwards.
         """
         self.memory = memory
         for module in self.modules():
@@ -300,11 +309,15 @@ def _make_units(block: nn.Module, context: FrameContext):
             blocks = module.transformer_blocks
             for unit in [module] if len(blocks) == 1 else blocks:  # a transformer of many blocks would be too large
                 _recompute(unit, context, "checkpointing")
+        elif isinstance(module, Attention):
+            _recompute(module, context, "low")
+        elif isinstance(module, FeedForward):
+            _recompute(module, context, "low", RecomputedInParts)
     _recompute(block, context, "low")
 
 
-def _recompute(module: nn.Module, context: FrameContext, since: str):
-    module.__class__ = type(type(module).__name__, (Recomputed, type(module)), {"since": since})
+def _recompute(module: nn.Module, context: FrameContext, since: str, how: type[Recomputed] = Recomputed):
+    module.__class__ = type(type(module).__name__, (how, type(module)), {"since": since})
     module.frame_context = context
 
 

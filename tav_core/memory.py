@@ -47,7 +47,7 @@ def needed_memory(
         unet.get_class_embed = super(VideoUNet, unet).get_class_embed  # which doesn't look at the labels' values
         labels = {} if class_labels is None else {"class_labels": fake(class_labels)}
         inputs = fake(latents), 0, fake(encoder_hidden_states)
-        with _Peak() as count:
+        with _Peak([*unet.parameters(), *unet.buffers()]) as count:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = unet(*inputs, **labels).float().square().mean()
             loss.backward()
@@ -69,12 +69,12 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _Peak(TorchDispatchMode):
-    """The most bytes that live at once of the tensors that operations make."""
+    """The most bytes that live at once of the tensors that operations make; views of `given` ones take none."""
 
-    def __init__(self):
+    def __init__(self, given: list[Tensor]):
         super().__init__()
         self.now = self.peak = 0
-        self.living = set()
+        self.living = {tensor.untyped_storage()._cdata for tensor in given}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
