@@ -25,8 +25,9 @@ def needed_memory(
 
     The step is run, forward and backward, on tensors without content (fake tensors), which have all but the memory:
     the most that live at once, and for each tuned weight AdamW's two moments and the copy that a failed run goes back
-    to. Left out are what kernels take for themselves (convolutions, and attention for their scores), memory lost in
-    gaps, and the callback (a preview). Takes a second or two, even for Stable Diffusion.
+    to. Left out are what kernels take for themselves (convolutions above all), the callback (a preview) and gaps: on the
+    CPU the C library keeps freed tensors of up to 32 MB, which small clips notice. Takes a second or two, even for
+    Stable Diffusion.
 
     Args:
         latents: `b c f h w`, of the largest take; nothing but its shape counts.
@@ -55,7 +56,7 @@ def needed_memory(
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Attention that never holds all scores, without its computation: what it keeps are queries, keys, values and output."""
+    """The memory of attention that never holds all scores: it keeps queries, keys, values and output."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -65,7 +66,9 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+        q, k, v, _ = ctx.saved_tensors
+        copies = [*[q] * 5, *[k] * 6] if q.device.type == "cpu" else []  # of `block_attention`
+        return tuple([torch.empty_like(x) for x in (q, k, v, *copies)][:3])
 
 
 class _Peak(TorchDispatchMode):

@@ -290,7 +290,7 @@ def tune(
                 save()
                 lower = "" if unet.memory == MEMORY[-1] else f", --memory {MEMORY[-1]}"
                 raise TavError(f"step {step + 1} ran out of memory, with --memory {unet.memory}; use fewer or smaller frames, "
-                               f"--context-length (in ComfyUI: Context Windows){lower} or dtype bf16")  # fmt: skip
+                               f"--context-length (in ComfyUI: Context Windows){lower} or --dtype bf16")  # fmt: skip
             if not torch.isfinite(loss):
                 raise fail("loss", step)
             for parameter in parameters.values():
