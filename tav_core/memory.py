@@ -124,7 +124,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def release(device: torch.device):
-    """Gives back what nothing refers to any more."""
+    """Gives back what a failed step has left."""
+    torch.zeros((), requires_grad=True).backward()  # until it runs again, autograd's queue on the CPU holds the failed graph
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -287,6 +287,7 @@ def tune(
                 unet.set_memory(lower)
                 loss = differentiated(scale, sample, noise, t, seen, config.loss_weighting)
             if loss is None:
+                release(device)
                 save()
                 lower = "" if unet.memory == MEMORY[-1] else f", --memory {MEMORY[-1]}"
                 raise TavError(f"step {step + 1} ran out of memory, with --memory {unet.memory}; use fewer or smaller frames, "

@@ -1,7 +1,6 @@
 """Memory modes of the tuning: what each keeps and needs, which one is chosen, and what happens when the memory runs out."""
 
 import copy
-import weakref
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ from test_tuning import CONFIG, equal, make_unet, run, stop_at, weights
 from tav_core import bench
 from tav_core.errors import Cancelled, TavError
 from tav_core.inflate import MEMORY
-from tav_core.memory import choose, is_out_of_memory, needed_memory
+from tav_core.memory import _Peak, choose, is_out_of_memory, needed_memory
 from tav_core.tuning import tuning_loss
 
 GB = 10**9
@@ -166,32 +165,24 @@ def test_a_step_that_runs_out_of_memory_again_ends_the_run(of_each, monkeypatch,
 
 def test_nothing_of_a_failed_step_stays_alive(monkeypatch):
     """When the step runs again, the graph and the gradients of the first attempt are gone."""
-    unet, kept, found = make_unet(), weakref.WeakSet(), []
+    unet, living = make_unet(), []
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
-    class Kept:
-        def __init__(self, tensor):
-            self.tensor = tensor.detach()  # or an output would hold its own graph
-            kept.add(self)
-
-    def look():
-        found.append((len(kept), sum(parameter.grad is not None for parameter in unet.parameters())))
-
     def fail(grad):
-        look()
+        living.append(count.now)
         raise RuntimeError(OUT_OF_MEMORY)
 
     def loss(unet, *args):
-        if unet.memory == "checkpointing":
-            look()
-            hook.remove()
-        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-            return tuning_loss(unet, *args)
+        if torch.is_grad_enabled():
+            living.append(count.now)
+        return tuning_loss(unet, *args)
 
     hook = parameters[len(parameters) // 2].register_hook(fail)  # half-way
     monkeypatch.setattr("tav_core.tuning.tuning_loss", loss)
-    run(unet, replace(CONFIG, steps=1, memory="fast"))
-    assert min(found[0]) > 0 and found[1] == (0, 0)
+    with _Peak([*unet.parameters()]) as count:
+        run(unet, replace(CONFIG, steps=1, memory="fast"), say=lambda line: hook.remove())
+    before, failing, again = living
+    assert failing > before + 100_000 and again <= before + 100
 
 
 def test_other_errors_are_not_taken_for_it(monkeypatch):
