@@ -118,8 +118,8 @@ def _gb(size: float) -> str:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocator failed: CUDA's, or by its words that of the CPU (on Windows: "not enough memory") or MPS."""
-    told = ("out of memory", "can't allocate memory", "not enough memory")
+    """Whether an allocation failed: CUDA's, or by its words one of the CPU (on Windows: "not enough memory"), MPS or cuBLAS."""
+    told = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
     return isinstance(error, torch.cuda.OutOfMemoryError) or any(words in str(error) for words in told)
 
 

@@ -228,10 +228,6 @@ def tune(
             state, tensors = read_state(state_path)
             check_same_run(state_path, state.fingerprint, fingerprint, tensors)
             restore(tensors, parameters, optimizer)
-        if config.memory == "auto" and state.step < config.steps:
-            memory, line = choose(lambda memory: step_memory(unet, takes, config, memory, device), free_memory(device))
-            unet.set_memory(memory)
-            say(line)
         good = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
         def save() -> None:
@@ -264,6 +260,10 @@ def tune(
 
         if not state.probe_losses:
             state.probe_losses.append((0, probe()))
+        if config.memory == "auto" and state.step < config.steps:
+            memory, line = choose(lambda memory: step_memory(unet, takes, config, memory, device), free_memory(device))
+            unet.set_memory(memory)
+            say(line)
         for step in range(state.step, config.steps):
             seen = takes[draw_take(config.seed, step, len(takes))]
             if length is not None:
