@@ -48,7 +48,7 @@ def plain_errors(**fields: str) -> Iterator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        raise TavError("out of memory; use fewer or smaller frames, Context Windows, gradient_checkpointing, or dtype bf16") from error
+        raise TavError("out of memory; use fewer or smaller frames, Context Windows, memory low, or dtype bf16") from error
     except TavError as error:
         raise TavError(re.sub(r"--([a-z]+)", lambda m: fields.get(m[1], m[1]), str(error))) from error
 

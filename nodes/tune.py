@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import time
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..tav_core import TuneConfig, TuneResult, base_fingerprint, ddim_invert, ddim_sample, loss_curve, strip, tune
+from ..tav_core.inflate import MEMORY
 from ..tav_core.state import read_state
 from ..tav_core.tuned import tuned_info
-from ..tav_core.tuning import DTYPES, Take, run_fingerprint
+from ..tav_core.tuning import DTYPES, Take, run_fingerprint, step_memory
 from ..tav_core.windows import at_frames
 from .common import (
     NodeTakes,
@@ -64,8 +66,9 @@ class OneShotTune(io.ComfyNode):
                 io.Combo.Input("dtype", options=["auto", *DTYPES], default="auto",
                                tooltip="Precision of the computation; auto is bf16 where the GPU has it, else fp32. What is "
                                "tuned stays in fp32."),
-                io.Boolean.Input("gradient_checkpointing", default=True,
-                                 tooltip="Takes much less memory and a third more time."),
+                io.Combo.Input("memory", options=["auto", *MEMORY], default="auto",
+                               tooltip="fast takes the most memory; checkpointing much less, and half as long again; low the least, "
+                               "and twice as long. auto is the first that fits. All give the same weights."),
                 io.Combo.Input("timestep_sampling", options=["uniform", "stratified"], default="uniform",
                                tooltip="uniform as in the paper; stratified covers all noise levels evenly, better for short runs."),
                 io.Int.Input("preview_every", default=0, min=0, max=10_000,
@@ -84,7 +87,7 @@ class OneShotTune(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, latent, positive, steps, learning_rate, seed, dtype, gradient_checkpointing,
+    def execute(cls, model, latent, positive, steps, learning_rate, seed, dtype, memory,
                 timestep_sampling, preview_every, preview_prompt=None, vae=None, takes=()) -> io.NodeOutput:  # fmt: skip
         with plain_errors():
             if dtype == "auto":
@@ -93,7 +96,7 @@ class OneShotTune(io.ComfyNode):
             # of Context Windows; 0 are windows of the tuned length, to be used on longer clips than this one
             length, _ = model.model_options["transformer_options"].get(WINDOWS, (0, 0))
             config = TuneConfig(steps=steps, learning_rate=learning_rate, seed=seed, dtype=dtype,
-                                gradient_checkpointing=gradient_checkpointing, timestep_sampling=timestep_sampling,
+                                memory=memory, timestep_sampling=timestep_sampling,
                                 context_length=length or None)  # fmt: skip
             latents = clean_latents(model, latent)
             text = conditions(model, positive, latents, "positive")
@@ -140,9 +143,8 @@ def run(node, model: ModelPatcher, takes: list[Take], config: TuneConfig, previe
 
         patcher = ModelPatcher(Trainee(unet), load_device=device, offload_device=management.unet_offload_device())
         frames = config.context_length or latents.shape[2]
-        seen = [take.latents[0, :, : config.context_length].transpose(0, 1) for take in takes]
-        room = max(model.memory_required(list(part.shape)) for part in seen)
-        room *= 2 if config.gradient_checkpointing else 6
+        best = MEMORY[0] if config.memory == "auto" else config.memory  # auto takes the best that what it gets allows
+        room = step_memory(unet, takes, config, best, device)
         with_vae = [vae.patcher] if preview_every and vae is not None else []
         management.load_models_gpu([patcher, *with_vae], memory_required=room, force_full_load=True)
         bar, said = progress_bar(config.steps), time.monotonic()
@@ -165,9 +167,13 @@ def run(node, model: ModelPatcher, takes: list[Take], config: TuneConfig, previe
                 left = progress["seconds"] / max(1, done) * (total - step)
                 report(node, f"step {step}/{total}, loss {progress['probe_loss']:.4f}, {left // 60:.0f}:{left % 60:02.0f} left")
 
+        def say(line: str):
+            logging.info(f"Tune-A-Video: {line}")
+            report(node, line)
+
         started = read_state(state)[0].step if state.exists() else 0
         result = tune(unet, scheduler, latents, first.encoder_hidden_states, config, more_takes=more, state_path=state,
-                      callback=on_step)  # fmt: skip
+                      callback=on_step, say=say)  # fmt: skip
         if started == config.steps:
             report(node, f"tuned before, {started} steps, loss {result.probe_losses[-1][1]:.4f}")
         height, width = latents.shape[3:]

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from . import bench, pipeline
 from .checkpoint import Checkpoint, load_checkpoint
@@ -71,7 +72,7 @@ def _tune(args, checkpoint: Checkpoint, sources: list[pipeline.Source], progress
     try:
         unet, result = pipeline.tune_on(checkpoint, source, preset, attention=args.attention,
                                         temporal_causal=args.temporal_causal, norm=args.norm, more_sources=more,
-                                        state_path=state_path, resume=args.resume, callback=progress)  # fmt: skip
+                                        state_path=state_path, resume=args.resume, callback=progress, say=tqdm.write)  # fmt: skip
     except Cancelled as stop:
         raise Cancelled(f"{stop}; add --resume to go on") from None
     height, width = (n * checkpoint.downscale for n in source.latents.shape[-2:])

@@ -30,7 +30,7 @@ from .checkpoint import CONFIGS, Checkpoint, decode_video, encode_prompt, encode
 from .ddim import ddim_invert, ddim_sample
 from .errors import TavError
 from .files import atomic_path
-from .inflate import VideoUNet, inflate
+from .inflate import MEMORY, VideoUNet, inflate
 from .tuning import DTYPES, TuneConfig, tune, tuning_loss
 
 STAGES = ("tune", "invert", "sample", "encode", "decode")
@@ -40,7 +40,6 @@ OPTIMISATIONS = {
     "fused": "attention that never holds all scores",
     "caching": "clip and sentence encoded once; tuned parameters alone in the optimiser; the VAE in chunks of frames",
 }
-MEMORY = ("fast", "checkpointing")
 GUIDANCE = 12.5
 GROWTH = {"frames": (8, 16, 32, 64), "size": (16, 32, 64)}
 
@@ -161,7 +160,7 @@ class Subject:
             if progress["step"] == 2:
                 raise Enough
 
-        config = TuneConfig(steps=3, probe_size=1, dtype=self.mode.dtype, gradient_checkpointing=self.mode.memory == "checkpointing")
+        config = TuneConfig(steps=3, probe_size=1, dtype=self.mode.dtype, memory=self.mode.memory)
         try:
             tune(self.unet, self.checkpoint.scheduler, self.latents, self.texts[0], config, latents_std=self.latents.abs() / 10,
                  callback=callback)  # fmt: skip
@@ -171,7 +170,7 @@ class Subject:
     def _tune_plainly(self) -> float:
         """A step of tuning that encodes the clip and its sentence itself."""
         optimizer, dtype = torch.optim.AdamW(self.unet.parameters(), lr=3e-5), DTYPES[self.mode.dtype]
-        self.unet.frame_context.checkpointing = self.mode.memory == "checkpointing"
+        self.unet.set_memory(self.mode.memory)
 
         def step():
             mean, std = encode_video(self.checkpoint, self.pixels, self.chunk)
@@ -211,6 +210,7 @@ class Subject:
     def tuning_flops(self) -> int:
         """Floating-point operations of a tuning step, recomputed ones included."""
         nn.Module.to(self.unet, torch.float32)
+        self.unet.set_memory(self.mode.memory)
         with FlopCounterMode(display=False) as counter:
             text, t = self.texts[0], torch.tensor([500], device=self.device)
             with torch.autocast(self.device.type, DTYPES[self.mode.dtype], enabled=self.mode.dtype != "fp32"):
@@ -300,7 +300,7 @@ def add_arguments(parser):
     parser.add_argument("--frames", type=int, metavar="N", help="(that of the layout)")
     parser.add_argument("--size", type=int, metavar="N", help="side of the latents (that of the layout)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="of the U-Net (fp32; with --gpu bf16)")
-    parser.add_argument("--memory", nargs="+", choices=MEMORY, help="of the tuning (fast; with --gpu both)")
+    parser.add_argument("--memory", nargs="+", choices=MEMORY, help="of the tuning (fast; with --gpu all)")
     parser.add_argument("--without", nargs="+", choices=OPTIMISATIONS, default=[],
                         help="measures also with each of these switched off. " + "; ".join(f"{k}: {v}" for k, v in OPTIMISATIONS.items()))  # fmt: skip
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)

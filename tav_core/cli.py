@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from .errors import Cancelled, TavError
+from .inflate import MEMORY
 from .pipeline import PRESETS, Preset, default_preset, with_settings
 from .tuning import DTYPES
 
@@ -67,8 +68,8 @@ def add_preset_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--learning-rate", type=float, metavar="X", help="tuning's learning rate (AdamW)")
     group.add_argument("--seed", type=int, metavar="N", help="seed of every random draw (0)")
     group.add_argument("--dtype", choices=DTYPES, help="precision of the computation; tuned weights stay fp32")
-    group.add_argument("--gradient-checkpointing", action="store_true", default=None,
-                       help="tune in less memory, but slower")  # fmt: skip
+    group.add_argument("--memory", choices=["auto", *MEMORY],
+                       help="of the tuning (auto: the first that fits). checkpointing and low take less of it, and more time")  # fmt: skip
     group.add_argument("--sampling-steps", type=int, metavar="N", help="DDIM steps of inversion and of sampling")
     group.add_argument("--guidance-scale", type=float, metavar="X", help="classifier-free guidance of the edits")
     group.add_argument("--attention-injection", type=float, metavar="X",
@@ -84,7 +85,7 @@ def preset_of(args: argparse.Namespace) -> Preset:
     """The preset that the arguments of `add_preset_arguments` describe."""
     return with_settings(
         PRESETS[args.preset or default_preset(args.checkpoint)], steps=args.steps, learning_rate=args.learning_rate, seed=args.seed, dtype=args.dtype,
-        gradient_checkpointing=args.gradient_checkpointing, sampling_steps=args.sampling_steps,
+        memory=args.memory, sampling_steps=args.sampling_steps,
         guidance_scale=args.guidance_scale, attention_injection=args.attention_injection,
         caption_as_negative=args.caption_as_negative, context_length=args.context_length,
         context_overlap=args.context_overlap,
@@ -102,7 +103,7 @@ def run(parser: argparse.ArgumentParser):
     except TavError as error:
         sys.exit(_fail(f"error: {error}", 2))
     except torch.cuda.OutOfMemoryError:
-        remedy = "fewer --frames, --context-length, a smaller --size, --gradient-checkpointing or --dtype bf16"
+        remedy = "fewer --frames, --context-length, a smaller --size, --memory low or --dtype bf16"
         sys.exit(_fail(f"error: the device ran out of memory; try {remedy}", 2))
     except Cancelled as stop:
         sys.exit(_fail(str(stop), 130))

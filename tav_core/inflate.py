@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -22,17 +23,26 @@ from .attention import MODES, FrameAttnProcessor, FrameContext, anchored, tempor
 from .errors import TavError
 
 NORMS = ("video", "frame")
+MEMORY = ("fast", "checkpointing", "low")  # of the tuning: each takes less memory and more time than the one before
+_PARTS = 4
 _TRAINABLE = re.compile(r"\.(attn1\.to_q|attn2\.to_q|attn_temp)\.")
 
 
 class Recomputed:
-    """Mixin: under gradient checkpointing, recompute this module with the frame count of its own forward."""
+    """Mixin: a unit of gradient checkpointing, recomputed in the backward pass with the frame count of its own forward.
+
+    Attributes:
+        recomputed: whether it is so now.
+        since: the first of the `MEMORY` modes in which it is so.
+    """
 
     frame_context: FrameContext
+    recomputed: bool = False
+    since: str
 
     def forward(self, *args, **kwargs):
         context, forward = self.frame_context, super().forward
-        if not (context.checkpointing and torch.is_grad_enabled()):
+        if not (self.recomputed and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
         frames, anchor = context.frames, context.anchor  # another forward may run before the backward of this one
 
@@ -41,6 +51,14 @@ class Recomputed:
                 return forward(*args, **kwargs)
 
         return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+
+class RecomputedInParts(Recomputed):
+    """The same for a module that treats every frame alike: a few frames at a time, so that no part takes much."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:  # (b f) n c
+        forward = super().forward
+        return torch.cat([forward(part, *args, **kwargs) for part in x.chunk(_PARTS)]) if self.recomputed else forward(x, *args, **kwargs)
 
 
 class OverFrames:
@@ -71,8 +89,8 @@ class VideoGroupNorm(OverFrames, nn.GroupNorm):
     pass
 
 
-class VideoResnetBlock(Recomputed, ResnetBlock2D):
-    pass
+class VideoResnetBlock(ResnetBlock2D):
+    frame_context: FrameContext
 
 
 class AnchoredResnetBlock(VideoResnetBlock):
@@ -82,7 +100,7 @@ class AnchoredResnetBlock(VideoResnetBlock):
         return anchored(super().forward(*args, **kwargs), self.frame_context)
 
 
-class VideoTransformerBlock(Recomputed, TemporalTail, BasicTransformerBlock):
+class VideoTransformerBlock(TemporalTail, BasicTransformerBlock):
     pass
 
 
@@ -92,10 +110,12 @@ class VideoUNet(UNet2DConditionModel):
     Attributes:
         frame_context: shared by all modules; set its `attention_fn` to compute attention another way.
         inflation: the options given to `inflate`.
+        memory: one of `MEMORY`, see `set_memory`.
     """
 
     frame_context: FrameContext
     inflation: dict[str, Any]
+    memory: str = "fast"
 
     def forward(
         self, latents: Tensor, timesteps: Tensor | float | int, encoder_hidden_states: Tensor, anchor: Tensor | None = None, **kwargs
@@ -159,17 +179,27 @@ class VideoUNet(UNet2DConditionModel):
             class_labels = class_labels.to(sample.dtype)
         return super().get_class_embed(sample, class_labels)
 
+    def set_memory(self, memory: str) -> None:
+        """What the backward pass recomputes.
+
+        "fast": nothing; "checkpointing": resnets and transformers, one at a time; "low": around them whole blocks of the
+        U-Net, so that nothing is kept but what flows from block to block, and in them attentions and feed-forwards.
+        """
+        self.memory = memory
+        for module in self.modules():
+            if isinstance(module, Recomputed):
+                module.recomputed = MEMORY.index(memory) >= MEMORY.index(module.since)
+
     # diffusers would recompute its blocks without their frame count; see Recomputed
     def enable_gradient_checkpointing(self) -> None:
-        """Save memory in training by recomputing resnets and transformer blocks in the backward pass."""
-        self.frame_context.checkpointing = True
+        self.set_memory("checkpointing")
 
     def disable_gradient_checkpointing(self) -> None:
-        self.frame_context.checkpointing = False
+        self.set_memory("fast")
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        return self.frame_context.checkpointing
+        return self.memory != "fast"
 
 
 def per_frame(name: str, value: Any, b: int, f: int) -> Any:
@@ -232,7 +262,7 @@ def inflate(
         raise TavError("unet has no transformer block to inflate; pass a text-to-image model such as SD 1.5")
 
     unet = copy.deepcopy(unet)
-    context = FrameContext(checkpointing=unet.is_gradient_checkpointing)
+    context, checkpointing = FrameContext(), unet.is_gradient_checkpointing
     unet.disable_gradient_checkpointing()
     unet.__class__ = VideoUNet
     unet.frame_context = context
@@ -253,6 +283,11 @@ def inflate(
                 module.__class__, module.frame_context = VideoGroupNorm, context
 
     unet.up_blocks[0].resnets[0].__class__ = AnchoredResnetBlock
+    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+        if block is not None:
+            _make_units(block, context)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
 
     unet.requires_grad_(False)
     for parameter in trainable_parameters(unet).values():
@@ -263,6 +298,27 @@ def inflate(
 def trainable_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
     """Name to parameter of what the method tunes: `attn1.to_q`, `attn2.to_q` and all of `attn_temp`."""
     return {name: parameter for name, parameter in unet.named_parameters() if _TRAINABLE.search(name)}
+
+
+def _make_units(block: nn.Module, context: FrameContext):
+    """Chooses what of a block of the U-Net is recomputed in which of the `MEMORY` modes (see `VideoUNet.set_memory`)."""
+    for module in list(block.modules()):
+        if isinstance(module, ResnetBlock2D):
+            _recompute(module, context, "checkpointing")
+        elif isinstance(module, Transformer2DModel):
+            blocks = module.transformer_blocks
+            for unit in [module] if len(blocks) == 1 else blocks:  # a transformer of many blocks would be too large
+                _recompute(unit, context, "checkpointing")
+        elif isinstance(module, Attention):
+            _recompute(module, context, "low")
+        elif isinstance(module, FeedForward):
+            _recompute(module, context, "low", RecomputedInParts)
+    _recompute(block, context, "low")
+
+
+def _recompute(module: nn.Module, context: FrameContext, since: str, how: type[Recomputed] = Recomputed):
+    module.__class__ = type(type(module).__name__, (how, type(module)), {"since": since})
+    module.frame_context = context
 
 
 def _inflate_block(

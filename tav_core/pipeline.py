@@ -127,8 +127,8 @@ def video_unet(checkpoint: Checkpoint, *, attention: str = "sparse-causal", temp
 
 def tune_on(checkpoint: Checkpoint, source: Source, preset: Preset, *, attention: str = "sparse-causal",
             temporal_causal: bool = False, norm: str = "video", more_sources: Sequence[Source] = (),
-            state_path: str | Path | None = None, resume: bool = True,
-            callback: Callback | None = None) -> tuple[VideoUNet, TuneResult]:  # fmt: skip
+            state_path: str | Path | None = None, resume: bool = True, callback: Callback | None = None,
+            say: Callable[[str], None] = lambda line: None) -> tuple[VideoUNet, TuneResult]:  # fmt: skip
     """Inflates a copy of the checkpoint's U-Net and tunes it on the clip, or on several (see `inflate` and `tune`).
 
     A published Tune-A-Video model is tuned further.
@@ -137,7 +137,7 @@ def tune_on(checkpoint: Checkpoint, source: Source, preset: Preset, *, attention
     unet = video_unet(checkpoint, attention=attention, temporal_causal=temporal_causal, norm=norm)
     result = tune(unet, checkpoint.scheduler, source.latents, source.hidden_states, preset.tuning,
                   latents_std=source.latents_std, class_labels=source.class_labels, more_takes=more, state_path=state_path,
-                  resume=resume, callback=callback)  # fmt: skip
+                  resume=resume, callback=callback, say=say)  # fmt: skip
     return unet, result
 
 
@@ -225,13 +225,13 @@ def _inversion_text(checkpoint: Checkpoint, prompt: str, preset: Preset) -> Tens
 
 
 def with_settings(preset: Preset, *, steps: int | None = None, learning_rate: float | None = None,
-                  seed: int | None = None, dtype: str | None = None, gradient_checkpointing: bool | None = None,
+                  seed: int | None = None, dtype: str | None = None, memory: str | None = None,
                   sampling_steps: int | None = None, guidance_scale: float | None = None,
                   attention_injection: float | None = None, caption_as_negative: float | None = None,
                   context_length: int | None = None, context_overlap: int | None = None) -> Preset:  # fmt: skip
     """A preset with some of its settings replaced; None keeps the preset's own."""
     tuning = dict(steps=steps, learning_rate=learning_rate, seed=seed, dtype=dtype,
-                  gradient_checkpointing=gradient_checkpointing, context_length=context_length)  # fmt: skip
+                  memory=memory, context_length=context_length)  # fmt: skip
     sampling = dict(sampling_steps=sampling_steps, guidance_scale=guidance_scale,
                     attention_injection=attention_injection, caption_as_negative=caption_as_negative,
                     context_overlap=context_overlap)  # fmt: skip

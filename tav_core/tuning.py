@@ -17,14 +17,15 @@ from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
 from .errors import TavError
-from .inflate import VideoUNet, trainable_parameters
+from .inflate import MEMORY, VideoUNet, trainable_parameters
+from .memory import choose, free_memory, is_out_of_memory, needed_memory, release
 from .objective import draw_take, draw_timesteps, generator_for, tuning_loss
 from .state import TuneState, check_same_run, hash_tensors, read_state, restore, save_state
 from .windows import at_frames, check_context_length, even_windows, random_window
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SCALE_INTERVAL = 2000  # good steps before the fp16 loss scale doubles
-_NOT_IN_FINGERPRINT = ("steps", "save_every", "probe_every")  # may change between the parts of a run
+_NOT_IN_FINGERPRINT = ("steps", "save_every", "probe_every", "memory")  # may change between the parts of a run
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class TuneConfig:
         max_grad_norm: gradients are scaled down to this L2 norm.
         seed: of every random draw, 0 or more.
         dtype: "fp32", "bf16" or "fp16" computation; the tuned weights stay float32.
-        gradient_checkpointing: less memory for about a third more time.
+        memory: "fast"; "checkpointing" and "low", each with less memory for more time (see `VideoUNet.set_memory`), but
+            the same weights; or "auto": the first of them that fits (see `memory`).
         probe_every: steps between measurements of the loss on `probe_size` fixed draws.
         save_every: steps between writes of the state file.
         timestep_sampling: "uniform", or "stratified": consecutive draws cover the range evenly.
@@ -54,7 +56,7 @@ class TuneConfig:
     warmup_steps: int = 0
     seed: int = 0
     dtype: str = "fp32"
-    gradient_checkpointing: bool = False
+    memory: str = "auto"
     probe_every: int = 25
     probe_size: int = 4
     save_every: int = 100
@@ -76,6 +78,7 @@ class TuneConfig:
             ("max_grad_norm", lambda x: x > 0, "give a positive number, such as 1.0"),
             ("betas", lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x), "give two in [0, 1)"),
             ("dtype", lambda x: x in DTYPES, "choose one of fp32, bf16, fp16"),
+            ("memory", lambda x: x in ("auto", *MEMORY), f"choose one of auto, {', '.join(MEMORY)}"),
             ("timestep_sampling", lambda x: x in ("uniform", "stratified"), "choose uniform or stratified"),
             ("loss_weighting", lambda x: x in ("none", "min_snr"), "choose none or min_snr"),
         ):
@@ -149,6 +152,7 @@ def tune(
     state_path: str | Path | None = None,
     resume: bool = True,
     callback: Callable[[dict[str, Any]], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> TuneResult:
     """Fit `unet`, in place, to one clip and its caption, or to several.
 
@@ -168,11 +172,12 @@ def tune(
         state_path: state file (safetensors), read if it exists and `resume`, written on the way.
         callback: called after every step with a dict of stage "tune", step (from 1), total, loss,
             grad_norm, probe_loss (the latest or None), lr and seconds; raises to stop.
+        say: called with a line where `memory` is chosen, or lowered because a step ran out of memory.
 
     Raises:
         TavError: the state file belongs to another run or cannot be written; a clip shorter than the
             context_length; a loss or gradient that is not finite, after which the weights are those of the
-            last save (or of the start).
+            last save (or of the start); a step that runs out of memory, and again in the next lower memory mode.
     """
     takes = [Take(latents, encoder_hidden_states, latents_std, class_labels), *more_takes]
     for number, take in enumerate(takes, 1):
@@ -239,8 +244,26 @@ def tune(
             remedy += "" if config.dtype == "fp32" else f" or set dtype to fp32 (now {config.dtype})"
             return TavError(f"{what} at step {step + 1} is not finite; {remedy}")
 
+        def differentiated(scale: float, *args) -> Tensor | None:
+            """The loss, its gradients (times scale) in the parameters; None, and nothing kept, if the memory runs out."""
+            optimizer.zero_grad(set_to_none=True)
+            try:
+                loss = loss_at(*args)
+                if torch.isfinite(loss):
+                    (loss * scale).backward()
+                return loss.detach()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            optimizer.zero_grad(set_to_none=True)
+            return None  # only here: the error's traceback held the graph
+
         if not state.probe_losses:
             state.probe_losses.append((0, probe()))
+        if config.memory == "auto" and state.step < config.steps:
+            memory, line = choose(lambda memory: step_memory(unet, takes, config, memory, device), free_memory(device))
+            unet.set_memory(memory)
+            say(line)
         for step in range(state.step, config.steps):
             seen = takes[draw_take(config.seed, step, len(takes))]
             if length is not None:
@@ -255,12 +278,22 @@ def tune(
             lr = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
             optimizer.param_groups[0]["lr"] = lr
 
-            loss = loss_at(sample, noise, t, seen, config.loss_weighting)
+            scale, age = state.loss_scale
+            loss = differentiated(scale, sample, noise, t, seen, config.loss_weighting)
+            if loss is None and unet.memory != MEMORY[-1]:
+                release(device)
+                lower = MEMORY[MEMORY.index(unet.memory) + 1]
+                say(f"memory: {lower} from step {step + 1} on, since {unet.memory} ran out of memory")
+                unet.set_memory(lower)
+                loss = differentiated(scale, sample, noise, t, seen, config.loss_weighting)
+            if loss is None:
+                release(device)
+                save()
+                lower = "" if unet.memory == MEMORY[-1] else f", --memory {MEMORY[-1]}"
+                raise TavError(f"step {step + 1} ran out of memory, with --memory {unet.memory}; use fewer or smaller frames, "
+                               f"--context-length (in ComfyUI: Context Windows){lower} or --dtype bf16")  # fmt: skip
             if not torch.isfinite(loss):
                 raise fail("loss", step)
-            scale, age = state.loss_scale
-            optimizer.zero_grad(set_to_none=True)
-            (loss * scale).backward()
             for parameter in parameters.values():
                 if parameter.grad is not None:
                     parameter.grad.div_(scale)
@@ -292,6 +325,14 @@ def tune(
     return TuneResult(state.losses, state.probe_losses, state.step, time.monotonic() - started, weights)
 
 
+def step_memory(unet: VideoUNet, takes: Sequence[Take], config: TuneConfig, memory: str, device: torch.device) -> int:
+    """Bytes that a step of the tuning needs on a device in a memory mode, beyond the weights (see `needed_memory`)."""
+    seen = takes if config.context_length is None else [take.at(torch.arange(config.context_length)) for take in takes]
+    largest = max(seen, key=lambda take: take.latents.numel())
+    return needed_memory(unet, largest.latents, largest.encoder_hidden_states, largest.class_labels, DTYPES[config.dtype],
+                         memory, device)  # fmt: skip
+
+
 def _next_scale(scale: float, age: int, finite: bool) -> tuple[float, int]:
     if not finite:
         return scale / 2, 0
@@ -305,20 +346,20 @@ def _computing(unet: VideoUNet, parameters: dict[str, nn.Parameter], config: Tun
     # originals wait on the CPU, or computing in half precision would not save device memory
     cast = [(p, p.device, p.data.cpu()) for p in unet.parameters() if id(p) not in tuned and p.dtype != dtype]
     dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
-    checkpointing = unet.is_gradient_checkpointing
+    memory = unet.memory
     try:
         for parameter, _, _ in cast:
             parameter.data = parameter.data.to(dtype)
         for parameter in parameters.values():
             parameter.data = parameter.data.float()
-        unet.frame_context.checkpointing = checkpointing or config.gradient_checkpointing
+        unet.set_memory(memory if config.memory == "auto" else config.memory)
         yield
     finally:
         for parameter, device, original in cast:
             parameter.data = original.to(device)
         for name, parameter in parameters.items():
             parameter.data, parameter.grad = parameter.data.to(dtypes[name]), None
-        unet.frame_context.checkpointing = checkpointing
+        unet.set_memory(memory)
 
 
 def run_fingerprint(

@@ -26,11 +26,11 @@ def subject():
     return subject
 
 
-def computed(subject, off=(), checkpointing=False, dtype=torch.float32):
+def computed(subject, off=(), memory="fast", dtype=torch.float32):
     """Prediction, loss and gradients, as one float64 vector each."""
     unet = copy.deepcopy(subject.unet)
     bench.set_attention(unet, off)
-    unet.frame_context.checkpointing = checkpointing
+    unet.set_memory(memory)
     noise = torch.randn(subject.latents.shape, generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         with torch.no_grad():
@@ -51,10 +51,11 @@ def plain(subject):
     [
         ({}, 1e-5),
         ({"off": ("blocks",)}, 1e-5),
-        ({"checkpointing": True}, 1e-5),
+        ({"memory": "checkpointing"}, 1e-5),
+        ({"memory": "low"}, 1e-5),
         ({"dtype": torch.bfloat16}, 5e-2),
     ],
-    ids=["blocks", "fused", "checkpointing", "bf16"],
+    ids=["blocks", "fused", "checkpointing", "low", "bf16"],
 )
 def test_every_mode_computes_what_plain_does(subject, plain, settings, tolerance):
     for fast, expected in zip(computed(subject, **settings), plain):

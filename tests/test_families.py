@@ -128,7 +128,7 @@ def test_tuning_and_inversion(pack, tmp_path, monkeypatch):
     wrapped, nodes, latent = inflated(pack, model), pack.nodes, {"samples": clip(2) * 5}
 
     def tune(positive, steps):
-        return nodes.OneShotTune.execute(wrapped, latent, positive, steps, 1e-2, 0, "fp32", True, "stratified", 0).args
+        return nodes.OneShotTune.execute(wrapped, latent, positive, steps, 1e-2, 0, "fp32", "checkpointing", "stratified", 0).args
 
     tuned, weights, _, losses = tune(prompt(1), 12)
     (_, first), *_, (_, last) = json.loads(losses)["probe_losses"]
@@ -187,7 +187,7 @@ def test_foreign_conditioning_is_refused(pack, models):
         with pytest.raises(ValueError, match=told):
             sample(wrapped, positive=conditioning)
         with pytest.raises(ValueError, match=told):
-            nodes.OneShotTune.execute(wrapped, {"samples": clip(2)}, conditioning, 1, 1e-3, 0, "fp32", False, "uniform", 0)
+            nodes.OneShotTune.execute(wrapped, {"samples": clip(2)}, conditioning, 1, 1e-3, 0, "fp32", "fast", "uniform", 0)
 
 
 def test_loras_of_another_family_are_refused(pack, models):

@@ -188,8 +188,8 @@ def each_node(pack):
     """Every node that looks at a clip, as a function of MODEL, samples and CONDITIONING."""
     nodes = pack.nodes
     return {
-        "tune": lambda m, x, c: nodes.OneShotTune.execute(m, {"samples": x}, c, 1, 1e-3, 0, "fp32", False, "uniform", 0),
-        "take": lambda m, x, c: nodes.OneShotTune.execute(m, {"samples": clip(2)}, prompt(1), 1, 1e-3, 0, "fp32", False, "uniform", 0,
+        "tune": lambda m, x, c: nodes.OneShotTune.execute(m, {"samples": x}, c, 1, 1e-3, 0, "fp32", "fast", "uniform", 0),
+        "take": lambda m, x, c: nodes.OneShotTune.execute(m, {"samples": clip(2)}, prompt(1), 1, 1e-3, 0, "fp32", "fast", "uniform", 0,
                                                           takes=nodes.Take.execute({"samples": x}, c).args[0]),
         "invert": lambda m, x, c: nodes.DDIMInversion.execute(m, {"samples": x}, c, 2, "ddim_uniform", False),
         "sample": lambda m, x, c: nodes.VideoSampler.execute(m, c, c, {"samples": x}, 2, 4.0, "ddim_uniform", 0.0, False, 0),
@@ -498,7 +498,7 @@ def test_tuning_is_that_of_the_core(pack, mini, tmp_path, monkeypatch):
     caption = "a red ball is sliding on the grass"
 
     def run(steps):
-        return pack.nodes.OneShotTune.execute(mini.inflated, mini.latent, mini.encode(caption), steps, 1e-3, 0, "fp32", False,
+        return pack.nodes.OneShotTune.execute(mini.inflated, mini.latent, mini.encode(caption), steps, 1e-3, 0, "fp32", "auto",
                                               "stratified", 0).args  # fmt: skip
 
     before = plain(mini.inflated, mini.latent["samples"], mini)

@@ -184,7 +184,7 @@ def test_it_is_an_inflated_model_in_comfyui(pack, published, tmp_path, monkeypat
     assert torch.isfinite(edited).all()
 
     caption = text.encode_from_tokens_scheduled(text.tokenize("a man is surfing"))
-    tuned, weights, *_ = nodes.OneShotTune.execute(model, latent, caption, 1, 1e-4, 0, "fp32", False, "uniform", 0).args
+    tuned, weights, *_ = nodes.OneShotTune.execute(model, latent, caption, 1, 1e-4, 0, "fp32", "fast", "uniform", 0).args
     name = "mid_block.attentions.0.transformer_blocks.0.attn_temp.to_v.weight"
     assert 0 < (weights.tensors[name] - parameters()[name]).abs().max() < 2e-4
     applied = nodes.ApplyTunedWeights.execute(model, weights).args[0]

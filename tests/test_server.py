@@ -200,7 +200,7 @@ def test_progress_previews_and_loss(server, graph):
 
 def long_run(graph, name, **inputs):
     """A run of 130 steps whose weights and losses are kept."""
-    tuned = graph.tune(**dict(seed=5, steps=130, gradient_checkpointing=False) | inputs)
+    tuned = graph.tune(**dict(seed=5, steps=130, memory="fast") | inputs)
     graph("TAVSaveTunedWeights", tuned_weights=tuned[1], name=name, prompt=SOURCE)
     return tuned, graph("PreviewAny", source=tuned[3])
 

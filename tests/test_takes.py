@@ -133,7 +133,7 @@ def test_one_shot_tune_learns_takes_as_the_core_does(pack, mini, inference_mode,
         takes = nodes.Take.execute(latent, mini.encode(words), takes).args[0]
 
     def tuned(takes):
-        return nodes.OneShotTune.execute(mini.inflated, mini.latent, mini.encode(said[0]), 4, 1e-3, 0, "fp32", False, "uniform",
+        return nodes.OneShotTune.execute(mini.inflated, mini.latent, mini.encode(said[0]), 4, 1e-3, 0, "fp32", "fast", "uniform",
                                          0, takes=takes).args[1]  # fmt: skip
 
     learned = tuned(takes)

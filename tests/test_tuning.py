@@ -239,14 +239,6 @@ def test_atomic_path(tmp_path):
         pass
 
 
-def test_gradient_checkpointing_changes_nothing(uninterrupted):
-    unet = make_unet()
-    result = run(unet, replace(CONFIG, gradient_checkpointing=True))
-    assert not unet.is_gradient_checkpointing
-    assert max(abs(a - b) for a, b in zip(result.losses, uninterrupted[0].losses)) <= 1e-6
-    assert all((a - uninterrupted[1][name]).abs().max() <= 1e-6 for name, a in weights(unet).items())
-
-
 def test_loss_of_each_prediction_type():
     torch.manual_seed(0)
     x0, noise, output = torch.randn(3, 2, 4, 2, 3, 3)
@@ -299,7 +291,7 @@ def test_timesteps_cover_the_range():
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision(dtype, uninterrupted, tmp_path):
     unet, path = make_unet(), tmp_path / "run.safetensors"
-    config = replace(CONFIG, dtype=dtype, gradient_checkpointing=True)
+    config = replace(CONFIG, dtype=dtype, memory="checkpointing")
     before = {
         name: parameter.clone() for name, parameter in unet.named_parameters() if not parameter.requires_grad
     }
@@ -323,7 +315,7 @@ def test_a_half_precision_model_comes_back_in_its_dtype():
 @pytest.mark.parametrize("field, value", [
     ("steps", 0), ("steps", 1.5), ("learning_rate", 0.0), ("learning_rate", float("nan")), ("betas", (0.9, 1.0)),
     ("weight_decay", -1.0), ("eps", 0.0), ("max_grad_norm", 0.0), ("warmup_steps", -1), ("seed", -1),
-    ("dtype", "int8"), ("probe_every", 0), ("probe_size", 0), ("save_every", 0),
+    ("dtype", "int8"), ("memory", "tiny"), ("probe_every", 0), ("probe_size", 0), ("save_every", 0),
     ("timestep_sampling", "cosine"), ("loss_weighting", "snr"),
 ])  # fmt: skip
 def test_config_mistakes_are_named(field, value):

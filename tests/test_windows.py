@@ -315,7 +315,7 @@ def test_one_shot_tune_learns_the_whole_clip_and_its_model_takes_any_length(pack
     monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
     nodes, caption, (latent, latents) = pack.nodes, "a red ball is sliding on the grass", long
     model = nodes.ContextWindows.execute(mini.inflated, 4, 2).args[0]
-    tuned, learned, *_ = nodes.OneShotTune.execute(model, latent, mini.encode(caption), 3, 1e-3, 0, "fp32", False, "uniform", 3,
+    tuned, learned, *_ = nodes.OneShotTune.execute(model, latent, mini.encode(caption), 3, 1e-3, 0, "fp32", "fast", "uniform", 3,
                                                    mini.encode("a blue ball"), mini.vae).args  # fmt: skip
     with torch.inference_mode(False):
         wanted = tune(inflate(mini.checkpoint.unet), mini.checkpoint.scheduler, latents.clone(),

@@ -203,7 +203,7 @@ def sentence(w: Workflow, clip_model, title: str, text: str) -> Node:
 
 def tuning(w: Workflow, inflated, latent, described, edit, vae, mini: bool = True, **more) -> Node:
     w.group("3  Tune", "purple", 380)
-    settings = dict(steps=200, learning_rate=0.002, timestep_sampling="stratified", gradient_checkpointing=False,
+    settings = dict(steps=200, learning_rate=0.002, timestep_sampling="stratified",
                     preview_every=50) if mini else dict(steps=500, learning_rate=3e-5, preview_every=100)  # fmt: skip
     tuned = w.add("TAVOneShotTune", model=inflated, latent=latent, positive=described, preview_prompt=edit, vae=vae, **settings,
                   **more)  # fmt: skip
@@ -278,7 +278,7 @@ The graph of 01 with the stock *Load Checkpoint* and the settings of the paper. 
 3. **What the clip shows**: one plain sentence about your clip.
 4. **What it should show**: the same sentence with other words.
 
-500 steps at a learning rate of 0.00003, 50 steps of inversion and sampling, cfg 12.5. A GPU is needed; with 12 GB keep *gradient_checkpointing* on and *count* at 8.
+500 steps at a learning rate of 0.00003, 50 steps of inversion and sampling, cfg 12.5. A GPU is needed; with 12 GB keep *count* at 8.
 
 LoRAs go between *Load Checkpoint* and *Inflate*. If an edit loses the motion, put *Attention Injection* before *Video Sampler* (workflow 01 shows how), or lower *cfg*.
 """)  # fmt: skip

@@ -1,0 +1,131 @@
+"""Which memory mode suits a tuning: what a step needs in each, found before the run, against what is free."""
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .inflate import MEMORY, VideoUNet, trainable_parameters
+
+_MARGIN = 1.2  # of what is needed: for kernels' own buffers and gaps between blocks of memory, which nobody counts
+
+
+def needed_memory(
+    unet: VideoUNet, latents: Tensor, encoder_hidden_states: Tensor, class_labels: Tensor | None, dtype: torch.dtype, memory: str,
+    device: torch.device,
+) -> int:  # fmt: skip
+    """Bytes that a tuning step takes beyond the weights of the U-Net, in a memory mode (one of `MEMORY`).
+
+    The step is run, forward and backward, on tensors without content (fake tensors), which have all but the memory:
+    the most that live at once, and for each tuned weight AdamW's two moments and the copy that a failed run goes back
+    to. Left out are what kernels take for themselves (convolutions above all), the callback (a preview) and gaps: on the
+    CPU the C library keeps freed tensors of up to 32 MB, which small clips notice. Takes a second or two, even for
+    Stable Diffusion.
+
+    Args:
+        latents: `b c f h w`, of the largest take; nothing but its shape counts.
+        encoder_hidden_states, class_labels: as in the forward of `VideoUNet`.
+        dtype: of the computation.
+        device: where it will run; the U-Net may be elsewhere.
+    """
+    tuned = trainable_parameters(unet)
+    tuned_bytes = 4 * sum(parameter.numel() for parameter in tuned.values())
+    with FakeTensorMode():
+        def fake(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+            return torch.empty(x.shape, dtype=dtype or x.dtype, device=device)
+
+        weights = {id(p): nn.Parameter(fake(p, torch.float32 if p.requires_grad else dtype), p.requires_grad) for p in unet.parameters()}
+        unet = copy.deepcopy(unet, weights | {id(buffer): fake(buffer) for buffer in unet.buffers()})
+        unet.set_memory(memory)
+        unet.frame_context.attention_fn = lambda q, k, v, mask=None: _FusedAttention.apply(q, k, v)
+        unet.get_class_embed = super(VideoUNet, unet).get_class_embed  # which doesn't look at the labels' values
+        labels = {} if class_labels is None else {"class_labels": fake(class_labels)}
+        inputs = fake(latents), 0, fake(encoder_hidden_states)
+        with _Peak([*unet.parameters(), *unet.buffers()]) as count:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = unet(*inputs, **labels).float().square().mean()
+            loss.backward()
+    return count.peak + 3 * tuned_bytes
+
+
+class _FusedAttention(torch.autograd.Function):
+    """The memory of attention that never holds all scores: it keeps queries, keys, values and output."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, _ = ctx.saved_tensors
+        copies = [*[q] * 5, *[k] * 6] if q.device.type == "cpu" else []  # of `block_attention`
+        return tuple([torch.empty_like(x) for x in (q, k, v, *copies)][:3])
+
+
+class _Peak(TorchDispatchMode):
+    """The most bytes that live at once of the tensors that operations make; views of `given` ones take none."""
+
+    def __init__(self, given: list[Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self.living = {tensor.untyped_storage()._cdata for tensor in given}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.living:
+                self.living.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _free(self, key: int, size: int):
+        self.living.remove(key)
+        self.now -= size
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that the device can still give: on CUDA also what PyTorch keeps and doesn't use, elsewhere the system's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available
+
+
+def choose(needed: Callable[[str], int], free: int) -> tuple[str, str]:
+    """The first of the `MEMORY` modes that fits into `free` bytes with a margin, or the last; and a line that says why."""
+    unfit = ""
+    for memory in MEMORY:
+        wanted = needed(memory) * _MARGIN
+        if wanted <= free:
+            why = f"since {unfit} and {_gb(free)} are free" if unfit else f"which needs about {_gb(wanted)} of the {_gb(free)} that are free"
+            return memory, f"memory: {memory}, {why}"
+        unfit = f"{memory} needs about {_gb(wanted)}"
+    return memory, f"memory: {memory}, though it needs about {_gb(wanted)} and {_gb(free)} are free"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed: CUDA's, or by its words one of the CPU (on Windows: "not enough memory"), MPS or cuBLAS."""
+    told = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(words in str(error) for words in told)
+
+
+def release(device: torch.device):
+    """Gives back what a failed step has left."""
+    torch.zeros((), requires_grad=True).backward()  # until it runs again, autograd's queue on the CPU holds the failed graph
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,206 @@
+"""Memory modes of the tuning: what each keeps and needs, which one is chosen, and what happens when the memory runs out."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from test_tuning import CONFIG, equal, make_unet, run, stop_at, weights
+
+from tav_core import bench
+from tav_core.errors import Cancelled, TavError
+from tav_core.inflate import MEMORY
+from tav_core.memory import _Peak, choose, is_out_of_memory, needed_memory
+from tav_core.tuning import tuning_loss
+
+GB = 10**9
+NEEDED = {"fast": 10 * GB, "checkpointing": 5 * GB, "low": 2 * GB}
+OUT_OF_MEMORY = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+
+
+@pytest.fixture(scope="module")
+def of_each():
+    """By mode, a run's result, its weights and the memory modes that the U-Net had in its steps."""
+    return {memory: trained(memory) for memory in MEMORY}
+
+
+def trained(memory, **kwargs):
+    unet, lines = make_unet(), []
+    result = run(unet, replace(CONFIG, memory=memory), say=lines.append, **kwargs)
+    assert unet.memory == "fast"  # as it was
+    return result, weights(unet), lines
+
+
+def test_all_modes_give_the_same_weights(of_each):
+    for result, tuned, lines in of_each.values():
+        assert result.losses == of_each["fast"][0].losses and equal(tuned, of_each["fast"][1])
+        assert not lines  # a mode that was named needs no words
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return bench.Subject(bench.LAYOUTS["small"], bench.Mode(), "cpu")
+
+
+def test_each_mode_keeps_less_than_the_one_before(subject):
+    kept = []
+    for memory in MEMORY:
+        unet, storages = subject.unet, {}
+        unet.set_memory(memory)
+        given = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
+
+        def keep(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor  # which lives, so that no other gets its address
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            tuning_loss(unet, subject.checkpoint.scheduler, subject.latents, subject.latents, torch.tensor([500]), subject.texts[0])
+        kept.append(sum(tensor.untyped_storage().nbytes() for pointer, tensor in storages.items() if pointer not in given))
+    subject.unet.set_memory("fast")
+    assert kept[0] > 3 * kept[1] and kept[1] > 1.5 * kept[2]
+
+
+def estimate(subject, memory, **changes):
+    inputs = {"latents": subject.latents, "encoder_hidden_states": subject.texts[0], "class_labels": None, "dtype": torch.float32}
+    return needed_memory(subject.unet, **inputs | changes, memory=memory, device=torch.device("cpu"))
+
+
+def test_the_estimate_is_near_the_measured_peak(subject, monkeypatch):
+    """Measured in a process of its own, where the code and the buffers of kernels that run for the first time count as well."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 17))  # or the C library keeps what was freed
+    layout, kernels = replace(bench.LAYOUTS["small"], frames=12), 15e6
+    used = bench.memory(layout, bench.Mode(), "tune", "cpu", 1)
+    measured = (used["peak"] - used["before"]) * GB - kernels
+    assert 0.7 < estimate(subject, "fast", latents=subject.latents.repeat(1, 1, 3, 1, 1)) / measured < 1.3
+
+
+def test_the_estimate_grows_with_the_clip_and_falls_with_the_dtype(subject):
+    one, two = (estimate(subject, "fast", latents=subject.latents[:, :, :frames]) for frames in (2, 4))
+    assert 1.7 < two / one < 2.05
+    assert 0.45 < estimate(subject, "fast", dtype=torch.bfloat16) / two < 0.8
+    assert all(parameter.grad is None and parameter.device.type == "cpu" for parameter in subject.unet.parameters())
+
+
+def test_the_estimate_takes_class_labels():
+    unet = make_unet()
+    labelled = copy.deepcopy(unet)
+    labelled.class_embedding = torch.nn.Embedding(3, unet.time_embedding.linear_2.out_features)
+    arguments = (torch.zeros(1, 4, 3, 4, 4), torch.zeros(1, 5, 24))
+    rest = (torch.float32, "fast", torch.device("cpu"))
+    assert needed_memory(labelled, *arguments, torch.tensor([1]), *rest) > needed_memory(unet, *arguments, None, *rest)
+
+
+@pytest.mark.parametrize("free, memory, line", [
+    (13, "fast", "memory: fast, which needs about 12.0 GB of the 13.0 GB that are free"),
+    (11, "checkpointing", "memory: checkpointing, since fast needs about 12.0 GB and 11.0 GB are free"),
+    (4, "low", "memory: low, since checkpointing needs about 6.0 GB and 4.0 GB are free"),
+    (2, "low", "memory: low, though it needs about 2.4 GB and 2.0 GB are free"),
+])  # fmt: skip
+def test_the_first_mode_that_fits_is_chosen(free, memory, line):
+    assert choose(NEEDED.get, free * GB) == (memory, line)
+
+
+def test_auto_goes_by_what_is_free(of_each, monkeypatch):
+    seen = []
+
+    def loss(unet, *args):
+        if torch.is_grad_enabled():
+            seen.append(unet.memory)
+        return tuning_loss(unet, *args)
+
+    monkeypatch.setattr("tav_core.tuning.tuning_loss", loss)
+    monkeypatch.setattr("tav_core.tuning.free_memory", lambda device: 0)
+    result, tuned, lines = trained("auto")
+    assert set(seen) == {"low"} and equal(tuned, of_each["fast"][1])
+    assert len(lines) == 1 and lines[0].startswith("memory: low, though it needs about 0.0 GB")
+    monkeypatch.setattr("tav_core.tuning.free_memory", lambda device: 16 * GB)
+    assert trained("auto")[2] == ["memory: fast, which needs about 0.0 GB of the 16.0 GB that are free"]
+
+
+def run_out(monkeypatch, step, modes, error=OUT_OF_MEMORY):
+    """From a step on, the backward pass runs out of memory in some modes. Returns the modes and losses of all attempts."""
+    attempts = []
+
+    class Hungry(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss, memory):
+            ctx.memory, ctx.attempt = memory, len(attempts)
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            if ctx.attempt >= step - 1 and ctx.memory in modes:
+                raise RuntimeError(error)
+            return grad, None
+
+    def loss(unet, *args):
+        value = tuning_loss(unet, *args)
+        if not torch.is_grad_enabled():
+            return value
+        value = Hungry.apply(value, unet.memory)
+        attempts.append((unet.memory, value.item()))
+        return value
+
+    monkeypatch.setattr("tav_core.tuning.tuning_loss", loss)
+    return attempts
+
+
+@pytest.mark.parametrize("memory, lower", [("fast", "checkpointing"), ("checkpointing", "low")])
+def test_a_step_that_runs_out_of_memory_is_run_again_in_the_next_lower_mode(of_each, monkeypatch, memory, lower):
+    attempts = run_out(monkeypatch, 4, [memory])
+    result, tuned, lines = trained(memory)
+    assert [mode for mode, _ in attempts] == [memory] * 4 + [lower] * 3
+    assert attempts[3][1] == attempts[4][1]  # the same draws
+    assert result.losses == of_each["fast"][0].losses and equal(tuned, of_each["fast"][1])
+    assert lines == [f"memory: {lower} from step 4 on, since {memory} ran out of memory"]
+
+
+@pytest.mark.parametrize("memory, failing, remedy", [
+    ("fast", ("fast", "checkpointing"), ", --memory low or --dtype bf16"),
+    ("low", ("low",), "Context Windows) or --dtype bf16"),
+])  # fmt: skip
+def test_a_step_that_runs_out_of_memory_again_ends_the_run(of_each, monkeypatch, tmp_path, memory, failing, remedy):
+    path = tmp_path / "run.safetensors"
+    with monkeypatch.context() as patch, pytest.raises(TavError, match="step 4 ran out of memory") as caught:
+        run_out(patch, 4, failing)
+        trained(memory, state_path=path)
+    assert str(caught.value).endswith(remedy) and "\n" not in str(caught.value)
+    result, tuned, _ = trained("low", state_path=path)  # what was learned is kept
+    assert result.steps == 6 and equal(tuned, of_each["fast"][1])
+
+
+def test_nothing_of_a_failed_step_stays_alive(monkeypatch):
+    """When the step runs again, the graph and the gradients of the first attempt are gone."""
+    unet, living = make_unet(), []
+    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+    def fail(grad):
+        living.append(count.now)
+        raise RuntimeError(OUT_OF_MEMORY)
+
+    def loss(unet, *args):
+        if torch.is_grad_enabled():
+            living.append(count.now)
+        return tuning_loss(unet, *args)
+
+    hook = parameters[len(parameters) // 2].register_hook(fail)  # half-way
+    monkeypatch.setattr("tav_core.tuning.tuning_loss", loss)
+    with _Peak([*unet.parameters()]) as count:
+        run(unet, replace(CONFIG, steps=1, memory="fast"), say=lambda line: hook.remove())
+    before, failing, again = living
+    assert failing > before + 100_000 and again <= before + 100
+
+
+def test_other_errors_are_not_taken_for_it(monkeypatch):
+    run_out(monkeypatch, 2, MEMORY, error="a mistake")
+    with pytest.raises(RuntimeError, match="a mistake"):
+        trained("fast")
+    assert is_out_of_memory(torch.cuda.OutOfMemoryError("CUDA out of memory.")) and not is_out_of_memory(RuntimeError("a mistake"))
+
+
+def test_a_run_goes_on_in_another_mode(of_each, tmp_path):
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(Cancelled):
+        trained("low", state_path=path, callback=stop_at(3))
+    result, tuned, lines = trained("fast", state_path=path)
+    assert result.losses == of_each["fast"][0].losses and equal(tuned, of_each["fast"][1])
