@@ -53,7 +53,6 @@ class FrameContext:
     Attributes:
         frames: frames per video in the forward that is running (the batch is `(b f)`).
         attention_fn: computes every attention of the U-Net, `(q, k, v, mask=None)` on `b heads n d`.
-        checkpointing: recompute resnets and transformer blocks in the backward pass.
         sources: so many videos of the batch, the first ones, lead the attention of the others (which are a
             multiple of them); 0 without attention injection.
         anchor: where the others take features from the sources as well, 0 ... 1, `(b f) 1 h w` (see `anchored`).
@@ -62,7 +61,6 @@ class FrameContext:
 
     frames: int = 1
     attention_fn: Callable[..., Tensor] = sdpa
-    checkpointing: bool = False
     sources: int = 0
     anchor: Tensor | None = None
     patches: AttentionPatches | None = None
