@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_install import comfyui_path, enable
+from comfyui_install import SITE, comfyui_path, enable
 from comfyui_server import Server
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
@@ -103,6 +103,13 @@ def mini(pack):
     Mini.model, Mini.vae, Mini.images = model, vae, images
     Mini.latents = model.model.process_latent_in(Mini.latent["samples"]).movedim(0, 1)[None]
     return Mini
+
+
+@pytest.fixture
+def without_comfyui(monkeypatch):
+    """For processes that take over this one's path: it isn't ComfyUI's, which other tests may have added to it."""
+    homes = [Path(path).parent for path in sys.path if Path(path).name == SITE]
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not {Path(path), Path(path).parent}.intersection(homes)])
 
 
 @pytest.fixture

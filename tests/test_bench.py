@@ -91,7 +91,7 @@ def test_a_table_and_json(monkeypatch, tmp_path, capsys):
     assert f"({ratio:.2f}x)" in capsys.readouterr().out
 
 
-def test_the_figures_of_a_gpu_run_on_a_cpu_too(monkeypatch, tmp_path):
+def test_the_figures_of_a_gpu_run_on_a_cpu_too(monkeypatch, tmp_path, without_comfyui):
     file = tmp_path / "bench.json"
     monkeypatch.setattr(bench.Subject, "edit", lambda self, real=bench.Subject.edit: real(self, 2))
     run(monkeypatch, "--gpu", "--layout", "small", "--size", 8, "--frames", 2, "--runs", 1, "--threads", 1,

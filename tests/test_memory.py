@@ -65,7 +65,7 @@ def estimate(subject, memory, **changes):
     return needed_memory(subject.unet, **inputs | changes, memory=memory, device=torch.device("cpu"))
 
 
-def test_the_estimate_is_near_the_measured_peak(subject, monkeypatch):
+def test_the_estimate_is_near_the_measured_peak(subject, monkeypatch, without_comfyui):
     """Measured in a process of its own, where the code and the buffers of kernels that run for the first time count as well."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 17))  # or the C library keeps what was freed
     layout, kernels = replace(bench.LAYOUTS["small"], frames=12), 15e6

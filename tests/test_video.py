@@ -76,7 +76,7 @@ def test_nothing_is_decoded_past_the_last_wanted_frame(folder, monkeypatch):
                 taken.append(frame)
                 yield frame
 
-    monkeypatch.setattr(video.av, "open", lambda *args, **options: Counting(opened(*args, **options)))
+    monkeypatch.setattr(av, "open", lambda *args, **options: Counting(opened(*args, **options)))
     load_video(folder / "clip.mp4", start=2, stride=3, count=3)
     assert len(taken) == 2 + 2 * 3 + 1
 
@@ -352,7 +352,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, suffix):
             self.container.mux(packets)
             raise av.error.OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(video.av, "open", Full)
+    monkeypatch.setattr(av, "open", Full)
     with pytest.raises(TavError, match="No space left on device; free space"):
         save_video(numbered(4), tmp_path / f"a{suffix}", 8)
     assert [p.name for p in tmp_path.iterdir()] == [f"a{suffix}"]
