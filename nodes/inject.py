@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..tav_core import TavError
 from ..tav_core.attention import ANCHORED
-from ..tav_core.subject import REGIONS, anchor_of, editable
+from ..tav_core.steady import steadied
+from ..tav_core.subject import REGIONS, anchor_of, editable, still_of
 from .common import hidden_states, plain_errors, schema
 from .families import vector_of
 from .native import ANCHOR, SOURCE_ROWS, video_unet
@@ -44,13 +45,14 @@ class SourceWalk:
         share: of the sampler's steps, from the first on, in which the clip leads (0 ... 1).
         subject: MASK of the clip's subject, `f h w` or `1 h w`, whose features lead as well; None without.
         region: what may change, one of `REGIONS`.
+        steady: whether, with a `subject`, the edit's background stands still where the clip's does.
         inner: the wrapper that the MODEL had before.
     """
 
     def __init__(self, text: Tensor, vector: Callable[[Tensor], Tensor | None], share: float, subject: Tensor | None,
-                 region: str, inner: Callable | None):  # fmt: skip
+                 region: str, steady: bool, inner: Callable | None):  # fmt: skip
         self.text, self.vector, self.share, self.inner = text, vector, share, inner
-        self.subject, self.region = subject, region
+        self.subject, self.region, self.steady = subject, region, steady
 
     def sample(self, executor: Callable, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor,
                denoise_mask: Tensor | None = None, *args, **kwargs) -> Tensor:  # fmt: skip
@@ -59,10 +61,12 @@ class SourceWalk:
         Raises:
             TavError: a mask of another number of frames.
         """
-        self.sigma, self.anchor, self.changeable = None, None, None
+        self.sigma, self.anchor, self.changeable, self.still = None, None, None, None
         if self.subject is not None:
             mask = at_size(self.subject, noise)
-            region = editable(self.region, rearrange(mask, "f 1 h w -> 1 1 f h w"), room=1)
+            video = rearrange(mask, "f 1 h w -> 1 1 f h w")
+            region = editable(self.region, video, room=1)
+            self.still = still_of(self.region, video, room=1) if self.steady else None
             if region is not None:
                 self.changeable = rearrange(region, "1 1 f h w -> f 1 h w")
             self.anchor = anchor_of(self.region, mask, self.changeable)
@@ -79,7 +83,7 @@ class SourceWalk:
         led_steps = round(self.share * (len(levels) - 1))
         # a sampler's second look at a step counts as well
         leads = led_steps > 0 and sigma >= levels[led_steps - 1] * (1 - 1e-4)
-        if not leads and self.changeable is None:
+        if not leads and self.changeable is None and self.still is None:
             return self.call(apply_model, args)
 
         rows = len(x) // len(kinds)
@@ -103,7 +107,11 @@ class SourceWalk:
         denoised, out = self.call(apply_model, led).split([rows, len(x)])
         if sigma != self.sigma:
             self.sigma, self.denoised = sigma, denoised
-        if self.changeable is not None:  # the same for both prompts, so that guidance changes nothing there either
+        # the same for both prompts, so that guidance keeps to it
+        if self.still is not None:
+            clip, edits = rearrange(denoised, "f c h w -> 1 c f h w"), rearrange(out, "(k f) c h w -> k c f h w", f=rows)
+            out = rearrange(steadied(edits, clip, self.still.to(x)), "k c f h w -> (k f) c h w")
+        if self.changeable is not None:
             out = torch.lerp(denoised.repeat(len(kinds), 1, 1, 1), out, self.changeable.to(x).repeat(len(kinds), 1, 1, 1))
         return out
 
@@ -144,7 +152,7 @@ def _check_count(name: str, masks: int, frames: int):
 
 
 def with_injection(model: ModelPatcher, conditioning: list, share: float, region: str = "everything",
-                   subject: Tensor | None = None) -> ModelPatcher:  # fmt: skip
+                   subject: Tensor | None = None, steady: bool = True) -> ModelPatcher:  # fmt: skip
     """A clone of an inflated MODEL with a `SourceWalk`.
 
     Args:
@@ -158,7 +166,7 @@ def with_injection(model: ModelPatcher, conditioning: list, share: float, region
     model = without_injection(model)
     inner = model.model_options.get(WRAPPER)
     model = model.clone()
-    walk = SourceWalk(text, partial(vector_of, model, conditioning), share, subject, region, inner)
+    walk = SourceWalk(text, partial(vector_of, model, conditioning), share, subject, region, steady, inner)
     model.set_model_unet_function_wrapper(walk)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER, walk.sample)
     return model
@@ -198,6 +206,9 @@ class AttentionInjection(io.ComfyNode):
                 io.Combo.Input("region", options=list(REGIONS), default="everything",
                                tooltip="What the edit may change. The rest is what the noise reconstructs of the clip. "
                                "subject and background need the mask."),
+                io.Boolean.Input("steady", default=True,
+                                 tooltip="With the mask: a background that the edit draws anew stands still where the clip's does. "
+                                 "Turn it off for one that should move, such as a fire or a crowd."),
                 io.Mask.Input("subject", optional=True,
                               tooltip="Where the subject is, a mask for each frame or one for all: from Subject Mask, or of any "
                               "other node. It is kept in its place."),
@@ -206,9 +217,9 @@ class AttentionInjection(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, conditioning, share, region="everything", subject=None) -> io.NodeOutput:
+    def execute(cls, model, conditioning, share, region="everything", steady=True, subject=None) -> io.NodeOutput:
         with plain_errors():
             if region != "everything" and subject is None:
                 raise TavError(f"region is {region}, but there is no mask; connect subject to Subject Mask")
-            model = with_injection(model, conditioning, share, region, subject)
+            model = with_injection(model, conditioning, share, region, subject, steady)
         return io.NodeOutput(model)

@@ -76,6 +76,9 @@ def add_preset_arguments(parser: argparse.ArgumentParser):
                        help="share of the sampling steps in which edits attend as the clip does (0 to 1): more keeps more of its layout and motion")  # fmt: skip
     group.add_argument("--caption-as-negative", type=float, metavar="X",
                        help="how far guidance starts from the clip's own sentence instead of the negative prompt (0 to 1)")  # fmt: skip
+    group.add_argument("--steady", action=argparse.BooleanOptionalAction,
+                       help="with --contrast: a background that an edit draws anew stands still where the clip's does (on). "
+                       "--no-steady for one that should move, such as a fire or a crowd")  # fmt: skip
     group.add_argument("--context-length", type=int, metavar="N",
                        help="for long clips: frames that are looked at together, 3 or more (all; with --tuned, as many as tuned)")  # fmt: skip
     group.add_argument("--context-overlap", type=int, metavar="N", help="frames that neighbouring windows share (4)")
@@ -87,7 +90,7 @@ def preset_of(args: argparse.Namespace) -> Preset:
         PRESETS[args.preset or default_preset(args.checkpoint)], steps=args.steps, learning_rate=args.learning_rate, seed=args.seed, dtype=args.dtype,
         memory=args.memory, sampling_steps=args.sampling_steps,
         guidance_scale=args.guidance_scale, attention_injection=args.attention_injection,
-        caption_as_negative=args.caption_as_negative, context_length=args.context_length,
+        caption_as_negative=args.caption_as_negative, steady=args.steady, context_length=args.context_length,
         context_overlap=args.context_overlap,
     )  # fmt: skip
 

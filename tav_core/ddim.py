@@ -16,6 +16,7 @@ from torch import Tensor
 from .attention import ANCHORED
 from .errors import TavError
 from .inflate import labelled, per_frame
+from .steady import steadied
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 Callback = Callable[[dict[str, Any]], None]
@@ -151,6 +152,7 @@ def ddim_sample(
     source_hidden_states: Tensor | None = None,
     region: Tensor | None = None,
     anchor: Tensor | None = None,
+    still: Tensor | None = None,
     class_labels: Tensor | None = None,
     negative_class_labels: Tensor | None = None,
     source_class_labels: Tensor | None = None,
@@ -170,11 +172,12 @@ def ddim_sample(
         callback: as in `ddim_invert`, with stage "sample".
         attention_injection: share of the steps, from the first on, in which a second walk from the same noise,
             without guidance back to the source clip, leads the attention (see `attention`); needs a `VideoUNet`.
-        source_hidden_states: embedding that the source clip was inverted with, for the attention injection and `region`.
+        source_hidden_states: embedding that the source clip was inverted with, for the attention injection, `region` and `still`.
         region: what the edit may change, 0 ... 1, `b 1 f h w`. A step goes towards the blend of the clean latents that
             the two walks predict, `lerp(x0_source, x0, region)`; where it is 0, the source's walk is taken as it is.
         anchor: where the clip's features lead as well in the first two thirds of these steps, 0 ... 1, `b 1 f h w`:
             keeps the subject in its place.
+        still: where the edit stands still if the clip does, 0 ... 1, `b 1 f h w` (see `steady`).
         class_labels: of the video, `1`, `b` or `(b f)`, where the U-Net has classes.
         negative_class_labels: those beside the negative prompt, the label for no class if the U-Net has one; by default
             `class_labels`.
@@ -195,9 +198,10 @@ def ddim_sample(
         if not 0 <= value <= 1:
             raise TavError(f"{name}={value} is out of range; give a number from 0 to 1")
     injected_steps = round(attention_injection * num_steps)
-    walking_steps = injected_steps if region is None else num_steps
+    walks = region is not None or still is not None
+    walking_steps = num_steps if walks else injected_steps
     if walking_steps and source_hidden_states is None:
-        asks = f"attention_injection={attention_injection}" if region is None else "region"
+        asks = f"attention_injection={attention_injection}" if not walks else "region" if region is not None else "still"
         raise TavError(f"{asks} needs source_hidden_states; pass it or leave it out")
 
     b, _, f, _, _ = latents.shape
@@ -237,8 +241,11 @@ def ddim_sample(
             negative, positive = outputs
             output = negative + guidance_scale * (positive - negative)
         eps, x0 = to_eps_x0(output, x, levels[i + 1], prediction_type)
+        if still is not None:
+            x0 = steadied(x0, source_x0, still)
         if region is not None:
             x0 = torch.lerp(source_x0, x0, region)
+        if walks:
             eps = (x - levels[i + 1].sqrt() * x0) / (1 - levels[i + 1]).sqrt()
         noise = randn_tensor(x.shape, generator, x.device, x.dtype) if eta > 0 else None
         x = ddim_step(x0, eps, levels[i + 1], levels[i], eta, noise)

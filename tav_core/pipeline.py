@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video
 from .ddim import ddim_invert, ddim_sample
 from .errors import TavError
 from .inflate import VideoUNet, inflate, trainable_parameters
-from .subject import SOFTNESS, anchor_of, editable, outlined, pooled, put_back, softened, subject_mask
+from .subject import SOFTNESS, anchor_of, editable, outlined, pooled, put_back, softened, still_of, subject_mask
 from .tuning import Take, TuneConfig, TuneResult, tune
 from .video import to_pixels
 from .windows import ContextWindows, WindowedUNet
@@ -38,6 +38,8 @@ class Preset:
         caption_as_negative: how much of the negative prompt is the clip's own sentence, 0 ... 1: guidance then
             follows what an edit changes in it, and the clip is inverted with it. 0 is the paper, 1 negative-prompt
             inversion (arXiv 2305.16807).
+        steady: with a mask of the subject, a background that an edit draws anew stands still where the clip's does (see
+            `steady`). Turn it off for one that should move, such as a fire or a crowd.
         context_overlap: frames that neighbouring windows share; with `tuning.context_length` all stages see a clip
             window by window (see `windows`).
     """
@@ -47,6 +49,7 @@ class Preset:
     guidance_scale: float = 12.5
     attention_injection: float = 0.0
     caption_as_negative: float = 0.0
+    steady: bool = True
     context_overlap: int = 4
 
     def __post_init__(self):
@@ -208,7 +211,8 @@ def sample(checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, 
         if subject is not None:
             mask = pooled(subject, checkpoint.downscale).to(unet.device)
             changeable = editable(region, mask, room=1)
-            settings |= {"anchor": anchor_of(region, mask, changeable), "region": changeable, "return_source": changeable is not None}
+            settings |= {"anchor": anchor_of(region, mask, changeable), "region": changeable, "return_source": changeable is not None,
+                         "still": still_of(region, mask, room=1) if preset.steady else None}  # fmt: skip
     latents = ddim_sample(_windowed(unet, preset), noise.to(unet.device), encode_prompt(checkpoint, prompt),
                           checkpoint.scheduler, preset.sampling_steps, guidance_scale=preset.guidance_scale,
                           negative_hidden_states=negative, callback=callback, class_labels=class_labels,
@@ -227,13 +231,13 @@ def _inversion_text(checkpoint: Checkpoint, prompt: str, preset: Preset) -> Tens
 def with_settings(preset: Preset, *, steps: int | None = None, learning_rate: float | None = None,
                   seed: int | None = None, dtype: str | None = None, memory: str | None = None,
                   sampling_steps: int | None = None, guidance_scale: float | None = None,
-                  attention_injection: float | None = None, caption_as_negative: float | None = None,
+                  attention_injection: float | None = None, caption_as_negative: float | None = None, steady: bool | None = None,
                   context_length: int | None = None, context_overlap: int | None = None) -> Preset:  # fmt: skip
     """A preset with some of its settings replaced; None keeps the preset's own."""
     tuning = dict(steps=steps, learning_rate=learning_rate, seed=seed, dtype=dtype,
                   memory=memory, context_length=context_length)  # fmt: skip
     sampling = dict(sampling_steps=sampling_steps, guidance_scale=guidance_scale,
-                    attention_injection=attention_injection, caption_as_negative=caption_as_negative,
+                    attention_injection=attention_injection, caption_as_negative=caption_as_negative, steady=steady,
                     context_overlap=context_overlap)  # fmt: skip
     tuning, sampling = ({k: v for k, v in s.items() if v is not None} for s in (tuning, sampling))
     return replace(preset, tuning=replace(preset.tuning, **tuning), **sampling)

@@ -221,6 +221,12 @@ def anchor_of(region: str, mask: Tensor, changeable: Tensor | None) -> Tensor | 
     return {"everything": mask, "subject": changeable, "background": None}[region]
 
 
+def still_of(region: str, mask: Tensor, room: int) -> Tensor | None:
+    """Where an edit of `region` stands still if the clip does (see `steady`), given the subject's mask: the background,
+    as far as the edit may change it. One of everything may give the subject another shape, within `room` pixels."""
+    return {"everything": 1 - grown(mask, room), "subject": None, "background": 1 - mask}[region]
+
+
 def put_back(edit: Tensor, source: Tensor, region: Tensor) -> Tensor:
     """An edit (uint8 `f h w c`) within the region (0 ... 1, `1 1 f h w` of its pixels), and the source around it.
 

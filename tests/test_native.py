@@ -22,7 +22,7 @@ from tav_core import (
     subject_mask,
     tune,
 )
-from tav_core.subject import outlined, softened, word_mask
+from tav_core.subject import anchor_of, outlined, softened, still_of, word_mask
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
@@ -302,7 +302,7 @@ def test_attention_injection_is_that_of_the_core(pack, mini, monkeypatch, split)
     assert (outs[0] - wanted).abs().max() < 1e-3 < 0.1 < (wanted - without).abs().max()
 
 
-@pytest.mark.parametrize("region", ["subject", "background"])
+@pytest.mark.parametrize("region", ["subject", "background", "everything"])
 def test_subject_and_region_are_those_of_the_core(pack, mini, region):
     nodes, caption, edit = pack.nodes, "a red ball is sliding on the grass", "a blue star is sliding on the snow"
     others = ["a green heart is sliding on the grass", "a purple ring is sliding on the grass"]
@@ -315,22 +315,22 @@ def test_subject_and_region_are_those_of_the_core(pack, mini, region):
     assert mask.shape == (4, 128, 128) and 0.02 < subject.mean() < 0.5
     assert (mask - subject[0, 0]).abs().mean() < 0.01
 
-    model = nodes.AttentionInjection.execute(mini.inflated, mini.encode(caption), 0.5, region, mask).args[0]
+    model = nodes.AttentionInjection.execute(mini.inflated, mini.encode(caption), 0.5, region, True, mask).args[0]
     noise = nodes.DDIMInversion.execute(model, mini.latent, mini.encode(caption), 10, "ddim_uniform", False).args[0]
     edited = nodes.VideoSampler.execute(model, mini.encode(edit), mini.encode(""), noise, 10, 5.0, "ddim_uniform", 0.0, False, 0).args[0]
     edited = mini.model.model.process_latent_in(edited["samples"]).movedim(0, 1)[None]
     start, subject = ddim_invert(unet, mini.latents, said, scheduler, 10), F.avg_pool2d(mask, 8)[None, None]
     settings = dict(guidance_scale=5.0, negative_hidden_states=empty, source_hidden_states=said, attention_injection=0.5)
     changeable = editable(region, subject, room=1)
-    anchor = {"subject": changeable, "background": None}[region]
-    wanted = ddim_sample(unet, start, wish, scheduler, 10, anchor=anchor, region=changeable, **settings)
+    anchor, still = anchor_of(region, subject, changeable), still_of(region, subject, room=1)
+    wanted = ddim_sample(unet, start, wish, scheduler, 10, anchor=anchor, region=changeable, still=still, **settings)
     free = ddim_sample(unet, start, wish, scheduler, 10, anchor=anchor, **settings)
     assert (edited - wanted).abs().max() < 1e-3 < 0.1 < (wanted - free).abs().max()
     with pytest.raises(ValueError, match="subject has 3 masks for 4 frames"):
-        model = nodes.AttentionInjection.execute(mini.inflated, mini.encode(caption), 0.5, region, mask[:3]).args[0]
+        model = nodes.AttentionInjection.execute(mini.inflated, mini.encode(caption), 0.5, region, True, mask[:3]).args[0]
         nodes.VideoSampler.execute(model, mini.encode(edit), mini.encode(""), noise, 10, 5.0, "ddim_uniform", 0.0, False, 0)
     with pytest.raises(ValueError, match="there is no mask; connect subject to Subject Mask"):
-        nodes.AttentionInjection.execute(mini.inflated, mini.encode(caption), 0.5, region)
+        nodes.AttentionInjection.execute(mini.inflated, mini.encode(caption), 0.5, "subject")
 
 
 def test_the_mask_of_a_word_is_that_of_the_core(pack, mini):
@@ -431,7 +431,7 @@ def test_a_soft_noise_mask_blends_as_in_the_core(pack, mini, middle, inverted):
 def test_a_noise_mask_and_a_region_allow_what_both_allow(pack, mini, inverted):
     subject = torch.zeros(1, 64, 64)
     subject[:, 16:40, 16:40] = 1
-    model = pack.nodes.AttentionInjection.execute(mini.inflated, mini.encode(CAPTION), 0.0, "background", subject).args[0]
+    model = pack.nodes.AttentionInjection.execute(mini.inflated, mini.encode(CAPTION), 0.0, "background", True, subject).args[0]
     again = edited(pack, mini, inverted, words=CAPTION, cfg=1.0)
     background = (edited(pack, mini, inverted, model) - again).abs().amax((0, 1)) > 1e-3
     left = masks(1)[0, ::8, ::8] > 0
