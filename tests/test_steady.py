@@ -1,5 +1,6 @@
 """Edited backgrounds stand still where the clip's do, and nowhere else."""
 
+import argparse
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from conftest import refused
 
 from tav_core import PRESETS, TuneConfig, ddim_sample, find_subject, inflate, invert, load_checkpoint, prepare, sample
+from tav_core.cli import add_preset_arguments, preset_of
 from tav_core.mini import world
 from tav_core.mini.benchmark import BenchmarkClip
 from tav_core.steady import STILL, steadied
@@ -79,3 +81,10 @@ def test_a_walk_back_to_the_clip_is_needed():
     text = torch.zeros(1, 16, mini.unet.config.cross_attention_dim)
     refused("still needs source_hidden_states", inflate(mini.unet), some(1, 4, 2, 16, 16), text, mini.scheduler, 2,
             guidance_scale=1, still=torch.ones(1, 1, 2, 16, 16), call=ddim_sample)  # fmt: skip
+
+
+def test_it_is_on_and_can_be_turned_off():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--checkpoint", default="mini")
+    add_preset_arguments(parser)
+    assert [preset_of(parser.parse_args(args)).steady for args in ([], ["--steady"], ["--no-steady"])] == [True, True, False]
