@@ -92,7 +92,7 @@ class SourceWalk:
         elif sigma != self.sigma:
             self.source = self.source + (sigma - self.sigma) * (self.source - self.denoised) / self.sigma
         text = CONDCrossAttn(comfy.utils.repeat_to_batch_size(self.text.to(x), rows))
-        c["c_crossattn"] = text.concat([CONDCrossAttn(c["c_crossattn"])])
+        c["c_crossattn"] = text.concat([CONDCrossAttn(c["c_crossattn"].to(x))])  # so far it is where CLIP left it
         if "y" in c:
             vector = comfy.utils.repeat_to_batch_size(self.vector(x).to(c["y"]), rows)
             c["y"] = torch.cat([vector, c["y"]])
