@@ -8,6 +8,7 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from ..tav_core import Checkpoint, TavError, load_checkpoint
 from ..tav_core.checkpoint import MINI
 from .common import plain_errors, schema
-from .native import to_native
+from .native import to_native, use_operations
 
 
 def choices() -> dict[str, Path]:
@@ -121,6 +122,7 @@ class NativeVAE(comfy.sd.VAE):
         tiny = dict(ddconfig=dict(double_z=True, z_channels=4, resolution=8, in_channels=3, out_ch=3, ch=32, ch_mult=[1],
                                   num_res_blocks=1, attn_resolutions=[]), embed_dim=4)  # fmt: skip
         super().__init__(sd=NativeAutoencoderKL(**tiny).state_dict(), config={"params": tiny})
+        use_operations(checkpoint.vae, comfy.ops.disable_weight_init)
         self.first_stage_model = LatentMoments(checkpoint.vae).eval().to(self.vae_dtype)
         self.downscale_ratio = self.upscale_ratio = checkpoint.downscale
         self.latent_channels = checkpoint.vae.config.latent_channels
