@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import bench, pipeline
@@ -25,6 +25,7 @@ from .inflate import VideoUNet
 from .metrics import frame_difference, psnr
 from .subject import REGIONS, SOFTNESS
 from .tuned import TunedInfo, load_tuned, read_tuned, save_tuned
+from .tuning import DTYPES
 from .video import Clip, load_video, save_video
 from .visuals import loss_curve, side_by_side, spotlight, strip
 from .windows import check_context_length
@@ -37,10 +38,19 @@ FRAMES = 8  # where nothing else says how many
 
 
 def _checkpoint(args) -> Checkpoint:
-    checkpoint = load_checkpoint(args.checkpoint, device=args.device)
+    checkpoint = load_checkpoint(args.checkpoint)
+    for part in (checkpoint.vae, checkpoint.text_encoder):  # of the U-Net, only what is inflated from it goes there
+        nn.Module.to(part, args.device)
+    args.dtype = args.dtype or _dtype_for(args.device)
     preset = preset_of(args)
     ddim_timesteps(checkpoint.scheduler, preset.sampling_steps)  # a wrong count should not surface after tuning
     return checkpoint
+
+
+def _dtype_for(device: torch.device) -> str:
+    """bf16 where it is fast, else fp32."""
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bf16" if fast else "fp32"
 
 
 def _clip(args, checkpoint: Checkpoint, video: Path) -> Clip:
@@ -63,7 +73,10 @@ def _make_folder(path: Path):
 
 
 def _tune(args, checkpoint: Checkpoint, sources: list[pipeline.Source], progress: Progress):
-    """Tunes on the takes, with the state kept in the output folder; weights and loss curve are written there."""
+    """Tunes on the takes, with the state kept in the output folder; weights and loss curve are written there.
+
+    Returns: the U-Net, in the --dtype, and the result.
+    """
     _make_folder(args.output)
     preset, (source, *more), state_path = preset_of(args), sources, args.output / "tuning-state.safetensors"
     if state_path.exists() and not args.resume:
@@ -81,25 +94,25 @@ def _tune(args, checkpoint: Checkpoint, sources: list[pipeline.Source], progress
                width=width, height=height, config=asdict(preset.tuning), base_name=checkpoint.name,
                more_prompts=[other.prompt for other in more])  # fmt: skip
     loss_curve(result.losses, result.probe_losses, args.output / "loss.png")
-    return unet, result
+    return nn.Module.to(unet, DTYPES[preset.tuning.dtype]), result
 
 
 def _load_tuned_unet(args, checkpoint: Checkpoint):
-    """The inflated U-Net with the weights of --tuned, and what the file says of them.
+    """The inflated U-Net with the weights of --tuned, in the --dtype, and what the file says of them.
 
     Without --tuned, that of a Tune-A-Video --checkpoint, which doesn't say its sentence ("") or its frames (0).
     """
     if args.tuned is None:
         if not isinstance(checkpoint.unet, VideoUNet):
             raise TavError("--tuned is missing; give a file of `tune` or `edit`, or a --checkpoint that is a Tune-A-Video model")
-        return checkpoint.unet, TunedInfo(
+        return nn.Module.to(checkpoint.unet, args.device, DTYPES[args.dtype]), TunedInfo(
             base="", base_name=checkpoint.name, prompt="", num_frames=0, width=checkpoint.size, height=checkpoint.size,
             inflation=checkpoint.unet.inflation, config={}, versions={},
         )  # fmt: skip
     info = read_tuned(args.tuned)
     unet = pipeline.video_unet(checkpoint, **info.inflation)
     load_tuned(args.tuned, unet)
-    return unet, info
+    return nn.Module.to(unet, DTYPES[args.dtype]), info
 
 
 def _window_if_longer(args, info: TunedInfo, frames: int):

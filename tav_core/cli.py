@@ -67,7 +67,8 @@ def add_preset_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--steps", type=int, metavar="N", help="tuning steps")
     group.add_argument("--learning-rate", type=float, metavar="X", help="tuning's learning rate (AdamW)")
     group.add_argument("--seed", type=int, metavar="N", help="seed of every random draw (0)")
-    group.add_argument("--dtype", choices=DTYPES, help="precision of the computation; tuned weights stay fp32")
+    group.add_argument("--dtype", choices=DTYPES, help="precision of the U-Net, in all stages; tuned weights stay fp32 "
+                       "(bf16 on a GPU that is made for it, else fp32)")  # fmt: skip
     group.add_argument("--memory", choices=["auto", *MEMORY],
                        help="of the tuning (auto: the first that fits). checkpointing and low take less of it, and more time")  # fmt: skip
     group.add_argument("--sampling-steps", type=int, metavar="N", help="DDIM steps of inversion and of sampling")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video
 from .ddim import ddim_invert, ddim_sample
@@ -113,19 +113,21 @@ def video_unet(checkpoint: Checkpoint, *, attention: str = "sparse-causal", temp
                norm: str = "video") -> VideoUNet:  # fmt: skip
     """A video U-Net to tune or to load tuned weights into: the checkpoint's inflated, or a copy of it if it is one.
 
+    It is on the device of the VAE; the checkpoint's own may wait on the CPU.
+
     Raises:
         TavError: options of `inflate` that it can't follow.
     """
     options = {"attention": attention, "temporal_causal": temporal_causal, "norm": norm}
     if not isinstance(checkpoint.unet, VideoUNet):
-        return inflate(checkpoint.unet, **options)
+        return nn.Module.to(inflate(checkpoint.unet, **options), checkpoint.vae.device)
     if options != checkpoint.unet.inflation:
         raise TavError(f"--checkpoint {checkpoint.name} is a Tune-A-Video model, inflated with {checkpoint.unet.inflation}, not with "
                        f"{options}; leave --attention, --temporal-causal and --norm as they are by default")  # fmt: skip
     unet = copy.deepcopy(checkpoint.unet)
     for parameter in trainable_parameters(unet).values():
         parameter.requires_grad_(True)
-    return unet
+    return nn.Module.to(unet, checkpoint.vae.device)
 
 
 def tune_on(checkpoint: Checkpoint, source: Source, preset: Preset, *, attention: str = "sparse-causal",

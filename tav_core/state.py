@@ -70,7 +70,7 @@ def save_state(
     }
     metadata = {key: value if key == "format" else json.dumps(value) for key, value in metadata.items()}
     with atomic_path(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
 
 def read_state(path: Path) -> tuple[TuneState, dict[str, Tensor]]:

@@ -11,6 +11,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -68,13 +69,29 @@ def enable(home: Path):
     args.cpu |= not torch.cuda.is_available()
 
 
+def pretend_accelerator(free: int):
+    """Lets ComfyUI find the device of `accelerator`, a GPU to it, with so many bytes of memory."""
+    import accelerator
+    from comfy.cli_args import args
+
+    args.cpu = False
+    accelerator.register(free)
+    sys.modules["torch_npu"] = types.ModuleType("torch_npu")  # which it looks for
+    import comfy.model_management  # noqa: F401
+
+    del sys.modules["torch_npu"]
+
+
 if __name__ == "__main__":
     home = Path(sys.argv[1]).resolve()
     sys.argv = [str(home / "main.py"), *sys.argv[2:]]
-    sys.path.pop(0)  # this folder
+    here = sys.path.pop(0)
     sys.path.insert(0, str(home))
     import comfy.options
 
     comfy.options.enable_args_parsing()  # main.py does so too, but enable() reads the arguments before
     enable(home)
+    if "PRETEND_ACCELERATOR" in os.environ:
+        sys.path.append(here)
+        pretend_accelerator(int(os.environ["PRETEND_ACCELERATOR"]))
     runpy.run_path(str(home / "main.py"), run_name="__main__")

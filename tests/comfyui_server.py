@@ -15,11 +15,16 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import websocket
 from PIL import Image
 
+from tav_core import load_video
+
 ROOT = Path(__file__).parents[1]
 TEXT, PREVIEW = 3, 4  # binary events of its protocol.py
+FRAMES, SIZE, STEPS = 4, 64, 4
+SOURCE, EDIT = "a red ball is sliding on the grass", "a blue ball is sliding on the sand"
 PATIENCE = 180  # seconds without a message, after which something hangs
 
 
@@ -54,8 +59,8 @@ class Server:
             an image and their node, and the lines in nodes (type "text") a text and their node.
     """
 
-    def __init__(self, comfyui: Path, home: Path):
-        self.comfyui, self.home, self.log = comfyui, home, home / "server.log"
+    def __init__(self, comfyui: Path, home: Path, **environment: str):
+        self.comfyui, self.home, self.log, self.environment = comfyui, home, home / "server.log", environment
         for name in ("models/diffusers", "input", "output", "temp", "user", "custom_nodes"):
             (home / name).mkdir(parents=True, exist_ok=True)
         (home / "custom_nodes" / "tune-a-video").symlink_to(ROOT)
@@ -70,7 +75,7 @@ class Server:
                    "--base-directory", str(self.home), "--database-url", "sqlite:///:memory:", "--disable-api-nodes",
                    "--disable-auto-launch", "--preview-method", "latent2rgb"]  # fmt: skip
         # several threads would only wait for each other: the models are tiny
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | self.environment
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         deadline = time.monotonic() + PATIENCE
@@ -179,3 +184,58 @@ def _decoded(raw: str | bytes) -> dict:
         told = json.loads(body[:size])
         return {"type": "preview", "data": {"node": told["node_id"], "image": Image.open(io.BytesIO(body[size:]))}}
     return {"type": f"binary {event}", "data": raw[4:]}
+
+
+class Out(list):
+    """The outputs of a node, as links to them. `id` is its own."""
+
+    id: str
+
+
+class Graph(dict):
+    """A prompt in API format. Inputs that aren't given take the defaults that the server tells, as in the frontend."""
+
+    def __init__(self, info):
+        super().__init__()
+        self.info = info
+
+    def __call__(self, kind, **inputs) -> Out:
+        defaults = {}
+        for name, (of, *options) in self.info[kind]["input"].get("required", {}).items():
+            choices = of if isinstance(of, list) else options[0].get("options") if options else None
+            if options and "default" in options[0]:
+                defaults[name] = options[0]["default"]
+            elif choices:
+                defaults[name] = choices[0]
+        out = Out()
+        out.id = str(len(self) + 1)
+        out += [[out.id, i] for i in range(len(self.info[kind]["output"]))]
+        self[out.id] = {"class_type": kind, "inputs": defaults | inputs}
+        return out
+
+    def source(self, file="clip.mp4", frames=FRAMES, size=SIZE, checkpoint="mini"):
+        """Nodes up to the inflated MODEL and the LATENT of the clip, with the same ids in every graph."""
+        self.video = self("TAVLoadVideo", file=file, count=frames, width=size, height=size)
+        self.model, self.clip, self.vae = self("TAVLoadCheckpoint", checkpoint=checkpoint)
+        self.latent = self("VAEEncode", pixels=self.video[0], vae=self.vae)[0]
+        self.said = self("CLIPTextEncode", clip=self.clip, text=SOURCE)[0]
+        self.edit = self("CLIPTextEncode", clip=self.clip, text=EDIT)[0]
+        self.empty = self("CLIPTextEncode", clip=self.clip, text="")[0]
+        self.inflated = self("TAVInflate", model=self.model)[0]
+        return self
+
+    def tune(self, **inputs) -> Out:
+        inputs = dict(model=self.inflated, latent=self.latent, positive=self.said, steps=6, learning_rate=1.5e-3) | inputs
+        return self("TAVOneShotTune", **inputs)
+
+    def invert(self, model, **inputs) -> Out:
+        return self("TAVDDIMInversion", **dict(model=model, latent=self.latent, conditioning=self.empty, steps=STEPS) | inputs)
+
+    def sample(self, model, noise, **inputs) -> Out:
+        inputs = dict(model=model, noise=noise, positive=self.edit, negative=self.empty, steps=STEPS, cfg=5.0) | inputs
+        return self("TAVVideoSampler", **inputs)
+
+
+def pictures(server, outputs, node):
+    """What a SaveImage wrote, 0 to 255."""
+    return torch.cat([load_video(server.file(entry)).frames for entry in outputs[node.id]["images"]]).float()

@@ -5,14 +5,12 @@ import re
 
 import pytest
 import torch
-from comfyui_server import Failed, Interrupted, Refused
+from comfyui_server import FRAMES, SIZE, SOURCE, STEPS, Failed, Graph, Interrupted, Refused, pictures
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tav_core import load_video
 
-FRAMES, SIZE, STEPS = 4, 64, 4
-SOURCE, EDIT = "a red ball is sliding on the grass", "a blue ball is sliding on the sand"
 NODES = {
     "TAVLoadVideo": "Load Video (Tune-A-Video)",
     "TAVLoadCheckpoint": "Load Checkpoint (Tune-A-Video)",
@@ -33,56 +31,6 @@ NODES = {
 }
 
 
-class Out(list):
-    """The outputs of a node, as links to them. `id` is its own."""
-
-    id: str
-
-
-class Graph(dict):
-    """A prompt in API format. Inputs that aren't given take the defaults that the server tells, as in the frontend."""
-
-    def __init__(self, info):
-        super().__init__()
-        self.info = info
-
-    def __call__(self, kind, **inputs) -> Out:
-        defaults = {}
-        for name, (of, *options) in self.info[kind]["input"].get("required", {}).items():
-            choices = of if isinstance(of, list) else options[0].get("options") if options else None
-            if options and "default" in options[0]:
-                defaults[name] = options[0]["default"]
-            elif choices:
-                defaults[name] = choices[0]
-        out = Out()
-        out.id = str(len(self) + 1)
-        out += [[out.id, i] for i in range(len(self.info[kind]["output"]))]
-        self[out.id] = {"class_type": kind, "inputs": defaults | inputs}
-        return out
-
-    def source(self, file="clip.mp4", frames=FRAMES, size=SIZE, checkpoint="mini"):
-        """Nodes up to the inflated MODEL and the LATENT of the clip, with the same ids in every graph."""
-        self.video = self("TAVLoadVideo", file=file, count=frames, width=size, height=size)
-        self.model, self.clip, self.vae = self("TAVLoadCheckpoint", checkpoint=checkpoint)
-        self.latent = self("VAEEncode", pixels=self.video[0], vae=self.vae)[0]
-        self.said = self("CLIPTextEncode", clip=self.clip, text=SOURCE)[0]
-        self.edit = self("CLIPTextEncode", clip=self.clip, text=EDIT)[0]
-        self.empty = self("CLIPTextEncode", clip=self.clip, text="")[0]
-        self.inflated = self("TAVInflate", model=self.model)[0]
-        return self
-
-    def tune(self, **inputs) -> Out:
-        inputs = dict(model=self.inflated, latent=self.latent, positive=self.said, steps=6, learning_rate=1.5e-3) | inputs
-        return self("TAVOneShotTune", **inputs)
-
-    def invert(self, model, **inputs) -> Out:
-        return self("TAVDDIMInversion", **dict(model=model, latent=self.latent, conditioning=self.empty, steps=STEPS) | inputs)
-
-    def sample(self, model, noise, **inputs) -> Out:
-        inputs = dict(model=model, noise=noise, positive=self.edit, negative=self.empty, steps=STEPS, cfg=5.0) | inputs
-        return self("TAVVideoSampler", **inputs)
-
-
 @pytest.fixture(scope="module")
 def info(server):
     return server.get("/object_info")
@@ -96,11 +44,6 @@ def graph(info):
 def latents(server, outputs, node):
     """What a SaveLatent wrote."""
     return load_file(server.file(outputs[node.id]["latents"][0]))["latent_tensor"]
-
-
-def pictures(server, outputs, node):
-    """What a SaveImage wrote, 0 to 255."""
-    return torch.cat([load_video(server.file(entry)).frames for entry in outputs[node.id]["images"]]).float()
 
 
 def states(server):

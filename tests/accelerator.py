@@ -1,0 +1,151 @@
+"""A device that isn't the CPU, on the CPU: tells whether all tensors of a run lie where they should.
+
+Its tensors hold CPU tensors and compute with them, but meet no tensor of the CPU, except where a GPU's do too: numbers
+(no dimensions), indices and copies. So a run on it fails where one on a GPU would, and ends in the numbers of the CPU.
+
+    python tests/accelerator.py [arguments of python -m tav_core, with --device npu]
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+NAME = "npu"  # a device that ComfyUI knows, and that no Python package but PyTorch's own plays
+DEVICE = torch.device("cpu")  # until `register`
+CPU = torch.device("cpu")
+MADE = ("empty.memory_format", "empty_strided", "copy_", "arange", "arange.start", "arange.start_step")  # how tensors come there
+LIBRARIES = []  # they end with their objects
+aten = torch.ops.aten
+COPIES = (aten._to_copy.default, aten.copy_.default, aten.to.other)
+INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+
+
+class OnDevice(Tensor):
+    """A tensor of the pretended device; `held` has its values."""
+
+    @staticmethod
+    def __new__(cls, held: Tensor):
+        self = Tensor._make_wrapper_subclass(cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(),
+                                             dtype=held.dtype, device=DEVICE)  # fmt: skip
+        self.held = held
+        return self
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, new: Tensor):
+        Tensor.data.__set__(self, new)
+        self.held = new.held
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return compute(function, args, kwargs or {})
+
+    def __repr__(self):
+        return f"OnDevice({self.held})"
+
+
+def compute(function, args: tuple, kwargs: dict):
+    if function == aten._has_compatible_shallow_copy_type.default:
+        return False
+    leaves = tree_leaves((args, kwargs))
+    given = [x for x in leaves if isinstance(x, Tensor)]
+    ours = {id(x.held): x for x in given if isinstance(x, OnDevice)}
+    there = bool(ours)
+    for wanted in leaves:
+        if isinstance(wanted, torch.device):
+            there = wanted.type == NAME
+    if ours and function not in COPIES:
+        for x in given:
+            if not isinstance(x, OnDevice) and x.dim() and not (function in INDEXED and x is not args[0]):
+                raise RuntimeError(f"{function}: a tensor {tuple(x.shape)} is on {x.device}, another on {DEVICE}")
+    generator = kwargs.get("generator")
+    if generator is not None and there:
+        raise RuntimeError(f"{function}: the generator is on {generator.device}, the tensor on {DEVICE}")
+    args, kwargs = tree_map(lambda x: x.held if isinstance(x, OnDevice) else CPU if isinstance(x, torch.device) else x, (args, kwargs))
+    result = function(*args, **kwargs)
+    if function == aten.copy_.default:
+        there = id(result) in ours
+    if not there:
+        return result
+
+    def placed(x):
+        if not isinstance(x, Tensor) or isinstance(x, OnDevice):
+            return x
+        return ours[id(x)] if id(x) in ours else OnDevice(x)
+
+    return tree_map(placed, result)
+
+
+# of the operators that CUDA's autocast casts to its dtype, and of those to float32, what our models and losses use
+LOWERED = ("conv2d", "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention")
+RAISED = ("group_norm", "layer_norm", "softmax.int", "exp", "log", "rsqrt", "reciprocal", "pow.Tensor_Scalar", "mse_loss", "sum",
+          "sum.dim_IntList", "cumsum")  # fmt: skip
+
+
+def operator_of(name: str):
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(aten, packet), overload or "default")
+
+
+def made(function, *args, **kwargs):
+    return compute(function, args, kwargs)
+
+
+def autocast(name: str, dtype: torch.dtype | None):
+    """An operator as autocast on CUDA runs it; no dtype stands for the one that autocast is set to."""
+    operator = operator_of(name)
+
+    def cast(*args, **kwargs):
+        to = dtype or torch.get_autocast_dtype(NAME)
+        args, kwargs = tree_map(lambda x: x.to(to) if isinstance(x, Tensor) and x.is_floating_point() else x, (args, kwargs))
+        with torch.autocast(NAME, enabled=False):
+            return operator(*args, **kwargs)
+
+    return cast
+
+
+class Module(_DummyBackendModule):
+    """`torch.npu`. `free`: its memory, bytes, of which nothing is ever used."""
+
+    def __init__(self, free: int):
+        self.free = free
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def memory_stats(self, device: torch.device) -> dict[str, int]:
+        return {"reserved_bytes.all.current": 0, "active_bytes.all.current": 0}
+
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        return self.free, self.free
+
+    def empty_cache(self):
+        pass
+
+
+def register(free: int = 16_000_000_000):
+    global DEVICE
+    _setup_privateuseone_for_python_backend(NAME, Module(free))
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    DEVICE = torch.device(NAME, 0)
+    rest, aten_library = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    LIBRARIES.extend([rest, aten_library])
+    rest.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    for names, dtype in ((LOWERED, None), (RAISED, torch.float32)):
+        for name in names:
+            aten_library.impl(name, autocast(name, dtype), "AutocastPrivateUse1")
+    for name in MADE:
+        aten_library.impl(name, functools.partial(made, operator_of(name)), "PrivateUse1")
+
+
+if __name__ == "__main__":
+    register()
+    from tav_core.__main__ import main
+
+    main()

@@ -1,0 +1,123 @@
+"""Every stage on a device that isn't the CPU: nothing is left behind, and the result is that of the CPU."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.utils.backend_registration
+from comfyui_install import comfyui_path
+from comfyui_server import SOURCE, Graph, Server, pictures
+from safetensors.torch import load_file
+
+from tav_core import load_video, save_video
+from tav_core.checkpoint import MINI
+from tav_core.mini import world
+
+ROOT = Path(__file__).parent.parent
+EDIT = [
+    "edit", "--prompt", "a red ball is sliding on the grass", "--frames", "3", "--steps", "2", "--sampling-steps", "3",
+    "--edit", "a blue ball is sliding on the grass", "--region", "subject", "--contrast", "a blue star is sliding on the grass",
+    "--edit", "a red ball is sliding on the snow", "--region", "background",
+]  # fmt: skip
+pytestmark = pytest.mark.skipif(not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
+                                reason="this torch has no devices written in Python")  # fmt: skip
+
+
+def python(*arguments) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=env)
+
+
+def edited(output: Path, *arguments) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The videos of a short edit, and its inverted noise and mask."""
+    clip = output.parent / "clip.mp4"
+    save_video(torch.from_numpy(world.render_clip(world.clip_scenes(world.Scene(), "slide", 5))), clip, 8)
+    done = python(*arguments, "--video", clip, "--output", output)
+    assert done.returncode == 0, done.stderr
+    files = json.loads((output / "summary.json").read_text())["files"]
+    return torch.stack([load_video(output / name).frames.float() for name in files.values()]), load_file(output / "noise.safetensors")
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    return edited(tmp_path_factory.mktemp("cpu") / "edit", "-m", "tav_core", *EDIT)
+
+
+@pytest.mark.parametrize("dtype, memory, error, difference", [("fp32", "fast", 1e-5, 1), ("bf16", "low", 0.02, 2.5)])
+def test_an_edit_stays_on_its_device_and_ends_as_on_the_cpu(expected, dtype, memory, error, difference, tmp_path):
+    videos, found = edited(tmp_path / "edit", ROOT / "tests" / "accelerator.py", *EDIT, "--device", "npu", "--dtype", dtype, "--memory", memory)
+    noise = expected[1]["latents"]
+    assert (found["latents"] - noise).norm() / noise.norm() < error
+    assert (found["subject"] - expected[1]["subject"]).abs().mean() < error
+    assert (videos - expected[0]).abs().mean() < difference  # a level of one pixel makes the codec draw others a little otherwise
+
+
+def test_windows_of_a_long_clip_stay_on_their_device(tmp_path):
+    edited(tmp_path / "edit", ROOT / "tests" / "accelerator.py", *EDIT, "--device", "npu", "--frames", "5", "--context-length", "3",
+           "--context-overlap", "2", "--steps", "1", "--sampling-steps", "2")  # fmt: skip
+
+
+MISTAKES = {
+    "there + here": "is on cpu, another on npu", "torch.cat([there, here])": "is on cpu, another on npu",
+    "there.normal_(generator=torch.Generator())": "the generator is on cpu", "there.numpy()": "not supported",
+}  # fmt: skip
+
+
+def test_what_a_gpu_refuses_is_refused():
+    lines = ["import accelerator, torch", "accelerator.register()", "there, here = torch.ones(2, device='npu'), torch.ones(2)",
+             "assert (there + here.to(there.device) + here.sum()).cpu().tolist() == [4, 4]"]  # fmt: skip
+    for mistake in MISTAKES:
+        lines += ["try:", f"    {mistake}", "    print('taken')", "except RuntimeError as error:", "    print(error)"]
+    done = python("-c", "\n".join(lines))
+    assert done.returncode == 0, done.stderr
+    for said, expected in zip(done.stdout.splitlines(), MISTAKES.values(), strict=True):
+        assert expected in said
+
+
+@pytest.fixture(params=[16_000_000_000, 1_000_000_000], ids=["whole models", "models in parts"])
+def accelerated(request, tmp_path):
+    """A ComfyUI that has the device for its GPU, with that much memory: of 1 GB it puts none by for weights."""
+    server = Server(comfyui_path(request.config.cache.mkdir("comfyui")), tmp_path, PRETEND_ACCELERATOR=str(request.param))
+    shutil.copy(MINI.parent / "demo.mp4", server.home / "input" / "clip.mp4")
+    server.start()
+    yield server
+    server.stop()
+
+
+def test_nodes_work_on_the_gpu_of_comfyui(accelerated, server, request):
+    graph = Graph(accelerated.get("/object_info")).source(frames=4)
+    contrast = graph("CLIPTextEncode", clip=graph.clip, text="a blue star is sliding on the grass")[0]
+    tuned = graph.tune(steps=2, preview_every=2, preview_prompt=graph.edit, vae=graph.vae)
+    again = graph("TAVApplyTunedWeights", model=graph.inflated, tuned_weights=tuned[1])[0]
+    noise = graph.invert(tuned[0], steps=3)[0]
+    found = dict(model=tuned[0], latent=graph.latent, images=graph.video[0])
+    subject = graph("TAVSubjectMask", **found, conditioning=graph.said, contrast=contrast)[0]
+    word = graph("TAVWordMask", **found, clip=graph.clip, sentence=SOURCE, word="ball", steps=2)[0]
+    hint = graph("MaskToImage", mask=subject)[0]
+    net = graph("TAVLoadControlNet", controlnet="mini")[0]
+    positive, negative = graph("ControlNetApplyAdvanced", positive=graph.edit, negative=graph.empty, control_net=net, image=hint, strength=1.0,
+                               start_percent=0.0, end_percent=1.0)[:2]  # fmt: skip
+    lora = graph("LoraLoaderModelOnly", model=tuned[0], lora_name="mini-neon.safetensors", strength_model=0.5)[0]
+    led = {region: graph("TAVAttentionInjection", model=model, conditioning=graph.empty, share=0.7, region=region, subject=mask)[0]
+           for region, model, mask in (("subject", again, word), ("background", lora, subject))}  # fmt: skip
+    windows = graph("TAVContextWindows", model=graph.inflated, context_length=3, context_overlap=2)[0]
+    sampled = [
+        graph.sample(led["background"], noise, steps=3),
+        graph.sample(led["subject"], noise, steps=3),
+        graph.sample(tuned[0], noise, steps=3, positive=positive, negative=negative),
+        graph.sample(windows, noise, steps=3, add_noise=True),
+        graph.sample(tuned[0], graph("SetLatentNoiseMask", samples=noise, mask=subject)[0], steps=3),
+    ]
+    frames = [graph("SaveImage", images=graph("VAEDecode", samples=each[0], vae=graph.vae)[0]) for each in sampled]
+    outputs, expected = accelerated.run(graph), server.run(graph)
+    log = accelerated.log.read_text()
+    assert "load device: npu:0" in log and "model weight dtype torch.float16" in log
+    assert ("loaded partially" in log) == ("parts" in request.node.name)
+    for images in frames:
+        found, wanted = pictures(accelerated, outputs, images), pictures(server, expected, images)
+        assert wanted.std() > 20 and (found - wanted).abs().mean() < 3
