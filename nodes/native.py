@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..tav_core import ContextWindows, TavError, VideoUNet, inflate, trainable_parameters
 from ..tav_core.attention import FrameAttnProcessor, FrameContext
-from ..tav_core.inflate import OverFrames, VideoGroupNorm
+from ..tav_core.inflate import OverFrames, TunedLinear, VideoGroupNorm
 from .families import InflatedSDXL, NativeModel, NativePatcher, VectorVideoUNet, check_lora
 from .patches import patched
 
@@ -143,6 +143,8 @@ def to_native(unet: UNet2DConditionModel, model_config: Any, model_type: Any) ->
         for module in unet.modules():
             if type(module) is VideoGroupNorm:
                 module.__class__ = type("VideoGroupNorm", (OverFrames, operations.GroupNorm), {})
+            elif type(module) is TunedLinear:
+                module.__class__ = nn.Linear
         use_operations(unet, operations)
         if isinstance(unet, VideoUNet):
             unet.__class__ = NativeVideoUNet

@@ -154,12 +154,10 @@ def run(node, model: ModelPatcher, takes: list[Take], config: TuneConfig, previe
             management.throw_exception_if_processing_interrupted()
             step, total, picture = progress["step"], progress["total"], None
             if preview_every and (step % preview_every == 0 or step == total):
-                dtype = DTYPES[config.dtype]
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    beginning = torch.arange(frames)
-                    shown = first.to(device).at(beginning)
-                    wish = at_frames("preview_prompt", edit.to(device), 1, latents.shape[2], beginning)
-                    picture = preview(model, unet, scheduler, shown.latents, shown.encoder_hidden_states, wish, vae)
+                beginning = torch.arange(frames)
+                shown = first.to(device).at(beginning)
+                wish = at_frames("preview_prompt", edit.to(device), 1, latents.shape[2], beginning)
+                picture = preview(model, unet, scheduler, shown.latents, shown.encoder_hidden_states, wish, vae)
             bar.update_absolute(step, total, ("JPEG", picture, 1024) if picture else None)
             if time.monotonic() - said > 0.5 or step == total:
                 said = time.monotonic()

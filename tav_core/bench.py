@@ -26,15 +26,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from .attention import sdpa
 from .checkpoint import CONFIGS, Checkpoint, decode_video, encode_prompt, encode_video, load_checkpoint
 from .ddim import ddim_invert, ddim_sample
 from .errors import TavError
 from .files import atomic_path
 from .inflate import MEMORY, VideoUNet, inflate
-from .tuning import DTYPES, TuneConfig, tune, tuning_loss
+from .tuning import DTYPES, TuneConfig, computing, tune, tuning_loss
 
 STAGES = ("tune", "invert", "sample", "encode", "decode")
-WITH_MEMORY = ("tune", "sample")
 OPTIMISATIONS = {
     "blocks": "on the CPU, attention in blocks of queries instead of PyTorch's fused kernel",
     "fused": "attention that never holds all scores",
@@ -42,6 +42,7 @@ OPTIMISATIONS = {
 }
 GUIDANCE = 12.5
 GROWTH = {"frames": (8, 16, 32, 64), "size": (16, 32, 64)}
+GROWING = ("tune", "sample")
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 
 def set_attention(unet: VideoUNet, off: tuple[str, ...]):
-    """Switches the optimisations of attention off."""
-    if "fused" in off:
-        unet.frame_context.attention_fn = explicit_attention
-    elif "blocks" in off:
-        unet.frame_context.attention_fn = fused_attention
+    """Attention without the optimisations that are off."""
+    unet.frame_context.attention_fn = explicit_attention if "fused" in off else fused_attention if "blocks" in off else sdpa
 
 
 class Enough(Exception):
@@ -119,10 +117,12 @@ class Enough(Exception):
 
 
 class Subject:
-    """A checkpoint, its inflated U-Net and a clip, ready to run every stage in a mode. Stages return seconds."""
+    """A checkpoint, its inflated U-Net and a clip, ready to run every stage in any mode. Stages return seconds."""
 
-    def __init__(self, layout: Layout, mode: Mode, device: str):
-        self.mode, self.device, self.checkpoint = mode, torch.device(device), layout.checkpoint()
+    def __init__(self, layout: Layout, device: str):
+        self.device = torch.device(device)
+        with self.device:  # weights are drawn faster there
+            self.checkpoint = layout.checkpoint()
         self.unet = inflate(self.checkpoint.unet)
         self.checkpoint.unet = None
         for part in (self.unet, self.checkpoint.vae, self.checkpoint.text_encoder):
@@ -131,13 +131,12 @@ class Subject:
         self.pixels = torch.rand(1, 3, layout.frames, side, side, generator=generator) * 2 - 1
         self.latents = torch.randn(1, 4, layout.frames, layout.size, layout.size, generator=generator).to(self.device)
         self.texts = [encode_prompt(self.checkpoint, said) for said in ("a man is skiing", "", "spider man is skiing")]
-        self.chunk = layout.frames if "caching" in mode.off else 8
-        set_attention(self.unet, mode.off)
 
-    def run(self, stage: str) -> float:
-        half = stage in ("invert", "sample")  # tuning has its own way with dtypes, the VAE stays in float32
-        nn.Module.to(self.unet, DTYPES[self.mode.dtype] if half else torch.float32)
-        return getattr(self, stage)()
+    def run(self, stage: str, mode: Mode) -> float:
+        set_attention(self.unet, mode.off)
+        half = stage in ("invert", "sample", "edit")  # tuning has its own way with dtypes, the VAE stays in float32
+        nn.Module.to(self.unet, DTYPES[mode.dtype] if half else torch.float32)
+        return getattr(self, stage)(mode)
 
     def _timed(self, function: Callable, *args, **kwargs) -> float:
         started = self._now()
@@ -149,10 +148,10 @@ class Subject:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def tune(self) -> float:
+    def tune(self, mode: Mode) -> float:
         """The second step of a tuning."""
-        if "caching" in self.mode.off:
-            return self._tune_plainly()
+        if "caching" in mode.off:
+            return self._tune_plainly(mode)
         ends = []
 
         def callback(progress: dict[str, Any]):
@@ -160,97 +159,97 @@ class Subject:
             if progress["step"] == 2:
                 raise Enough
 
-        config = TuneConfig(steps=3, probe_size=1, dtype=self.mode.dtype, memory=self.mode.memory)
+        config = TuneConfig(steps=3, probe_size=1, dtype=mode.dtype, memory=mode.memory)
         try:
             tune(self.unet, self.checkpoint.scheduler, self.latents, self.texts[0], config, latents_std=self.latents.abs() / 10,
                  callback=callback)  # fmt: skip
         except Enough:
             return ends[1] - ends[0]
 
-    def _tune_plainly(self) -> float:
+    def _tune_plainly(self, mode: Mode) -> float:
         """A step of tuning that encodes the clip and its sentence itself."""
-        optimizer, dtype = torch.optim.AdamW(self.unet.parameters(), lr=3e-5), DTYPES[self.mode.dtype]
-        self.unet.set_memory(self.mode.memory)
 
         def step():
-            mean, std = encode_video(self.checkpoint, self.pixels, self.chunk)
+            mean, std = encode_video(self.checkpoint, self.pixels, *_whole(mode, self.pixels))
             text, latents = encode_prompt(self.checkpoint, "a man is skiing"), mean + std * torch.randn_like(mean)
-            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-                timestep = torch.tensor([500], device=self.device)
-                loss = tuning_loss(self.unet, self.checkpoint.scheduler, latents, torch.randn_like(mean), timestep, text)
+            timestep = torch.tensor([500], device=self.device)
+            loss = tuning_loss(self.unet, self.checkpoint.scheduler, latents, torch.randn_like(mean), timestep, text)
             optimizer.zero_grad()
             loss.backward()
             tuned = [parameter for parameter in self.unet.parameters() if parameter.grad is not None]
             nn.utils.clip_grad_norm_(tuned, 1.0)
             optimizer.step()
 
-        step()
-        return self._timed(step)
+        with computing(self.unet, TuneConfig(dtype=mode.dtype, memory=mode.memory)):
+            optimizer = torch.optim.AdamW(self.unet.parameters(), lr=3e-5)
+            step()
+            return self._timed(step)
 
-    def invert(self) -> float:
+    def invert(self, mode: Mode) -> float:
         """A step of DDIM inversion."""
         return self._timed(ddim_invert, self.unet, self.latents, self.texts[1], self.checkpoint.scheduler, 1)
 
-    def sample(self, steps: int = 1) -> float:
+    def sample(self, mode: Mode, steps: int = 1) -> float:
         """A step of DDIM sampling with guidance."""
         return self._timed(ddim_sample, self.unet, self.latents, self.texts[2], self.checkpoint.scheduler, steps, GUIDANCE, self.texts[1])
 
-    def encode(self) -> float:
-        return self._timed(encode_video, self.checkpoint, self.pixels, self.chunk)
+    def encode(self, mode: Mode) -> float:
+        return self._timed(encode_video, self.checkpoint, self.pixels, *_whole(mode, self.pixels))
 
-    def decode(self) -> float:
-        return self._timed(decode_video, self.checkpoint, self.latents, self.chunk)
+    def decode(self, mode: Mode) -> float:
+        return self._timed(decode_video, self.checkpoint, self.latents, *_whole(mode, self.latents))
 
-    def edit(self, steps: int = 50) -> float:
+    def edit(self, mode: Mode, steps: int = 50) -> float:
         """Inversion and guided sampling."""
-        nn.Module.to(self.unet, DTYPES[self.mode.dtype])
         inversion = self._timed(ddim_invert, self.unet, self.latents, self.texts[1], self.checkpoint.scheduler, steps)
-        return inversion + self.sample(steps)
+        return inversion + self.sample(mode, steps)
 
-    def tuning_flops(self) -> int:
+    def tuning_flops(self, mode: Mode) -> int:
         """Floating-point operations of a tuning step, recomputed ones included."""
-        nn.Module.to(self.unet, torch.float32)
-        self.unet.set_memory(self.mode.memory)
-        with FlopCounterMode(display=False) as counter:
-            text, t = self.texts[0], torch.tensor([500], device=self.device)
-            with torch.autocast(self.device.type, DTYPES[self.mode.dtype], enabled=self.mode.dtype != "fp32"):
-                loss = tuning_loss(self.unet, self.checkpoint.scheduler, self.latents, self.latents, t, text)
-            loss.backward()
-        self.unet.zero_grad()
+        with computing(self.unet, TuneConfig(dtype=mode.dtype, memory=mode.memory)), FlopCounterMode(display=False) as counter:
+            t = torch.tensor([500], device=self.device)
+            tuning_loss(self.unet, self.checkpoint.scheduler, self.latents, self.latents, t, self.texts[0]).backward()
         return counter.get_total_flops()
+
+
+def _whole(mode: Mode, clip: Tensor) -> tuple[int, ...]:
+    """How many frames go through the VAE at once, where it isn't what the VAE's functions choose."""
+    return (clip.shape[2],) if "caching" in mode.off else ()
 
 
 def seconds(layout: Layout, modes: list[Mode], stages: list[str], runs: int, device: str) -> dict[str, dict[str, float]]:
     """Median seconds by mode and stage; the modes take turns, so that what else the machine does hits all alike."""
-    subjects, medians = {mode.name: Subject(layout, mode, device) for mode in modes}, {mode.name: {} for mode in modes}
+    subject, medians = Subject(layout, device), {mode.name: {} for mode in modes}
     for stage in stages:
-        taken = {name: [] for name in subjects}
+        taken = {mode.name: [] for mode in modes}
         for _ in range(runs + 1):
-            for name, subject in subjects.items():
-                taken[name].append(subject.run(stage))
+            for mode in modes:
+                taken[mode.name].append(subject.run(stage, mode))
         for name, values in taken.items():
             medians[name][stage] = statistics.median(values[1:])  # the first is a warm-up
     return medians
 
 
 def memory(layout: Layout, mode: Mode, stage: str, device: str, threads: int) -> dict[str, float]:
-    """GB at the peak of a stage and before it, in a process of its own: resident memory, or CUDA's allocated."""
+    """GB at the peak of a stage and before it: CUDA's allocated, elsewhere the resident memory of a process of its own."""
+    if torch.device(device).type == "cuda":
+        return _memory(layout, mode, stage, device, threads)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_memory, layout, mode, stage, device, threads).result()
 
 
 def _memory(layout: Layout, mode: Mode, stage: str, device: str, threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
-    subject = Subject(layout, mode, device)
+    subject = Subject(layout, device)
     gc.collect()
     if subject.device.type == "cuda":
         before = torch.cuda.memory_allocated(subject.device)
         torch.cuda.reset_peak_memory_stats(subject.device)
-        subject.run(stage)
+        subject.run(stage, mode)
         peak = torch.cuda.max_memory_allocated(subject.device)
     else:
         before = _resident("VmRSS")
-        subject.run(stage)
+        subject.run(stage, mode)
         peak = _resident("VmHWM")
     return {"peak": peak / 1e9, "before": before / 1e9}
 
@@ -284,8 +283,8 @@ def growth(layout: Layout, mode: Mode, runs: int, device: str, sizes: dict[str, 
         points = []
         for value in values:
             grown = replace(layout, **{axis: value})
-            points.append({axis: value, **seconds(grown, [mode], list(WITH_MEMORY), runs, device)[mode.name]})
-            for stage in WITH_MEMORY:
+            points.append({axis: value, **seconds(grown, [mode], list(GROWING), runs, device)[mode.name]})
+            for stage in GROWING:
                 used = memory(grown, mode, stage, device, torch.get_num_threads())
                 points[-1][f"{stage} GB"] = used["peak"] - used["before"]
         x = [math.log(value) * (2 if axis == "size" else 1) for value in values]  # size: over the number of pixels
@@ -341,21 +340,20 @@ def bench(args):
             result["gpu"] = _gpu(layout, on[0], result["seconds"][on[0].name], device)
             print(*(f"{name}: {value:.4g}" for name, value in result["gpu"].items()), sep="\n")
         if not args.no_memory:
-            stages = [stage for stage in WITH_MEMORY if stage in args.stages]
-            used = {mode.name: {stage: memory(layout, mode, stage, device, torch.get_num_threads()) for stage in stages} for mode in modes}
+            used = {mode.name: {stage: memory(layout, mode, stage, device, torch.get_num_threads()) for stage in args.stages} for mode in modes}
             result["memory"] = used
-            _table("peak GB", {name: {stage: gb["peak"] for stage, gb in of.items()} for name, of in used.items()}, stages)
+            _table("peak GB", {name: {stage: gb["peak"] for stage, gb in of.items()} for name, of in used.items()}, args.stages)
     if args.json:
         with atomic_path(args.json) as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _gpu(layout: Layout, mode: Mode, medians: dict[str, float], device: str) -> dict[str, float]:
-    subject = Subject(layout, mode, device)
+    subject = Subject(layout, device)
     side = 8192 if subject.device.type == "cuda" else 512
-    figures = {"inversion and 50 guided steps (s)": subject.edit()}
+    figures = {"inversion and 50 guided steps (s)": subject.run("edit", mode)}
     if "tune" in medians:
-        rate, flops = matmul_rate(device, DTYPES[mode.dtype], side), subject.tuning_flops()
+        rate, flops = matmul_rate(device, DTYPES[mode.dtype], side), subject.tuning_flops(mode)
         figures |= {"matmul (TFLOP/s)": rate / 1e12, "tuning step (TFLOP)": flops / 1e12,
                     "share of the matmul rate in tuning": flops / medians["tune"] / rate}  # fmt: skip
     return figures

@@ -24,6 +24,7 @@ CONFIGS = Path(__file__).parent / "configs"
 MINI = Path(__file__).parent / "mini" / "checkpoint"
 MINI_CONTROLNET = MINI.parent / "controlnet"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+_VAE_PIXELS = 2 * 512 * 512  # at once
 _PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
 _OPEN_CLIP = {  # names of OpenCLIP, and those of transformers
     "token_embedding": "embeddings.token_embedding", "positional_embedding": "embeddings.position_embedding.weight",
@@ -334,15 +335,21 @@ def encode_prompt(checkpoint: Checkpoint, prompt: str | list[str]) -> Tensor:
     return checkpoint.text_encoder(ids.to(checkpoint.text_encoder.device)).last_hidden_state.float()
 
 
+def _frames_at_once(height: int, width: int) -> int:
+    """A VAE of Stable Diffusion takes 3 KB for a pixel."""
+    return max(1, _VAE_PIXELS // (height * width))
+
+
 @torch.no_grad()
-def encode_video(checkpoint: Checkpoint, pixels: Tensor, chunk: int = 8) -> tuple[Tensor, Tensor]:
+def encode_video(checkpoint: Checkpoint, pixels: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the VAE's posterior, times its scaling factor, `b c f h w` each (float32).
 
     Args:
         pixels: `b c f h w` in -1..1.
-        chunk: frames that are encoded at once.
+        chunk: frames that are encoded at once, by default as many as take about 1.6 GB.
     """
     vae, b = checkpoint.vae, len(pixels)
+    chunk = chunk or _frames_at_once(*pixels.shape[-2:])
     frames = rearrange(pixels, "b c f h w -> (b f) c h w").to(vae.device, vae.dtype)
     posteriors = [vae.encode(part).latent_dist for part in frames.split(chunk)]
     moments = (torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors]))
@@ -351,9 +358,10 @@ def encode_video(checkpoint: Checkpoint, pixels: Tensor, chunk: int = 8) -> tupl
 
 
 @torch.no_grad()
-def decode_video(checkpoint: Checkpoint, latents: Tensor, chunk: int = 8) -> Tensor:
-    """The clip of latents `1 c f h w`, uint8 `f h w c`, on the CPU."""
-    vae = checkpoint.vae
+def decode_video(checkpoint: Checkpoint, latents: Tensor, chunk: int | None = None) -> Tensor:
+    """The clip of latents `1 c f h w`, uint8 `f h w c`, on the CPU; `chunk` as in `encode_video`."""
+    vae, scale = checkpoint.vae, checkpoint.downscale
+    chunk = chunk or _frames_at_once(*(scale * side for side in latents.shape[-2:]))
     frames = rearrange(latents / vae.config.scaling_factor, "1 c f h w -> f c h w").to(vae.device, vae.dtype)
     pixels = torch.cat([vae.decode(part).sample.float().cpu() for part in frames.split(chunk)])
     return to_frames(rearrange(pixels, "f c h w -> 1 c f h w"))

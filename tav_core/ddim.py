@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .attention import ANCHORED
 from .errors import TavError
-from .inflate import labelled, per_frame
+from .inflate import labelled, per_frame, predict
 from .steady import steadied
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -84,10 +84,6 @@ def _schedule(scheduler: SchedulerMixin, num_steps: int) -> tuple[list[int], lis
     return timesteps, levels, ddim.config.prediction_type
 
 
-def _predict(unet: Callable, x: Tensor, t: int, text: Tensor, **settings) -> Tensor:
-    return unet(x.to(unet.dtype), t, text.to(unet.dtype), **settings).float()
-
-
 @torch.no_grad()
 def ddim_invert(
     unet: Callable,
@@ -124,7 +120,7 @@ def ddim_invert(
     x = latents.float().contiguous()  # kernels round by layout: noise from a file must give the same video
     trajectory = [x]
     for i, t in enumerate(timesteps):
-        output = _predict(unet, x, t, encoder_hidden_states, **labelled(class_labels))
+        output = predict(unet, x, t, encoder_hidden_states, **labelled(class_labels))
         # the output belongs to the level it is predicted for, although x is still one level below
         eps, _ = to_eps_x0(output, x, levels[i + 1], prediction_type)
         x0 = (x - (1 - levels[i]).sqrt() * eps) / levels[i].sqrt()
@@ -230,12 +226,12 @@ def ddim_sample(
             holds = anchor is not None and num_steps - i <= round(ANCHORED * injected_steps)
             settings = {"anchor": anchor} if holds else {}
             with unet.frame_context.led_by(b if leads else 0):
-                output = _predict(unet, torch.cat([source, *videos]), t, beside_text, **settings, **beside_labels)
+                output = predict(unet, torch.cat([source, *videos]), t, beside_text, **settings, **beside_labels)
             source_output, *outputs = output.split(b)
             source_eps, source_x0 = to_eps_x0(source_output, source, levels[i + 1], prediction_type)
             source = ddim_step(source_x0, source_eps, levels[i + 1], levels[i])
         else:
-            outputs = _predict(unet, torch.cat(videos), t, text, **labels).split(b)
+            outputs = predict(unet, torch.cat(videos), t, text, **labels).split(b)
         output = outputs[-1]
         if guided:
             negative, positive = outputs

@@ -7,9 +7,11 @@ transformer block receives `norm_temp` and `attn_temp`.
 
 import copy
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
@@ -102,6 +104,13 @@ class AnchoredResnetBlock(VideoResnetBlock):
 
 class VideoTransformerBlock(TemporalTail, BasicTransformerBlock):
     pass
+
+
+class TunedLinear(nn.Linear):
+    """A projection that is tuned: its weights may stay in float32 while the model computes in another dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class VideoUNet(UNet2DConditionModel):
@@ -226,6 +235,11 @@ def labelled(class_labels: Tensor | None) -> dict[str, Tensor]:
     return {} if class_labels is None else {"class_labels": class_labels}
 
 
+def predict(unet: Callable, latents: Tensor, timesteps: Tensor | int, encoder_hidden_states: Tensor, **settings) -> Tensor:
+    """What a U-Net says of latents `b c f h w`, computed in its `dtype`: float32 `b c f h w`."""
+    return unet(latents.to(unet.dtype), timesteps, encoder_hidden_states.to(unet.dtype), **settings).float()
+
+
 def inflate(
     unet: UNet2DConditionModel,
     *,
@@ -292,6 +306,9 @@ def inflate(
     unet.requires_grad_(False)
     for parameter in trainable_parameters(unet).values():
         parameter.requires_grad_(True)
+    for module in unet.modules():
+        if type(module) is nn.Linear and module.weight.requires_grad:
+            module.__class__ = TunedLinear
     return unet
 
 

@@ -47,11 +47,9 @@ def needed_memory(
         unet.frame_context.attention_fn = lambda q, k, v, mask=None: _FusedAttention.apply(q, k, v)
         unet.get_class_embed = super(VideoUNet, unet).get_class_embed  # which doesn't look at the labels' values
         labels = {} if class_labels is None else {"class_labels": fake(class_labels)}
-        inputs = fake(latents), torch.zeros((), dtype=torch.int64, device=device), fake(encoder_hidden_states)
+        inputs = fake(latents, dtype), torch.zeros((), dtype=torch.int64, device=device), fake(encoder_hidden_states, dtype)
         with _Peak([*unet.parameters(), *unet.buffers()]) as count:
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = unet(*inputs, **labels).float().square().mean()
-            loss.backward()
+            unet(*inputs, **labels).float().square().mean().backward()
     return count.peak + 3 * tuned_bytes
 
 

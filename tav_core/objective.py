@@ -9,7 +9,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from .errors import TavError
-from .inflate import labelled
+from .inflate import labelled, predict
 
 _STRATA = 16  # as many consecutive timesteps cover the range once
 _MIN_SNR_GAMMA = 5.0  # arXiv 2303.09556
@@ -28,7 +28,8 @@ def tuning_loss(
     """Mean squared error of what the model predicts for noised latents, a scalar (equation 3 of the paper).
 
     Args:
-        latents, noise: `b c f h w`.
+        unet: see `ddim_invert`.
+        latents, noise: float32 `b c f h w`.
         timesteps: int64 `b`, one per video.
         encoder_hidden_states: `1 n d`, `b n d` or `(b f) n d`.
         loss_weighting: "none" or "min_snr".
@@ -50,7 +51,7 @@ def tuning_loss(
         target, weight = latents, snr.clamp(max=_MIN_SNR_GAMMA)
     else:
         raise TavError(f"prediction_type={prediction_type!r} is unknown; use epsilon, v_prediction or sample")
-    predicted = unet(noisy, timesteps, encoder_hidden_states, **labelled(class_labels)).float()
+    predicted = predict(unet, noisy, timesteps, encoder_hidden_states, **labelled(class_labels))
     if loss_weighting == "none":
         return F.mse_loss(predicted, target)
     return (weight * (predicted - target).square().mean(dim=(1, 2, 3, 4))).mean()

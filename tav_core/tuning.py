@@ -200,9 +200,7 @@ def tune(
     total, length = len(scheduler.alphas_cumprod), config.context_length
 
     def loss_at(mean_or_sample: Tensor, noise: Tensor, t: Tensor, seen: Take, weighting: str) -> Tensor:
-        dtype, text = DTYPES[config.dtype], seen.encoder_hidden_states
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return tuning_loss(unet, scheduler, mean_or_sample, noise, t.to(device), text, weighting, seen.class_labels)
+        return tuning_loss(unet, scheduler, mean_or_sample, noise, t.to(device), seen.encoder_hidden_states, weighting, seen.class_labels)
 
     @torch.no_grad()
     def probe() -> float:
@@ -220,7 +218,7 @@ def tune(
                 losses.append(loss_at(seen.latents, noise, t, seen, "none").item())
         return sum(losses) / len(losses)
 
-    with _computing(unet, parameters, config), torch.enable_grad():
+    with computing(unet, config), torch.enable_grad():
         optimizer = make_optimizer(unet, config)
         fingerprint = run_fingerprint(unet, scheduler, takes, config)
         state = TuneState(fingerprint, loss_scale=(2.0**16 if config.dtype == "fp16" else 1.0, 0))
@@ -340,8 +338,9 @@ def _next_scale(scale: float, age: int, finite: bool) -> tuple[float, int]:
 
 
 @contextmanager
-def _computing(unet: VideoUNet, parameters: dict[str, nn.Parameter], config: TuneConfig) -> Iterator[None]:
+def computing(unet: VideoUNet, config: TuneConfig) -> Iterator[None]:
     """Frozen weights in the computing dtype, trainable ones in float32; all as they were on leaving."""
+    parameters = trainable_parameters(unet)
     tuned, dtype = set(map(id, parameters.values())), DTYPES[config.dtype]
     # originals wait on the CPU, or computing in half precision would not save device memory
     cast = [(p, p.device, p.data.cpu()) for p in unet.parameters() if id(p) not in tuned and p.dtype != dtype]

@@ -6,8 +6,6 @@ Its tensors hold CPU tensors and compute with them, but meet no tensor of the CP
     python tests/accelerator.py [arguments of python -m tav_core, with --device npu]
 """
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -82,34 +80,6 @@ def compute(function, args: tuple, kwargs: dict):
     return tree_map(placed, result)
 
 
-# of the operators that CUDA's autocast casts to its dtype, and of those to float32, what our models and losses use
-LOWERED = ("conv2d", "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention")
-RAISED = ("group_norm", "layer_norm", "softmax.int", "exp", "log", "rsqrt", "reciprocal", "pow.Tensor_Scalar", "mse_loss", "sum",
-          "sum.dim_IntList", "cumsum")  # fmt: skip
-
-
-def operator_of(name: str):
-    packet, _, overload = name.partition(".")
-    return getattr(getattr(aten, packet), overload or "default")
-
-
-def made(function, *args, **kwargs):
-    return compute(function, args, kwargs)
-
-
-def autocast(name: str, dtype: torch.dtype | None):
-    """An operator as autocast on CUDA runs it; no dtype stands for the one that autocast is set to."""
-    operator = operator_of(name)
-
-    def cast(*args, **kwargs):
-        to = dtype or torch.get_autocast_dtype(NAME)
-        args, kwargs = tree_map(lambda x: x.to(to) if isinstance(x, Tensor) and x.is_floating_point() else x, (args, kwargs))
-        with torch.autocast(NAME, enabled=False):
-            return operator(*args, **kwargs)
-
-    return cast
-
-
 class Module(_DummyBackendModule):
     """`torch.npu`. `free`: its memory, bytes, of which nothing is ever used."""
 
@@ -134,14 +104,11 @@ def register(free: int = 16_000_000_000):
     _setup_privateuseone_for_python_backend(NAME, Module(free))
     torch.__future__.set_swap_module_params_on_conversion(True)
     DEVICE = torch.device(NAME, 0)
-    rest, aten_library = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
-    LIBRARIES.extend([rest, aten_library])
-    rest.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    for names, dtype in ((LOWERED, None), (RAISED, torch.float32)):
-        for name in names:
-            aten_library.impl(name, autocast(name, dtype), "AutocastPrivateUse1")
+    LIBRARIES.append(torch.library.Library("aten", "IMPL"))
     for name in MADE:
-        aten_library.impl(name, functools.partial(made, operator_of(name)), "PrivateUse1")
+        packet, _, overload = name.partition(".")
+        operator = getattr(getattr(aten, packet), overload or "default")
+        LIBRARIES[-1].impl(name, lambda *args, operator=operator, **kwargs: compute(operator, args, kwargs), "PrivateUse1")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ import torch
 from tav_core import bench
 from tav_core.__main__ import main
 from tav_core.block_attention import block_attention
-from tav_core.inflate import trainable_parameters
-from tav_core.tuning import tuning_loss
+from tav_core.inflate import predict, trainable_parameters
+from tav_core.tuning import TuneConfig, computing, tuning_loss
 
 
 @pytest.fixture(scope="module")
 def subject():
-    subject = bench.Subject(bench.LAYOUTS["small"], bench.Mode(), "cpu")
+    subject = bench.Subject(bench.LAYOUTS["small"], "cpu")
     with torch.no_grad():  # as after some tuning: at first the temporal attention adds nothing
         for name, parameter in trainable_parameters(subject.unet).items():
             if "attn_temp.to_out" in name:
@@ -26,18 +26,17 @@ def subject():
     return subject
 
 
-def computed(subject, off=(), memory="fast", dtype=torch.float32):
+def computed(subject, off=(), memory="fast", dtype="fp32"):
     """Prediction, loss and gradients, as one float64 vector each."""
     unet = copy.deepcopy(subject.unet)
     bench.set_attention(unet, off)
-    unet.set_memory(memory)
     noise = torch.randn(subject.latents.shape, generator=torch.Generator().manual_seed(1))
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with computing(unet, TuneConfig(dtype=dtype, memory=memory)):
         with torch.no_grad():
-            out = unet(noise, 500, subject.texts[0])
+            out = predict(unet, noise, 500, subject.texts[0])
         loss = tuning_loss(unet, subject.checkpoint.scheduler, subject.latents, noise, torch.tensor([500]), subject.texts[0])
-    loss.backward()
-    gradients = torch.cat([parameter.grad.flatten() for parameter in trainable_parameters(unet).values()])
+        loss.backward()
+        gradients = torch.cat([parameter.grad.flatten() for parameter in trainable_parameters(unet).values()])
     return [x.detach().double().flatten() for x in (out, loss, gradients)]
 
 
@@ -53,7 +52,7 @@ def plain(subject):
         ({"off": ("blocks",)}, 1e-5),
         ({"memory": "checkpointing"}, 1e-5),
         ({"memory": "low"}, 1e-5),
-        ({"dtype": torch.bfloat16}, 5e-2),
+        ({"dtype": "bf16"}, 5e-2),
     ],
     ids=["blocks", "fused", "checkpointing", "low", "bf16"],
 )
@@ -93,7 +92,7 @@ def test_a_table_and_json(monkeypatch, tmp_path, capsys):
 
 def test_the_figures_of_a_gpu_run_on_a_cpu_too(monkeypatch, tmp_path, without_comfyui):
     file = tmp_path / "bench.json"
-    monkeypatch.setattr(bench.Subject, "edit", lambda self, real=bench.Subject.edit: real(self, 2))
+    monkeypatch.setattr(bench.Subject, "edit", lambda self, mode, real=bench.Subject.edit: real(self, mode, 2))
     run(monkeypatch, "--gpu", "--layout", "small", "--size", 8, "--frames", 2, "--runs", 1, "--threads", 1,
         "--memory", "checkpointing", "--stages", "tune", "--json", file)  # fmt: skip
     figures = json.loads(file.read_text())

@@ -39,7 +39,7 @@ def test_all_modes_give_the_same_weights(of_each):
 
 @pytest.fixture(scope="module")
 def subject():
-    return bench.Subject(bench.LAYOUTS["small"], bench.Mode(), "cpu")
+    return bench.Subject(bench.LAYOUTS["small"], "cpu")
 
 
 def test_each_mode_keeps_less_than_the_one_before(subject):

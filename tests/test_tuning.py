@@ -255,6 +255,7 @@ def test_loss_of_each_prediction_type():
             asked.append(args)
             return output
 
+        unet.dtype = torch.float32
         loss = tuning_loss(unet, scheduler, x0, noise, t, text)
         assert torch.allclose(loss, (output - target).square().mean(), atol=1e-6)
         assert torch.allclose(asked[0][0], noisy, atol=1e-6)
