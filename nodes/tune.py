@@ -67,8 +67,8 @@ class OneShotTune(io.ComfyNode):
                                tooltip="Precision of the computation; auto is bf16 where the GPU has it, else fp32. What is "
                                "tuned stays in fp32."),
                 io.Combo.Input("memory", options=["auto", *MEMORY], default="auto",
-                               tooltip="fast takes the most memory; checkpointing much less, and half as long again; low the least, "
-                               "and twice as long. auto is the first that fits. All give the same weights."),
+                               tooltip="fast takes the most memory; selective a third less, and a tenth longer; checkpointing much less, "
+                               "and half as long again; low the least, and twice as long. auto is the first that fits. All give the same weights."),
                 io.Combo.Input("timestep_sampling", options=["uniform", "stratified"], default="uniform",
                                tooltip="uniform as in the paper; stratified covers all noise levels evenly, better for short runs."),
                 io.Int.Input("preview_every", default=0, min=0, max=10_000,

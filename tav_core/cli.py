@@ -70,7 +70,7 @@ def add_preset_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--dtype", choices=DTYPES, help="precision of the U-Net, in all stages; tuned weights stay fp32 "
                        "(bf16 on a GPU that is made for it, else fp32)")  # fmt: skip
     group.add_argument("--memory", choices=["auto", *MEMORY],
-                       help="of the tuning (auto: the first that fits). checkpointing and low take less of it, and more time")  # fmt: skip
+                       help="of the tuning: from fast to low each takes less memory, and more time (auto: the first that fits)")  # fmt: skip
     group.add_argument("--sampling-steps", type=int, metavar="N", help="DDIM steps of inversion and of sampling")
     group.add_argument("--guidance-scale", type=float, metavar="X", help="classifier-free guidance of the edits")
     group.add_argument("--attention-injection", type=float, metavar="X",

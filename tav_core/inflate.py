@@ -25,7 +25,7 @@ from .attention import MODES, FrameAttnProcessor, FrameContext, anchored, tempor
 from .errors import TavError
 
 NORMS = ("video", "frame")
-MEMORY = ("fast", "checkpointing", "low")  # of the tuning: each takes less memory and more time than the one before
+MEMORY = ("fast", "selective", "checkpointing", "low")  # of the tuning: each takes less memory and more time than the one before
 _PARTS = 4
 _TRAINABLE = re.compile(r"\.(attn1\.to_q|attn2\.to_q|attn_temp)\.")
 
@@ -35,12 +35,12 @@ class Recomputed:
 
     Attributes:
         recomputed: whether it is so now.
-        since: the first of the `MEMORY` modes in which it is so.
+        modes: the `MEMORY` modes in which it is so.
     """
 
     frame_context: FrameContext
     recomputed: bool = False
-    since: str
+    modes: tuple[str, ...]
 
     def forward(self, *args, **kwargs):
         context, forward = self.frame_context, super().forward
@@ -191,13 +191,14 @@ class VideoUNet(UNet2DConditionModel):
     def set_memory(self, memory: str) -> None:
         """What the backward pass recomputes.
 
-        "fast": nothing; "checkpointing": resnets and transformers, one at a time; "low": around them whole blocks of the
-        U-Net, so that nothing is kept but what flows from block to block, and in them attentions and feed-forwards.
+        "fast": nothing; "selective": resnets and feed-forwards, which keep much for the time that they take; "checkpointing":
+        resnets and transformers, one at a time; "low": around them whole blocks of the U-Net, so that nothing is kept but what
+        flows from block to block, and in them attentions and feed-forwards.
         """
         self.memory = memory
         for module in self.modules():
             if isinstance(module, Recomputed):
-                module.recomputed = MEMORY.index(memory) >= MEMORY.index(module.since)
+                module.recomputed = memory in module.modes
 
     # diffusers would recompute its blocks without their frame count; see Recomputed
     def enable_gradient_checkpointing(self) -> None:
@@ -321,20 +322,20 @@ def _make_units(block: nn.Module, context: FrameContext):
     """Chooses what of a block of the U-Net is recomputed in which of the `MEMORY` modes (see `VideoUNet.set_memory`)."""
     for module in list(block.modules()):
         if isinstance(module, ResnetBlock2D):
-            _recompute(module, context, "checkpointing")
+            _recompute(module, context, MEMORY[1:])
         elif isinstance(module, Transformer2DModel):
             blocks = module.transformer_blocks
             for unit in [module] if len(blocks) == 1 else blocks:  # a transformer of many blocks would be too large
-                _recompute(unit, context, "checkpointing")
+                _recompute(unit, context, ("checkpointing", "low"))
         elif isinstance(module, Attention):
-            _recompute(module, context, "low")
+            _recompute(module, context, ("low",))
         elif isinstance(module, FeedForward):
-            _recompute(module, context, "low", RecomputedInParts)
-    _recompute(block, context, "low")
+            _recompute(module, context, ("selective", "low"), RecomputedInParts)
+    _recompute(block, context, ("low",))
 
 
-def _recompute(module: nn.Module, context: FrameContext, since: str, how: type[Recomputed] = Recomputed):
-    module.__class__ = type(type(module).__name__, (how, type(module)), {"since": since})
+def _recompute(module: nn.Module, context: FrameContext, modes: tuple[str, ...], how: type[Recomputed] = Recomputed):
+    module.__class__ = type(type(module).__name__, (how, type(module)), {"modes": modes})
     module.frame_context = context
 
 

@@ -38,8 +38,8 @@ class TuneConfig:
         max_grad_norm: gradients are scaled down to this L2 norm.
         seed: of every random draw, 0 or more.
         dtype: "fp32", "bf16" or "fp16" computation; the tuned weights stay float32.
-        memory: "fast"; "checkpointing" and "low", each with less memory for more time (see `VideoUNet.set_memory`), but
-            the same weights; or "auto": the first of them that fits (see `memory`).
+        memory: "fast", "selective", "checkpointing" or "low", each with less memory for more time (see
+            `VideoUNet.set_memory`), but the same weights; or "auto": the first of them that fits (see `memory`).
         probe_every: steps between measurements of the loss on `probe_size` fixed draws.
         save_every: steps between writes of the state file.
         timestep_sampling: "uniform", or "stratified": consecutive draws cover the range evenly.

@@ -50,11 +50,12 @@ def plain(subject):
     [
         ({}, 1e-5),
         ({"off": ("blocks",)}, 1e-5),
+        ({"memory": "selective"}, 1e-5),
         ({"memory": "checkpointing"}, 1e-5),
         ({"memory": "low"}, 1e-5),
         ({"dtype": "bf16"}, 5e-2),
     ],
-    ids=["blocks", "fused", "checkpointing", "low", "bf16"],
+    ids=["blocks", "fused", "selective", "checkpointing", "low", "bf16"],
 )
 def test_every_mode_computes_what_plain_does(subject, plain, settings, tolerance):
     for fast, expected in zip(computed(subject, **settings), plain):

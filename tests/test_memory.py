@@ -14,7 +14,7 @@ from tav_core.memory import _Peak, choose, is_out_of_memory, needed_memory
 from tav_core.tuning import tuning_loss
 
 GB = 10**9
-NEEDED = {"fast": 10 * GB, "checkpointing": 5 * GB, "low": 2 * GB}
+NEEDED = {"fast": 10 * GB, "selective": 7 * GB, "checkpointing": 5 * GB, "low": 2 * GB}
 OUT_OF_MEMORY = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
 
 
@@ -57,7 +57,7 @@ def test_each_mode_keeps_less_than_the_one_before(subject):
             tuning_loss(unet, subject.checkpoint.scheduler, subject.latents, subject.latents, torch.tensor([500]), subject.texts[0])
         kept.append(sum(tensor.untyped_storage().nbytes() for pointer, tensor in storages.items() if pointer not in given))
     subject.unet.set_memory("fast")
-    assert kept[0] > 3 * kept[1] and kept[1] > 1.5 * kept[2]
+    assert kept[0] > 1.4 * kept[1] and kept[1] > 2 * kept[2] and kept[2] > 1.5 * kept[3]
 
 
 def estimate(subject, memory, **changes):
@@ -92,7 +92,8 @@ def test_the_estimate_takes_class_labels():
 
 @pytest.mark.parametrize("free, memory, line", [
     (13, "fast", "memory: fast, which needs about 12.0 GB of the 13.0 GB that are free"),
-    (11, "checkpointing", "memory: checkpointing, since fast needs about 12.0 GB and 11.0 GB are free"),
+    (11, "selective", "memory: selective, since fast needs about 12.0 GB and 11.0 GB are free"),
+    (7, "checkpointing", "memory: checkpointing, since selective needs about 8.4 GB and 7.0 GB are free"),
     (4, "low", "memory: low, since checkpointing needs about 6.0 GB and 4.0 GB are free"),
     (2, "low", "memory: low, though it needs about 2.4 GB and 2.0 GB are free"),
 ])  # fmt: skip
@@ -145,7 +146,7 @@ def run_out(monkeypatch, step, modes, error=OUT_OF_MEMORY):
     return attempts
 
 
-@pytest.mark.parametrize("memory, lower", [("fast", "checkpointing"), ("checkpointing", "low")])
+@pytest.mark.parametrize("memory, lower", [("fast", "selective"), ("checkpointing", "low")])
 def test_a_step_that_runs_out_of_memory_is_run_again_in_the_next_lower_mode(of_each, monkeypatch, memory, lower):
     attempts = run_out(monkeypatch, 4, [memory])
     result, tuned, lines = trained(memory)
@@ -156,7 +157,7 @@ def test_a_step_that_runs_out_of_memory_is_run_again_in_the_next_lower_mode(of_e
 
 
 @pytest.mark.parametrize("memory, failing, remedy", [
-    ("fast", ("fast", "checkpointing"), ", --memory low or --dtype bf16"),
+    ("fast", ("fast", "selective"), ", --memory low or --dtype bf16"),
     ("low", ("low",), "Context Windows) or --dtype bf16"),
 ])  # fmt: skip
 def test_a_step_that_runs_out_of_memory_again_ends_the_run(of_each, monkeypatch, tmp_path, memory, failing, remedy):
