@@ -6,6 +6,7 @@ there, only the tuned ones have gradients; the whole clip through the VAE at onc
 `ddim_invert`, `ddim_sample` and the VAE's functions do. Between them lie the `OPTIMISATIONS`; each can be switched off.
 """
 
+import ctypes
 import gc
 import json
 import math
@@ -42,6 +43,7 @@ OPTIMISATIONS = {
 }
 GUIDANCE = 12.5
 GROWTH = {"frames": (8, 16, 32, 64), "size": (16, 32, 64)}
+_PROCESS = Path("/proc/self")
 GROWING = ("tune", "sample")
 
 
@@ -248,6 +250,8 @@ def _memory(layout: Layout, mode: Mode, stage: str, device: str, threads: int) -
         subject.run(stage, mode)
         peak = torch.cuda.max_memory_allocated(subject.device)
     else:
+        ctypes.CDLL(None).malloc_trim(0)  # what building the models has left
+        (_PROCESS / "clear_refs").write_text("5")  # their peak
         before = _resident("VmRSS")
         subject.run(stage, mode)
         peak = _resident("VmHWM")
@@ -255,11 +259,8 @@ def _memory(layout: Layout, mode: Mode, stage: str, device: str, threads: int) -
 
 
 def _resident(field: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at its peak. (getrusage counts the parent's peak as well.)"""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError as error:
-        raise TavError("resident memory is read from /proc, which this system lacks; use --no-memory") from error
+    """Bytes of this process: VmRSS now, VmHWM at its peak since that was cleared. (getrusage counts the parent's peak as well.)"""
+    status = (_PROCESS / "status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
 
 
@@ -315,6 +316,8 @@ def add_arguments(parser):
 def bench(args):
     if args.runs < 1:
         raise TavError(f"--runs {args.runs} is out of range; give 1 or more")
+    if args.device.type != "cuda" and not _PROCESS.exists() and (args.growth or not args.no_memory):
+        raise TavError("resident memory is read from /proc, which this system lacks; use --no-memory, without --growth")
     torch.set_num_threads(args.threads or torch.get_num_threads())
     layout, device = LAYOUTS[args.layout or ("sd15" if args.gpu else "small" if args.growth else "middle")], str(args.device)
     layout = replace(layout, frames=args.frames or layout.frames, size=args.size or layout.size)

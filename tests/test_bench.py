@@ -129,6 +129,14 @@ def test_the_layout_of_the_paper_is_that_of_stable_diffusion():
     assert (checkpoint.downscale, checkpoint.size) == (8, 512)
 
 
+def test_memory_that_cannot_be_read_is_told_first(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "_PROCESS", tmp_path / "none")
+    monkeypatch.setattr(bench, "seconds", lambda *args: pytest.fail("it has begun"))
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--layout", "small")
+    assert "use --no-memory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("options, told", [(["--runs", 0], "--runs 0"), (["--size", 12], "--size 12"), (["--frames", -1], "--frames -1")])
 def test_what_cannot_be_run_is_refused(monkeypatch, capsys, options, told):
     with pytest.raises(SystemExit):
