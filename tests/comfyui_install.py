@@ -72,9 +72,11 @@ def enable(home: Path):
 def pretend_accelerator(free: int):
     """Lets ComfyUI find the device of `accelerator`, a GPU to it, with so many bytes of memory."""
     import accelerator
+    import torch
     from comfy.cli_args import args
 
     args.cpu = False
+    torch.version.cuda = None  # or ComfyUI asks the driver of a torch that is built for CUDA
     accelerator.register(free)
     sys.modules["torch_npu"] = types.ModuleType("torch_npu")  # which it looks for
     import comfy.model_management  # noqa: F401

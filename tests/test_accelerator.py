@@ -62,6 +62,23 @@ def test_windows_of_a_long_clip_stay_on_their_device(tmp_path):
            "--context-overlap", "2", "--steps", "1", "--sampling-steps", "2")  # fmt: skip
 
 
+def test_the_benchmark_stays_on_its_device():
+    done = python(ROOT / "tests" / "accelerator.py", "bench", "--device", "npu", "--gpu", "--layout", "small", "--size", "8", "--frames", "2",
+                  "--memory", "selective", "--without", "caching", "--runs", "1", "--threads", "1", "--no-memory")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "share of the matmul rate" in done.stdout
+
+
+def test_what_a_stage_does_not_need_waits_on_the_cpu():
+    lines = ["import accelerator, torch", "accelerator.register()", "from tav_core.pipeline import _offloaded",
+             "model = torch.nn.Linear(2, 2).to('npu')", "before = model.weight.detach().cpu()",
+             "try:", "    with _offloaded(model):", "        assert model.weight.device.type == 'cpu'", "        raise KeyboardInterrupt",
+             "except KeyboardInterrupt:", "    assert model.weight.device.type == 'npu'",
+             "assert torch.equal(model.weight.detach().cpu(), before)"]  # fmt: skip
+    done = python("-c", "\n".join(lines))
+    assert done.returncode == 0, done.stderr
+
+
 MISTAKES = {
     "there + here": "is on cpu, another on npu", "torch.cat([there, here])": "is on cpu, another on npu",
     "there.normal_(generator=torch.Generator())": "the generator is on cpu", "there.numpy()": "not supported",

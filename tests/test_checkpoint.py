@@ -251,6 +251,18 @@ def test_video_goes_through_in_chunks(checkpoint):
     assert (frames.int() - decode_video(checkpoint, mean[:1]).int()).abs().max() <= 1
 
 
+@pytest.mark.parametrize("pixels, expected", [(7 * 32 * 48, [5]), (2 * 32 * 48 + 1, [2, 2, 1]), (1, [1] * 5)])
+def test_large_frames_go_through_a_few_at_a_time(checkpoint, monkeypatch, pixels, expected):
+    """So that a long clip, or a large one, takes no more memory than a small one."""
+    together = {"encode": [], "decode": []}
+    for name, batches in together.items():
+        monkeypatch.setattr(checkpoint.vae, name, lambda x, real=getattr(checkpoint.vae, name), batches=batches: batches.append(len(x)) or real(x))
+    monkeypatch.setattr("tav_core.checkpoint._VAE_PIXELS", pixels)
+    mean, _ = encode_video(checkpoint, torch.zeros(1, 3, 5, 32, 48))
+    decode_video(checkpoint, mean)
+    assert together == {"encode": expected, "decode": expected}
+
+
 # -------------------------------------------------------------------------------------- nothing is left to chance
 
 
