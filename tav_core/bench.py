@@ -33,6 +33,7 @@ from .ddim import ddim_invert, ddim_sample
 from .errors import TavError
 from .files import atomic_path
 from .inflate import MEMORY, VideoUNet, inflate
+from .memory import choose, free_memory, needed_memory
 from .tuning import DTYPES, TuneConfig, computing, tune, tuning_loss
 
 STAGES = ("tune", "invert", "sample", "encode", "decode")
@@ -300,7 +301,7 @@ def add_arguments(parser):
     parser.add_argument("--frames", type=int, metavar="N", help="(that of the layout)")
     parser.add_argument("--size", type=int, metavar="N", help="side of the latents (that of the layout)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="of the U-Net (fp32; with --gpu bf16)")
-    parser.add_argument("--memory", nargs="+", choices=MEMORY, help="of the tuning (fast; with --gpu all)")
+    parser.add_argument("--memory", nargs="+", choices=MEMORY, help="of the tuning (fast; with --gpu all that fit)")
     parser.add_argument("--without", nargs="+", choices=OPTIMISATIONS, default=[],
                         help="measures also with each of these switched off. " + "; ".join(f"{k}: {v}" for k, v in OPTIMISATIONS.items()))  # fmt: skip
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
@@ -324,7 +325,9 @@ def bench(args):
     multiple = 1 if layout.name == "mini" else 8
     if layout.frames < 1 or layout.size < 1 or layout.size % multiple:
         raise TavError(f"--frames {layout.frames} --size {layout.size} can't be run; give 1 or more frames, and a size in multiples of {multiple}")
-    on = [Mode(dtype, kind) for dtype in args.dtype or ["bf16" if args.gpu else "fp32"] for kind in args.memory or (MEMORY if args.gpu else ["fast"])]
+    dtypes = args.dtype or ["bf16" if args.gpu else "fp32"]
+    kinds = args.memory or (_fitting(layout, DTYPES[dtypes[0]], args.device) if args.gpu else ["fast"])
+    on = [Mode(dtype, kind) for dtype in dtypes for kind in kinds]
     modes = [*([] if args.gpu else [PLAIN]), *on, *(replace(on[0], off=(name,)) for name in args.without)]
     machine = {"device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu", "threads": torch.get_num_threads(),
                "load": os.getloadavg()[0], "torch": torch.__version__}  # fmt: skip
@@ -349,6 +352,15 @@ def bench(args):
     if args.json:
         with atomic_path(args.json) as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _fitting(layout: Layout, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """The memory modes that the device has room for, or else the last; tells which it leaves out."""
+    subject = Subject(layout, str(device))
+    chosen, line = choose(lambda kind: needed_memory(subject.unet, subject.latents, subject.texts[0], None, dtype, kind, device), free_memory(device))
+    if chosen != MEMORY[0]:
+        print(line)
+    return list(MEMORY[MEMORY.index(chosen) :])
 
 
 def _gpu(layout: Layout, mode: Mode, medians: dict[str, float], device: str) -> dict[str, float]:

@@ -104,6 +104,16 @@ def test_the_figures_of_a_gpu_run_on_a_cpu_too(monkeypatch, tmp_path, without_co
         assert 0.1 < of["tune"]["before"] <= of["tune"]["peak"] < 4
 
 
+def test_on_a_small_gpu_only_what_fits_is_measured(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    monkeypatch.setattr(bench.Subject, "edit", lambda self, mode: 1.0)
+    monkeypatch.setattr(bench, "free_memory", lambda device: 0)
+    run(monkeypatch, "--gpu", "--layout", "small", "--size", 8, "--frames", 2, "--runs", 1, "--threads", 1, "--no-memory",
+        "--stages", "tune", "--json", file)  # fmt: skip
+    assert list(json.loads(file.read_text())["seconds"]) == ["bf16, low"]
+    assert "memory: low, though it needs" in capsys.readouterr().out
+
+
 def test_it_needs_no_video_library():
     blocked = "import sys; sys.modules.update(dict.fromkeys(['av', 'cv2', 'matplotlib'])); "
     program = blocked + "sys.argv[1:] = ['bench', '--help']; from tav_core.__main__ import main; main()"
