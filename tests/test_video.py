@@ -183,7 +183,8 @@ def test_float_frames_and_arrays(tmp_path):
     frames = numbered(3)
     for number, given in enumerate((frames, frames.numpy(), frames / 255, (frames / 255).double().numpy())):
         save_video(given, tmp_path / f"{number}.mp4", 8)
-    assert len({(tmp_path / f"{number}.mp4").read_bytes() for number in range(4)}) == 1
+        read = load_video(tmp_path / f"{number}.mp4").frames  # not the bytes: once in a while the encoder decides otherwise
+        assert (read.float() - frames.float()).abs().mean() < 2
 
 
 def test_colours_survive(tmp_path):
