@@ -15,7 +15,8 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tav_core import load_video
-from workflows.build import WORKFLOWS, Workflow
+from workflows.build import WORKFLOWS
+from workflows.graph import Workflow
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "nodes" / "web" / "docs"
