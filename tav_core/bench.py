@@ -34,6 +34,7 @@ from .errors import TavError
 from .files import atomic_path
 from .inflate import MEMORY, VideoUNet, inflate
 from .memory import choose, free_memory, needed_memory
+from .pipeline import offloaded
 from .tuning import DTYPES, TuneConfig, computing, tune, tuning_loss
 
 STAGES = ("tune", "invert", "sample", "encode", "decode")
@@ -44,8 +45,8 @@ OPTIMISATIONS = {
 }
 GUIDANCE = 12.5
 GROWTH = {"frames": (8, 16, 32, 64), "size": (16, 32, 64)}
-_PROCESS = Path("/proc/self")
 GROWING = ("tune", "sample")
+_PROCESS = Path("/proc/self")
 
 
 @dataclass(frozen=True)
@@ -162,10 +163,14 @@ class Subject:
             if progress["step"] == 2:
                 raise Enough
 
+        def say(line: str):  # the step would run again, in another mode than this one
+            raise TavError(f"{line}; leave {mode.memory} out with --memory")
+
         config = TuneConfig(steps=3, probe_size=1, dtype=mode.dtype, memory=mode.memory)
         try:
-            tune(self.unet, self.checkpoint.scheduler, self.latents, self.texts[0], config, latents_std=self.latents.abs() / 10,
-                 callback=callback)  # fmt: skip
+            with offloaded(self.checkpoint.vae, self.checkpoint.text_encoder):
+                tune(self.unet, self.checkpoint.scheduler, self.latents, self.texts[0], config, latents_std=self.latents.abs() / 10,
+                     callback=callback, say=say)  # fmt: skip
         except Enough:
             return ends[1] - ends[0]
 

@@ -141,7 +141,7 @@ def tune_on(checkpoint: Checkpoint, source: Source, preset: Preset, *, attention
     """
     more = [Take(other.latents, other.hidden_states, other.latents_std, other.class_labels) for other in more_sources]
     unet = video_unet(checkpoint, attention=attention, temporal_causal=temporal_causal, norm=norm)
-    with _offloaded(checkpoint.vae, checkpoint.text_encoder):
+    with offloaded(checkpoint.vae, checkpoint.text_encoder):
         result = tune(unet, checkpoint.scheduler, source.latents, source.hidden_states, preset.tuning,
                       latents_std=source.latents_std, class_labels=source.class_labels, more_takes=more, state_path=state_path,
                       resume=resume, callback=callback, say=say)  # fmt: skip
@@ -149,7 +149,7 @@ def tune_on(checkpoint: Checkpoint, source: Source, preset: Preset, *, attention
 
 
 @contextmanager
-def _offloaded(*models: nn.Module) -> Iterator[None]:
+def offloaded(*models: nn.Module) -> Iterator[None]:
     """Models that aren't needed for a while wait on the CPU: those of Stable Diffusion leave 0.8 GB to the tuning."""
     devices = [next(model.parameters()).device for model in models]
     try:

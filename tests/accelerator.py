@@ -8,6 +8,7 @@ Its tensors hold CPU tensors and compute with them, but meet no tensor of the CP
 
 import torch
 from torch import Tensor
+from torch.library import Library
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
@@ -15,7 +16,6 @@ NAME = "npu"  # a device that ComfyUI knows, and that no Python package but PyTo
 DEVICE = torch.device("cpu")  # until `register`
 CPU = torch.device("cpu")
 MADE = ("empty.memory_format", "empty_strided", "copy_", "arange", "arange.start", "arange.start_step")  # how tensors come there
-LIBRARIES = []  # they end with their objects
 aten = torch.ops.aten
 COPIES = (aten._to_copy.default, aten.copy_.default, aten.to.other)
 INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
@@ -104,11 +104,11 @@ def register(free: int = 16_000_000_000):
     _setup_privateuseone_for_python_backend(NAME, Module(free))
     torch.__future__.set_swap_module_params_on_conversion(True)
     DEVICE = torch.device(NAME, 0)
-    LIBRARIES.append(torch.library.Library("aten", "IMPL"))
+    register.operators = Library("aten", "IMPL")  # they end with it
     for name in MADE:
         packet, _, overload = name.partition(".")
         operator = getattr(getattr(aten, packet), overload or "default")
-        LIBRARIES[-1].impl(name, lambda *args, operator=operator, **kwargs: compute(operator, args, kwargs), "PrivateUse1")
+        register.operators.impl(name, lambda *args, operator=operator, **kwargs: compute(operator, args, kwargs), "PrivateUse1")
 
 
 if __name__ == "__main__":

@@ -70,9 +70,9 @@ def test_the_benchmark_stays_on_its_device():
 
 
 def test_what_a_stage_does_not_need_waits_on_the_cpu():
-    lines = ["import accelerator, torch", "accelerator.register()", "from tav_core.pipeline import _offloaded",
+    lines = ["import accelerator, torch", "accelerator.register()", "from tav_core.pipeline import offloaded",
              "model = torch.nn.Linear(2, 2).to('npu')", "before = model.weight.detach().cpu()",
-             "try:", "    with _offloaded(model):", "        assert model.weight.device.type == 'cpu'", "        raise KeyboardInterrupt",
+             "try:", "    with offloaded(model):", "        assert model.weight.device.type == 'cpu'", "        raise KeyboardInterrupt",
              "except KeyboardInterrupt:", "    assert model.weight.device.type == 'npu'",
              "assert torch.equal(model.weight.detach().cpu(), before)"]  # fmt: skip
     done = python("-c", "\n".join(lines))

@@ -12,6 +12,7 @@ import torch
 from tav_core import bench
 from tav_core.__main__ import main
 from tav_core.block_attention import block_attention
+from tav_core.errors import TavError
 from tav_core.inflate import predict, trainable_parameters
 from tav_core.tuning import TuneConfig, computing, tuning_loss
 
@@ -112,6 +113,17 @@ def test_on_a_small_gpu_only_what_fits_is_measured(monkeypatch, tmp_path, capsys
         "--stages", "tune", "--json", file)  # fmt: skip
     assert list(json.loads(file.read_text())["seconds"]) == ["bf16, low"]
     assert "memory: low, though it needs" in capsys.readouterr().out
+
+
+def test_a_mode_that_runs_out_of_memory_gets_no_figure_of_another(subject, monkeypatch):
+    def out_of_memory(*args):
+        if torch.is_grad_enabled():
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return tuning_loss(*args)
+
+    monkeypatch.setattr("tav_core.tuning.tuning_loss", out_of_memory)
+    with pytest.raises(TavError, match="fast ran out of memory; leave fast out with --memory"):
+        subject.run("tune", bench.Mode())
 
 
 def test_it_needs_no_video_library():

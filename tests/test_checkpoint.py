@@ -256,7 +256,8 @@ def test_large_frames_go_through_a_few_at_a_time(checkpoint, monkeypatch, pixels
     """So that a long clip, or a large one, takes no more memory than a small one."""
     together = {"encode": [], "decode": []}
     for name, batches in together.items():
-        monkeypatch.setattr(checkpoint.vae, name, lambda x, real=getattr(checkpoint.vae, name), batches=batches: batches.append(len(x)) or real(x))
+        real = getattr(checkpoint.vae, name)
+        monkeypatch.setattr(checkpoint.vae, name, lambda x, real=real, batches=batches: batches.append(len(x)) or real(x))
     monkeypatch.setattr("tav_core.checkpoint._VAE_PIXELS", pixels)
     mean, _ = encode_video(checkpoint, torch.zeros(1, 3, 5, 32, 48))
     decode_video(checkpoint, mean)
