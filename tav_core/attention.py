@@ -20,19 +20,17 @@ from diffusers.models.attention_processor import Attention
 from einops import rearrange
 from torch import Tensor
 
-from .block_attention import block_attention
+from .attention_choice import choose_attention
 from .errors import TavError
 
 MODES = ("sparse-causal", "first", "full")
 ANCHORED = 2 / 3  # of the led steps, the first, in which an anchor holds; longer, and an edit may lose its subject
-_MANY = 1 << 19  # scores; with fewer, PyTorch's own attention is as quick on a CPU
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention on `b heads n d`; mask: bool (True: look) or additive, of shape `b heads n m`."""
-    scores = q.shape[:3].numel() * k.shape[2]
-    if q.device.type == "cpu" and mask is None and q.dtype != torch.float64 and scores >= _MANY:
-        return block_attention(q, k, v)
+    if q.device.type == "cpu" and mask is None:
+        return choose_attention(q, k, v)(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

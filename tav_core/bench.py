@@ -39,7 +39,7 @@ from .tuning import DTYPES, TuneConfig, computing, tune, tuning_loss
 
 STAGES = ("tune", "invert", "sample", "encode", "decode")
 OPTIMISATIONS = {
-    "blocks": "on the CPU, attention in blocks of queries instead of PyTorch's fused kernel",
+    "blocks": "on the CPU, attention in blocks of queries where that is faster than PyTorch's fused kernel",
     "fused": "attention that never holds all scores",
     "caching": "clip and sentence encoded once; tuned parameters alone in the optimiser; the VAE in chunks of frames",
 }

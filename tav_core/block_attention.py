@@ -1,12 +1,13 @@
 """Exact softmax attention for CPUs, forward and backward, that never holds all scores.
 
-The scores of a few thousand keys with heads as narrow as those of Stable Diffusion's first level (8 to 40 channels) cost more in
-exponentials and passes over memory than in multiplications. So a block of queries meets all keys at once, while its
-scores stay in the cache (after Rabe & Staats, arXiv 2112.05682), and the backward pass computes them again from the
-log-sum-exp (after FlashAttention, arXiv 2205.14135). Three things make it quicker than PyTorch's own kernel there:
-the sum of the exponentials comes from the same product as the output, by a column of ones beside the values; in the
-backward pass two more columns subtract the log-sum-exp and the inner product of output and gradient; and exponentials
-are of base 2.
+The scores of a few thousand keys with heads as narrow as those of small models (8 to 16 channels) cost more in exponentials and
+passes over memory than in multiplications. So a block of queries meets all keys at once, while its scores stay in the cache (after
+Rabe & Staats, arXiv 2112.05682), and the backward pass computes them again from the log-sum-exp (after FlashAttention, arXiv
+2205.14135). What makes it quick: the sum of the exponentials comes from the same product as the output, by a column of ones beside
+the values; in the backward pass two more columns subtract the log-sum-exp and the inner product of output and gradient; all
+products run along contiguous memory; exponentials are of base 2; and all blocks of a call share their buffers.
+
+Whether it is quicker than PyTorch's own kernel depends on the CPU and the width of the heads: see `attention_choice`.
 """
 
 import math
@@ -27,53 +28,80 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _blocks(heads: int, n: int, m: int) -> Iterator[tuple[slice, slice]]:
     """Heads and queries of each block: as many heads as threads, each with some queries; more where heads have few scores."""
-    queries, together = max(1, min(n, _SCORES // m)), max(torch.get_num_threads(), _SCORES // (n * m))
+    queries, together = _extent(heads, n, m)
     for head in range(0, heads, together):
         for query in range(0, n, queries):
             yield slice(head, head + together), slice(query, query + queries)
+
+
+def _extent(heads: int, n: int, m: int) -> tuple[int, int]:
+    """Queries a head and heads of the largest block."""
+    threads = torch.get_num_threads()
+    queries = max(1, min(n, _SCORES // m))
+    return queries, min(heads, max(threads, threads * _SCORES // (n * m)))
+
+
+def _scores(like: Tensor, n: int, m: int) -> Tensor:
+    """A buffer for the scores of any block."""
+    queries, together = _extent(len(like), n, m)
+    return like.new_empty(together * m * queries)
+
+
+def _product(a: Tensor, b: Tensor, buffer: Tensor) -> Tensor:  # z m d, z d n -> z m n
+    shape = len(a), a.shape[1], b.shape[2]
+    return torch.bmm(a, b, out=buffer[: math.prod(shape)].view(shape))
 
 
 def _with_ones(x: Tensor) -> Tensor:  # z m d -> z m d+1
     return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
 
 
+def _by_head(x: Tensor) -> Tensor:  # b heads n d -> z n d
+    return x.float().reshape(-1, *x.shape[2:])
+
+
+def _queries(q: Tensor) -> Tensor:  # b heads n d -> z d n, scaled for exponentials of base 2
+    return (_by_head(q) * (_LOG2_E * q.shape[-1] ** -0.5)).mT.contiguous()
+
+
 class _BlockAttention(torch.autograd.Function):
-    # scores are `z m n`, keys by queries of each head: the products then run along contiguous memory
+    # scores are `z m n`, keys by queries of each head: the products then run along contiguous memory.
+    # Kept for the backward pass are the inputs as they came, which live on anyway, not what is made of them
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        b, heads, n, d = q.shape
-        m = k.shape[2]
-        ctx.dtype = q.dtype
-        q, k, v = (x.float().reshape(b * heads, -1, d) for x in (q, k, v))  # z n d, z m d
-        q = (q * (_LOG2_E * d**-0.5)).mT.contiguous()  # z d n
-        v1 = _with_ones(v).mT.contiguous()  # z d+1 m
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        b, heads, n, d = query.shape
+        q, k, v1 = _queries(query), _by_head(key), _with_ones(_by_head(value)).mT.contiguous()  # z d n, z m d, z d+1 m
         out, largest = q.new_empty(b * heads, d + 1, n), q.new_empty(b * heads, 1, n)
-        for z, i in _blocks(b * heads, n, m):
-            scores = k[z] @ q[z, :, i]
+        buffer = _scores(q, n, k.shape[1])
+        for z, i in _blocks(b * heads, n, k.shape[1]):
+            scores = _product(k[z], q[z, :, i], buffer)
             largest[z, :, i] = top = scores.amax(1, keepdim=True)
             out[z, :, i] = v1[z] @ scores.sub_(top).exp2_()
         out, total = out[:, :d], out[:, d:]
-        out = out / total  # z d n
-        ctx.save_for_backward(q, k, v, out, largest + total.log2())
-        return out.mT.reshape(b, heads, n, d).to(ctx.dtype)
+        out = (out / total).mT.reshape(query.shape).to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, largest + total.log2())
+        return out
 
     @staticmethod
     @once_differentiable
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, out, log_sum = ctx.saved_tensors
-        b, heads, n, d = grad.shape
-        grad = grad.float().reshape(b * heads, n, d).mT.contiguous()  # z d n
+        query, key, value, out, log_sum = ctx.saved_tensors
+        d, dtype = query.shape[-1], query.dtype
+        q, k, v, grad, out = _queries(query), _by_head(key), _by_head(value), _by_head(grad).mT, _by_head(out).mT
+        grad = grad.contiguous()  # z d n
         q1 = torch.cat([q, -log_sum], dim=1)
         grad1 = torch.cat([grad, -(grad * out).sum(1, keepdim=True)], dim=1)
         k1, v1, kt = _with_ones(k), _with_ones(v), k.mT.contiguous()
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(kt), torch.zeros_like(kt)
-        for z, i in _blocks(b * heads, n, k.shape[1]):
-            weights = (k1[z] @ q1[z, :, i]).exp2_()
-            dscores = (v1[z] @ grad1[z, :, i]).mul_(weights)
+        n, m = q.shape[2], k.shape[1]
+        buffers = _scores(q, n, m), _scores(q, n, m)
+        for z, i in _blocks(len(q), n, m):
+            weights = _product(k1[z], q1[z, :, i], buffers[0]).exp2_()
+            dscores = _product(v1[z], grad1[z, :, i], buffers[1]).mul_(weights)
             dq[z, :, i] = kt[z] @ dscores
-            dk[z] += q[z, :, i] @ dscores.mT
-            dv[z] += grad[z, :, i] @ weights.mT
+            dk[z].baddbmm_(q[z, :, i], dscores.mT)
+            dv[z].baddbmm_(grad[z, :, i], weights.mT)
         grads = dq * d**-0.5, dk / _LOG2_E, dv
-        return tuple(x.mT.reshape(b, heads, -1, d).to(ctx.dtype) for x in grads)
+        return tuple(x.mT.reshape(like.shape).to(dtype) for x, like in zip(grads, (query, key, value)))

@@ -239,9 +239,9 @@ def test_timesteps_and_text_come_in_many_forms():
     text[1] = text[0]
     expected = unet(x, torch.tensor([100, 100]), text)
     for same in (100, 100.0, torch.tensor(100), torch.tensor([100]), torch.tensor(100.0)):
-        assert torch.equal(unet(x, same, text), expected)
-    assert torch.equal(unet(x, 100, text[:1]), expected)
-    assert torch.equal(unet(x, 100, text.repeat_interleave(3, 0)), expected)
+        assert difference(unet(x, same, text), expected) <= 5e-6
+    assert difference(unet(x, 100, text[:1]), expected) <= 5e-6
+    assert difference(unet(x, 100, text.repeat_interleave(3, 0)), expected) <= 5e-6
     alone = torch.cat([unet(x[i : i + 1], t[i], text[:1]) for i in range(2)])
     assert difference(unet(x, t, text), alone) <= 5e-6
     odd = torch.randn(1, 4, 2, 9, 7)
@@ -312,21 +312,29 @@ def gradients(unet, out):
     return {name: parameter.grad for name, parameter in unet.named_parameters() if parameter.grad is not None}
 
 
+def distance(found, exact):
+    """Relative to all of the exact gradient."""
+    return sum((found[name] - exact[name]).square().sum() for name in exact).sqrt() / sum(g.square().sum() for g in exact.values()).sqrt()
+
+
 @pytest.mark.parametrize("memory", MEMORY[1:])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient_checkpointing(layout, memory):
+    """A product of fewer rows may end in other last bits, but no mode may be further from the exact gradient than rounding is."""
     unet = stir(inflate(make_unet(**LAYOUTS[layout])))
     labels = {"class_labels": torch.tensor([1])} if layout == "class labels" else {}
     x, t, text = inputs()
+    precise = copy.deepcopy(unet).double()
+    exact = gradients(precise, precise(x.double(), t, text.double(), **labels))
     plain = gradients(unet, unet(x, t, text, **labels))
-    assert set(plain) == set(trainable_parameters(unet))
+    assert set(plain) == set(trainable_parameters(unet)) == set(exact)
     unet.set_memory(memory)
     assert unet.is_gradient_checkpointing
     out = unet(x, t, text, **labels)
     unet(x[:, :, :2], t, text, **labels)  # the recomputation must not take this frame count
     checkpointed = gradients(unet, out)
     assert set(checkpointed) == set(plain)
-    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+    assert distance(plain, exact) < 1e-5 and distance(checkpointed, exact) < 2 * distance(plain, exact)
     unet.disable_gradient_checkpointing()
     assert not unet.is_gradient_checkpointing
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_tuning import CONFIG, equal, make_unet, run, stop_at, weights
+from test_tuning import CONFIG, make_unet, run, stop_at, weights
 
 from tav_core import bench
 from tav_core.errors import Cancelled, TavError
@@ -31,10 +31,34 @@ def trained(memory, **kwargs):
     return result, weights(unet), lines
 
 
+def check_same(of_each, result, tuned):
+    """To rounding, as in all of these tests: some modes take products of fewer rows, which end in other last bits on some CPUs.
+
+    Rounding moves what is learned in six steps by some millionths; a gradient without one of its parts moves it by tenths.
+    """
+    expected, learned = of_each["fast"], weights(make_unet())
+    assert result.losses == pytest.approx(expected[0].losses, rel=1e-5)
+    error, size = (sum((a[name] - b[name]).square().sum().item() for name in learned) for a, b in ((tuned, expected[1]), (expected[1], learned)))
+    assert tuned.keys() == learned.keys() and error < 1e-6 * size
+
+
 def test_all_modes_give_the_same_weights(of_each):
     for result, tuned, lines in of_each.values():
-        assert result.losses == of_each["fast"][0].losses and equal(tuned, of_each["fast"][1])
+        check_same(of_each, result, tuned)
         assert not lines  # a mode that was named needs no words
+
+
+@pytest.mark.parametrize("part", ["attn1.to_q", "attn_temp.to_v"])
+def test_a_gradient_that_is_missing_would_be_seen(of_each, monkeypatch, part):
+    def loss(unet, *args):
+        for name, parameter in unet.named_parameters():
+            if part in name:
+                parameter.requires_grad_(False)
+        return tuning_loss(unet, *args)
+
+    monkeypatch.setattr("tav_core.tuning.tuning_loss", loss)
+    with pytest.raises(AssertionError):
+        check_same(of_each, *trained("low")[:2])
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +136,8 @@ def test_auto_goes_by_what_is_free(of_each, monkeypatch):
     monkeypatch.setattr("tav_core.tuning.tuning_loss", loss)
     monkeypatch.setattr("tav_core.tuning.free_memory", lambda device: 0)
     result, tuned, lines = trained("auto")
-    assert set(seen) == {"low"} and equal(tuned, of_each["fast"][1])
+    assert set(seen) == {"low"}
+    check_same(of_each, result, tuned)
     assert len(lines) == 1 and lines[0].startswith("memory: low, though it needs about 0.0 GB")
     monkeypatch.setattr("tav_core.tuning.free_memory", lambda device: 16 * GB)
     assert trained("auto")[2] == ["memory: fast, which needs about 0.0 GB of the 16.0 GB that are free"]
@@ -151,8 +176,8 @@ def test_a_step_that_runs_out_of_memory_is_run_again_in_the_next_lower_mode(of_e
     attempts = run_out(monkeypatch, 4, [memory])
     result, tuned, lines = trained(memory)
     assert [mode for mode, _ in attempts] == [memory] * 4 + [lower] * 3
-    assert attempts[3][1] == attempts[4][1]  # the same draws
-    assert result.losses == of_each["fast"][0].losses and equal(tuned, of_each["fast"][1])
+    assert attempts[3][1] == pytest.approx(attempts[4][1], rel=1e-5)  # the same draws
+    check_same(of_each, result, tuned)
     assert lines == [f"memory: {lower} from step 4 on, since {memory} ran out of memory"]
 
 
@@ -167,7 +192,8 @@ def test_a_step_that_runs_out_of_memory_again_ends_the_run(of_each, monkeypatch,
         trained(memory, state_path=path)
     assert str(caught.value).endswith(remedy) and "\n" not in str(caught.value)
     result, tuned, _ = trained("low", state_path=path)  # what was learned is kept
-    assert result.steps == 6 and equal(tuned, of_each["fast"][1])
+    assert result.steps == 6
+    check_same(of_each, result, tuned)
 
 
 def test_nothing_of_a_failed_step_stays_alive(monkeypatch):
@@ -204,4 +230,4 @@ def test_a_run_goes_on_in_another_mode(of_each, tmp_path):
     with pytest.raises(Cancelled):
         trained("low", state_path=path, callback=stop_at(3))
     result, tuned, lines = trained("fast", state_path=path)
-    assert result.losses == of_each["fast"][0].losses and equal(tuned, of_each["fast"][1])
+    check_same(of_each, result, tuned)
