@@ -330,7 +330,7 @@ def scheduler_of(model: ModelPatcher) -> DDIMScheduler:
     if prediction is None or not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
         kinds = ", ".join(kind.__name__ for kind in type(sampling).__bases__)
         raise TavError(f"MODEL is sampled in a way that can't be tuned ({kinds}); use an SD 1.x, 2.x or SDXL checkpoint")
-    alphas = 1 / (1 + sampling.sigmas.double().cpu() ** 2)
+    alphas = 1 / (1 + sampling.sigmas.cpu().double() ** 2)
     betas = 1 - alphas / torch.cat([torch.ones(1), alphas[:-1]])
     return DDIMScheduler(num_train_timesteps=len(betas), trained_betas=betas.tolist(), prediction_type=prediction,
                          clip_sample=False, steps_offset=1)  # fmt: skip

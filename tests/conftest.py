@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_install import SITE, comfyui_path, enable
-from comfyui_server import Server
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -53,6 +52,8 @@ def checkpoint(folder):
 @pytest.fixture(scope="session")
 def server(request, tmp_path_factory):
     """A ComfyUI with this pack, the demo clip in its input folder and a second checkpoint beside the mini one."""
+    from comfyui_server import Server  # needs packages that only the tests with a server need
+
     comfyui = comfyui_path(request.config.cache.mkdir("comfyui"))
     server = Server(comfyui, tmp_path_factory.mktemp("comfyui"))
     tiny = make_folder(server.home / "models" / "diffusers" / "tiny")

@@ -134,7 +134,7 @@ def test_killed_and_resumed(uninterrupted, tmp_path):
         run(make_unet(), state_path={str(path)!r}, callback=kill)
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment, timeout=120)
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment, timeout=600)
     assert killed.returncode == -signal.SIGKILL
     with safe_open(path, framework="pt") as file:
         assert json.loads(file.metadata()["step"]) == 4

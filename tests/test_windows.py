@@ -109,8 +109,9 @@ def test_a_clip_as_long_as_the_window_is_seen_as_without_windows():
     settings = dict(guidance_scale=3.0, negative_hidden_states=text(seed=3), attention_injection=0.5,
                     source_hidden_states=text(seed=2))  # fmt: skip
     noise = [ddim_invert(model, video(6), text(), SCHEDULER, 4) for model in (unet, windowed)]
-    assert torch.equal(*noise)
-    assert torch.equal(*[ddim_sample(model, noise[0], text(), SCHEDULER, 4, **settings) for model in (unet, windowed)])
+    videos = [ddim_sample(model, noise[0], text(), SCHEDULER, 4, **settings) for model in (unet, windowed)]
+    # to rounding: a window is a copy of the frames, and its share of them may round; shorter windows differ by 0.05 and more
+    assert all((a - b).abs().max() < 1e-4 for a, b in (noise, videos))
 
 
 @torch.no_grad()

@@ -1,0 +1,50 @@
+"""What the pack says of itself: to pip, to ComfyUI's registry and in the README."""
+
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10, where pytest brings it
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+README = (ROOT / "README.md").read_text()
+REQUIREMENTS = [Requirement(line) for line in (ROOT / "requirements.txt").read_text().split("\n") if line]
+# which the registry takes, where it takes note of none at all if one is another (specifications.mdx in Comfy-Org/docs)
+SYSTEMS = ("OS Independent", "Microsoft", "POSIX", "MacOS")
+DEVICES = ("GPU :: NVIDIA CUDA", "GPU :: AMD ROCm", "GPU :: Intel Arc", "GPU :: Apple Metal", "NPU :: Huawei Ascend")
+
+
+@pytest.mark.parametrize("classifier", PYPROJECT["project"]["classifiers"])
+def test_classifiers_are_those_of_the_registry_or_of_pypi(classifier):
+    kind, *rest = classifier.split(" :: ")
+    if kind == "Environment":
+        assert " :: ".join(rest) in DEVICES
+    else:
+        assert classifier in pytest.importorskip("trove_classifiers").classifiers
+        assert kind != "Operating System" or rest[0] in SYSTEMS
+
+
+def test_the_comfyui_that_is_needed_is_the_one_that_is_tested():
+    needed = PYPROJECT["tool"]["comfy"]["requires-comfyui"]
+    assert re.fullmatch(r">=\d+\.\d+\.\d+", needed)  # the registry takes three numbers only
+    assert f"a real ComfyUI {needed.removeprefix('>=')}" in README
+    assert f"ComfyUI {needed.removeprefix('>=')} " in (ROOT / "tests" / "comfyui_install.py").read_text()
+
+
+def test_the_python_that_is_needed():
+    needed = PYPROJECT["project"]["requires-python"]
+    assert f"Python {needed.removeprefix('>=')} or newer" in README
+    assert PYPROJECT["tool"]["ruff"]["target-version"] == "py" + needed.removeprefix(">=").replace(".", "")
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
+def test_requirements_are_lowest_versions_that_were_tried(requirement):
+    assert {bound.operator for bound in requirement.specifier} <= {">="}  # nothing is held back in the user's environment
+    assert version(requirement.name) in requirement.specifier
