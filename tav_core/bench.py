@@ -12,6 +12,7 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -33,7 +35,7 @@ from .ddim import ddim_invert, ddim_sample
 from .errors import TavError
 from .files import atomic_path
 from .inflate import MEMORY, VideoUNet, inflate
-from .memory import choose, free_memory, needed_memory
+from .memory import choose, free_memory, needed_memory, without_content
 from .pipeline import offloaded
 from .tuning import DTYPES, TuneConfig, computing, tune, tuning_loss
 
@@ -46,6 +48,7 @@ OPTIMISATIONS = {
 GUIDANCE = 12.5
 GROWTH = {"frames": (8, 16, 32, 64), "size": (16, 32, 64)}
 GROWING = ("tune", "sample")
+COUNTED = ("tune", "invert", "sample")  # stages of the U-Net, whose operations are counted
 _PROCESS = Path("/proc/self")
 
 
@@ -212,11 +215,20 @@ class Subject:
         inversion = self._timed(ddim_invert, self.unet, self.latents, self.texts[1], self.checkpoint.scheduler, steps)
         return inversion + self.sample(mode, steps)
 
-    def tuning_flops(self, mode: Mode) -> int:
-        """Floating-point operations of a tuning step, recomputed ones included."""
-        with computing(self.unet, TuneConfig(dtype=mode.dtype, memory=mode.memory)), FlopCounterMode(display=False) as counter:
-            t = torch.tensor([500], device=self.device)
-            tuning_loss(self.unet, self.checkpoint.scheduler, self.latents, self.latents, t, self.texts[0]).backward()
+    def flops(self, stage: str) -> int:
+        """Floating-point operations of a step of tuning, inversion or sampling, counted on tensors without content.
+
+        They are those that the method needs: what is computed again to save memory doesn't count.
+        """
+        with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.set_grad_enabled(stage == "tune"):
+            unet = without_content(self.unet, torch.float32, self.device)
+            unet.set_memory("fast")
+            unet.frame_context.attention_fn = explicit_attention  # whose every product is seen
+            prompts = 2 if stage == "sample" else 1
+            latents, text = (torch.empty(prompts, *x.shape[1:], device=self.device) for x in (self.latents, self.texts[0]))
+            out = unet(latents, torch.zeros((), dtype=torch.int64, device=self.device), text)
+            if stage == "tune":
+                out.square().mean().backward()
         return counter.get_total_flops()
 
 
@@ -270,17 +282,34 @@ def _resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
 
 
-def matmul_rate(device: str, dtype: torch.dtype, side: int) -> float:
-    """Floating-point operations a second of the product of two square matrices, the best of five."""
-    a, cuda, best = torch.randn(side, side, device=device, dtype=dtype), torch.device(device).type == "cuda", math.inf
-    for _ in range(5):
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of the product of two large matrices, the best of a few."""
+    cuda = torch.device(device).type == "cuda"
+    side, taken = 8192 if cuda else 1024, []
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    while len(taken) < 20 and sum(taken) < 3:
         started = time.perf_counter()
-        for _ in range(5):
-            a @ a
+        a @ a
         if cuda:
             torch.cuda.synchronize(device)
-        best = min(best, (time.perf_counter() - started) / 5)
-    return 2 * side**3 / best
+        taken.append(time.perf_counter() - started)
+    return 2 * side**3 / min(taken)
+
+
+def shares(layout: Layout, modes: list[Mode], figures: dict[str, dict[str, float]], device: str) -> dict[str, dict[str, float]]:
+    """By mode and stage, the operations a second that a step achieves, over those of matrix products of its dtype."""
+    subject = Subject(layout, device)
+    rates = {dtype: matmul_rate(device, DTYPES[dtype]) for dtype in {mode.dtype: None for mode in modes}}
+    print("\nmatrix products: " + ", ".join(f"{rate / 1e9:.1f} GFLOP/s in {dtype}" for dtype, rate in rates.items()))
+    flops = {stage: subject.flops(stage) for stage in COUNTED if stage in next(iter(figures.values()))}
+    print("a step: " + ", ".join(f"{stage} {count / 1e9:.1f} GFLOP" for stage, count in flops.items()))
+    return {mode.name: {stage: count / figures[mode.name][stage] / rates[mode.dtype] for stage, count in flops.items()} for mode in modes}
+
+
+def cpu_name() -> str:
+    """As lscpu tells it; elsewhere what Python knows of it."""
+    lines = (_PROCESS.parent / "cpuinfo").read_text().splitlines() if (_PROCESS.parent / "cpuinfo").exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
 
 
 def growth(layout: Layout, mode: Mode, runs: int, device: str, sizes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -313,8 +342,7 @@ def add_arguments(parser):
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="the median of so many is reported (3)")
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (all)")
     parser.add_argument("--no-memory", action="store_true", help="leaves out the memory, which takes a process for each figure")
-    parser.add_argument("--gpu", action="store_true", help="also 50 steps of inversion and sampling, and the share of the device's matmul rate; "
-                        "no plain, which wouldn't fit")  # fmt: skip
+    parser.add_argument("--gpu", action="store_true", help="also 50 steps of inversion and sampling; no plain, which wouldn't fit")  # fmt: skip
     parser.add_argument("--growth", action="store_true", help="instead: over 8 to 64 frames, and latents of 16 to 64, with exponents")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes all figures")
 
@@ -334,7 +362,8 @@ def bench(args):
     kinds = args.memory or (_fitting(layout, DTYPES[dtypes[0]], args.device) if args.gpu else ["fast"])
     on = [Mode(dtype, kind) for dtype in dtypes for kind in kinds]
     modes = [*([] if args.gpu else [PLAIN]), *on, *(replace(on[0], off=(name,)) for name in args.without)]
-    machine = {"device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu", "threads": torch.get_num_threads(),
+    machine = {"device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type, "cpu": cpu_name(),
+               "kernels": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
                "load": os.getloadavg()[0], "torch": torch.__version__}  # fmt: skip
     result = {"layout": asdict(layout), "machine": machine}
     print(f"{layout.name}: {layout.frames} frames, {layout.size} x {layout.size} latents; {machine}", flush=True)
@@ -347,9 +376,12 @@ def bench(args):
     else:
         result["seconds"] = seconds(layout, modes, list(args.stages), args.runs, device)
         _table("seconds", result["seconds"], args.stages)
+        if counted := [stage for stage in args.stages if stage in COUNTED]:
+            result["share"] = shares(layout, modes, result["seconds"], device)
+            _table("share of the matmul rate", result["share"], counted, compared=False)
         if args.gpu:
-            result["gpu"] = _gpu(layout, on[0], result["seconds"][on[0].name], device)
-            print(*(f"{name}: {value:.4g}" for name, value in result["gpu"].items()), sep="\n")
+            result["edit"] = Subject(layout, device).run("edit", on[0])
+            print(f"\ninversion and 50 guided steps, {on[0].name}: {result['edit']:.1f} s")
         if not args.no_memory:
             used = {mode.name: {stage: memory(layout, mode, stage, device, torch.get_num_threads()) for stage in args.stages} for mode in modes}
             result["memory"] = used
@@ -368,21 +400,10 @@ def _fitting(layout: Layout, dtype: torch.dtype, device: torch.device) -> list[s
     return list(MEMORY[MEMORY.index(chosen) :])
 
 
-def _gpu(layout: Layout, mode: Mode, medians: dict[str, float], device: str) -> dict[str, float]:
-    subject = Subject(layout, device)
-    side = 8192 if subject.device.type == "cuda" else 512
-    figures = {"inversion and 50 guided steps (s)": subject.run("edit", mode)}
-    if "tune" in medians:
-        rate, flops = matmul_rate(device, DTYPES[mode.dtype], side), subject.tuning_flops(mode)
-        figures |= {"matmul (TFLOP/s)": rate / 1e12, "tuning step (TFLOP)": flops / 1e12,
-                    "share of the matmul rate in tuning": flops / medians["tune"] / rate}  # fmt: skip
-    return figures
-
-
-def _table(title: str, figures: dict[str, dict[str, float]], stages: list[str]):
-    """A row a mode; behind each figure, how many times less than the first row's."""
+def _table(title: str, figures: dict[str, dict[str, float]], stages: list[str], compared: bool = True):
+    """A row a mode; behind each figure that is compared, how many times less than the first row's."""
     (first, *_), width = figures.values(), max(map(len, [title, *figures])) + 2
     print("\n" + title.ljust(width) + "".join(stage.rjust(17) for stage in stages))
     for name, of in figures.items():
-        cells = (f"{of[stage]:.3f} {f'({first[stage] / of[stage]:.2f}x)':>8}" for stage in stages)
-        print(name.ljust(width) + "".join(cell.rjust(17) for cell in cells), flush=True)
+        ratios = (f" {f'({first[stage] / of[stage]:.2f}x)':>8}" if compared else "" for stage in stages)
+        print(name.ljust(width) + "".join(f"{of[stage]:.3f}{ratio}".rjust(17) for stage, ratio in zip(stages, ratios)), flush=True)

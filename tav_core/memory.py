@@ -35,14 +35,12 @@ def needed_memory(
         dtype: of the computation.
         device: where it will run; the U-Net may be elsewhere.
     """
-    tuned = trainable_parameters(unet)
-    tuned_bytes = 4 * sum(parameter.numel() for parameter in tuned.values())
+    tuned_bytes = 4 * sum(parameter.numel() for parameter in trainable_parameters(unet).values())
     with FakeTensorMode():
         def fake(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
             return torch.empty(x.shape, dtype=dtype or x.dtype, device=device)
 
-        weights = {id(p): nn.Parameter(fake(p, torch.float32 if p.requires_grad else dtype), p.requires_grad) for p in unet.parameters()}
-        unet = copy.deepcopy(unet, weights | {id(buffer): fake(buffer) for buffer in unet.buffers()})
+        unet = without_content(unet, dtype, device)
         unet.set_memory(memory)
         unet.frame_context.attention_fn = lambda q, k, v, mask=None: _FusedAttention.apply(q, k, v)
         unet.get_class_embed = super(VideoUNet, unet).get_class_embed  # which doesn't look at the labels' values
@@ -51,6 +49,14 @@ def needed_memory(
         with _Peak([*unet.parameters(), *unet.buffers()]) as count:
             unet(*inputs, **labels).float().square().mean().backward()
     return count.peak + 3 * tuned_bytes
+
+
+def without_content(unet: VideoUNet, dtype: torch.dtype, device: torch.device) -> VideoUNet:
+    """A copy, as it computes in a dtype on a device, whose weights have no content; made and used under a `FakeTensorMode`."""
+    weights = {id(p): nn.Parameter(torch.empty(p.shape, dtype=torch.float32 if p.requires_grad else dtype, device=device), p.requires_grad)
+               for p in unet.parameters()}  # fmt: skip
+    buffers = {id(x): torch.empty(x.shape, dtype=x.dtype, device=device) for x in unet.buffers()}
+    return copy.deepcopy(unet, weights | buffers)
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -65,7 +71,7 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
         q, k, v, _ = ctx.saved_tensors
-        copies = [*[q] * 5, *[k] * 6] if q.device.type == "cpu" else []  # of `block_attention`
+        copies = [*[q] * 6, *[k] * 8] if q.device.type == "cpu" else []  # of `block_attention`
         return tuple([torch.empty_like(x) for x in (q, k, v, *copies)][:3])
 
 

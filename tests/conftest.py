@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -17,6 +18,12 @@ ROOT = Path(__file__).parents[1]
 
 # the models are tiny: more threads only wait for each other, for minutes on a busy machine
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torch_home(tmp_path_factory):
+    """What is measured of attention in the tests stays there, also in processes that they start."""
+    os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("torch"))
 
 
 def make_folder(folder: Path, cross: int = 32, **scheduler) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tav_core import bench
 from tav_core.__main__ import main
@@ -15,6 +16,12 @@ from tav_core.block_attention import block_attention
 from tav_core.errors import TavError
 from tav_core.inflate import predict, trainable_parameters
 from tav_core.tuning import TuneConfig, computing, tuning_loss
+
+
+@pytest.fixture(autouse=True)
+def blocks_are_faster(monkeypatch):
+    """Whatever they are here."""
+    monkeypatch.setattr("tav_core.attention_choice._blocks_are_faster", lambda *shape: True)
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +72,26 @@ def test_every_mode_computes_what_plain_does(subject, plain, settings, tolerance
 
 def test_the_switches_change_what_runs(subject, monkeypatch):
     called = []
-    monkeypatch.setattr("tav_core.attention.block_attention", lambda *qkv: called.append(1) or block_attention(*qkv))
+    monkeypatch.setattr("tav_core.attention_choice.block_attention", lambda *qkv: called.append(1) or block_attention(*qkv))
     computed(subject, ("blocks",))
     computed(subject, bench.PLAIN.off)
     assert not called
     computed(subject)
     assert called
+
+
+def test_operations_are_counted_as_a_run_of_plain_makes_them(subject):
+    counts = {stage: subject.flops(stage) for stage in bench.COUNTED}
+    latents, (said, empty, _) = subject.latents, subject.texts
+    bench.set_attention(subject.unet, bench.PLAIN.off)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        subject.unet(latents, 500, said)
+        assert counter.get_total_flops() == counts["invert"]
+        subject.unet(torch.cat([latents] * 2), 500, torch.cat([said, empty]))
+        assert counter.get_total_flops() == counts["invert"] + counts["sample"]
+    with FlopCounterMode(display=False) as counter:
+        tuning_loss(subject.unet, subject.checkpoint.scheduler, latents, latents, torch.tensor([500]), said).backward()
+    assert counter.get_total_flops() == counts["tune"] > 2 * counts["invert"]
 
 
 def run(monkeypatch, *options):
@@ -88,8 +109,10 @@ def test_a_table_and_json(monkeypatch, tmp_path, capsys):
     for of in figures["seconds"].values():
         assert list(of) == list(bench.STAGES)
         assert all(value > 0 for value in of.values())
-    ratio = figures["seconds"]["plain"]["tune"] / figures["seconds"]["bf16"]["tune"]
-    assert f"({ratio:.2f}x)" in capsys.readouterr().out
+    assert list(figures["share"]) == list(figures["seconds"])
+    assert all(list(of) == list(bench.COUNTED) and all(value > 0 for value in of.values()) for of in figures["share"].values())
+    ratio, told = figures["seconds"]["plain"]["tune"] / figures["seconds"]["bf16"]["tune"], capsys.readouterr().out
+    assert f"({ratio:.2f}x)" in told and f"{figures['share']['plain']['tune']:.3f}" in told and "GFLOP/s in bf16" in told
 
 
 def test_the_figures_of_a_gpu_run_on_a_cpu_too(monkeypatch, tmp_path, without_comfyui):
@@ -99,8 +122,7 @@ def test_the_figures_of_a_gpu_run_on_a_cpu_too(monkeypatch, tmp_path, without_co
         "--memory", "checkpointing", "--stages", "tune", "--json", file)  # fmt: skip
     figures = json.loads(file.read_text())
     assert list(figures["seconds"]) == ["bf16, checkpointing"]
-    assert all(value > 0 for value in figures["gpu"].values())
-    assert 0 < figures["gpu"]["share of the matmul rate in tuning"] < 1.5
+    assert figures["edit"] > 0 and figures["share"]["bf16, checkpointing"]["tune"] > 0
     for of in figures["memory"].values():
         assert 0.1 < of["tune"]["before"] <= of["tune"]["peak"] < 4
 
