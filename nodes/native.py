@@ -304,7 +304,7 @@ def core_layout(unet: UNet2DConditionModel) -> dict[str, Any]:
         channel_mult=[width // channels for width in config.block_out_channels], context_dim=config.cross_attention_dim,
         transformer_depth=[depth(*layers) for block in unet.down_blocks for layers in layers_of(block)],
         transformer_depth_middle=depth(unet.mid_block),
-        transformer_depth_output=[depth(*layers) for block in unet.up_blocks for layers in layers_of(block)],
+        transformer_depth_output=[depth(*layers) for block in unet.up_blocks for layers in layers_of(block)][::-1],  # taken from its end
         num_heads=heads.pop() if len(heads) == 1 else -1, num_head_channels=sizes.pop() if len(sizes) == 1 else -1,
         use_spatial_transformer=True, use_linear_in_transformer=bool(config.use_linear_projection), legacy=False,
         use_temporal_attention=False, adm_in_channels=None, attn_precision=torch.float32 if config.upcast_attention else None,
