@@ -119,6 +119,10 @@ class SourceWalk:
             out = torch.lerp(denoised.repeat(len(kinds), 1, 1, 1), out, self.changeable.to(x).repeat(len(kinds), 1, 1, 1))
         return out
 
+    def __deepcopy__(self, memo: dict) -> "SourceWalk":
+        """Itself: clones of a MODEL, whose options older cores copy deeply, keep `sample` as well, which goes on with this one."""
+        return self
+
     def call(self, apply_model: Callable, args: dict[str, Any]) -> Tensor:
         if self.inner:
             return self.inner(apply_model, args)
