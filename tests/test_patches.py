@@ -311,6 +311,15 @@ def test_attention_injection_leads_patched_attention(pack, models, name):
         assert relative(run(led, prompt(1)), run(patched, prompt(1))) < 1e-4  # led by its like
 
 
+def test_patches_behind_attention_injection(pack, models):
+    def led(model):
+        return pack.nodes.AttentionInjection.execute(model, prompt(1), 1.0).args[0]
+
+    before, behind = led(STOCK["FreeU"](models[1])), STOCK["FreeU"](led(models[1]))
+    drawn = [sample(model, steps=2, positive=prompt(7)) for model in (before, behind, STOCK["FreeU"](models[1]))]
+    assert relative(drawn[1], drawn[0]) < 1e-5 < 1e-3 < relative(drawn[2], drawn[0])
+
+
 @pytest.mark.parametrize("name", ["perturbed attention", "self-attention guidance"])
 def test_guidance_that_calls_again_leaves_the_leading_clip_alone(pack, models, name):
     walks = []
