@@ -91,6 +91,10 @@ def pretend_accelerator(free: int):
     del sys.modules["torch_npu"]
 
 
+def has_dynamic_vram(home: Path) -> bool:
+    return "enable-dynamic-vram" in (home / "comfy" / "cli_args.py").read_text()
+
+
 if __name__ == "__main__":
     home = Path(sys.argv[1]).resolve()
     sys.argv = [str(home / "main.py"), *sys.argv[2:]]

@@ -8,17 +8,11 @@ that is gone after the call.
 import mmap
 import sys
 import types
-from pathlib import Path
 
 import torch
 from accelerator import OnDevice
 
 MODULES = ("control", "host_buffer", "model_mmap", "model_vbar", "torch", "vram_buffer")
-
-
-def offered(comfyui: Path) -> bool:
-    """Whether that ComfyUI has it."""
-    return "enable-dynamic-vram" in (comfyui / "comfy" / "cli_args.py").read_text()
 
 
 class ModelVBAR:

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.utils.backend_registration
-from comfyui_install import comfyui_path
+from comfyui_install import comfyui_path, has_dynamic_vram
 from comfyui_server import SOURCE, Graph, Server, pictures
-from dynamic_vram import offered
 from safetensors.torch import load_file
 
 from tav_core import load_video, save_video
@@ -110,7 +109,7 @@ def accelerated(request, tmp_path):
     memory, dynamic = MEMORY[request.param]
     environment = {"PRETEND_ACCELERATOR": str(memory)}
     if dynamic:
-        if not offered(comfyui):
+        if not has_dynamic_vram(comfyui):
             pytest.skip("this ComfyUI has no dynamic VRAM; COMFYUI_PATH may name one that has")
         environment["PRETEND_DYNAMIC_VRAM"] = str(dynamic)
     server = Server(comfyui, tmp_path, **environment)
