@@ -56,7 +56,7 @@ class InflatedSDXL(OneFamily, comfy.model_base.SDXL):
 
     def adopt(self, source: comfy.model_base.SDXL):
         """Take what encodes the vector from `source`."""
-        self.embedder, self.noise_augmentor = copy.deepcopy((source.embedder, source.noise_augmentor))
+        self.embedder, self.noise_augmentor = copy.deepcopy(source.embedder).cpu(), copy.deepcopy(source.noise_augmentor).cpu()
 
     def encode_adm(self, **kwargs) -> Tensor:
         if "pooled_output" not in kwargs and "unclip_conditioning" not in kwargs:

@@ -40,7 +40,28 @@ def missing(checkpoint: str) -> str:
     return f"checkpoint {checkpoint!r} is neither mini nor a folder in models/diffusers; put it there, or choose another one"
 
 
-def native_unet(checkpoint: Checkpoint, folder: Path) -> comfy.model_patcher.ModelPatcher:
+def native(folder: Path, disable_dynamic: bool = False) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, "NativeVAE"]:
+    """MODEL, CLIP and VAE of a folder.
+
+    Args:
+        disable_dynamic: no dynamic VRAM, where the core has it.
+    """
+    checkpoint, options = load_checkpoint(folder), {"disable_dynamic": True} if disable_dynamic else {}
+    model, clip = native_unet(checkpoint, folder, **options), native_clip(checkpoint, folder / "tokenizer", **options)
+    vae = NativeVAE(checkpoint)
+    for index, patcher in enumerate((model, clip.patcher, vae.patcher)):
+        patcher.cached_patcher_init = (patchers, (folder,), index)
+    return model, clip, vae
+
+
+def patchers(folder: Path, disable_dynamic: bool = False) -> tuple[comfy.model_patcher.ModelPatcher, ...]:
+    """Those of MODEL, CLIP and VAE, loaded again: newer cores ask a patcher for another one of its kind."""
+    with torch.inference_mode(False):
+        model, clip, vae = native(folder, disable_dynamic)
+    return model, clip.patcher, vae.patcher
+
+
+def native_unet(checkpoint: Checkpoint, folder: Path, **options) -> comfy.model_patcher.ModelPatcher:
     unet, management = checkpoint.unet, comfy.model_management
     if unet.class_embedding is not None:
         raise TavError(f"checkpoint {checkpoint.name!r} is conditioned on class labels, which CONDITIONING doesn't hold; use it from Python")
@@ -56,13 +77,13 @@ def native_unet(checkpoint: Checkpoint, folder: Path) -> comfy.model_patcher.Mod
     vars(model_config.latent_format).update(json.loads(colours.read_text()) if colours.exists() else {})
     types, noise = comfy.model_base.ModelType, checkpoint.scheduler
     model_type = types.V_PREDICTION if noise.config.prediction_type == "v_prediction" else types.EPS
-    model = to_native(unet, model_config, model_type)
+    model = to_native(unet, model_config, model_type, **options)
     alphas = noise.alphas_cumprod
     model.model.model_sampling.set_sigmas(((1 - alphas) / alphas) ** 0.5)
     return model
 
 
-def native_clip(checkpoint: Checkpoint, tokenizer_folder: Path) -> comfy.sd.CLIP:
+def native_clip(checkpoint: Checkpoint, tokenizer_folder: Path, **options) -> comfy.sd.CLIP:
     """ComfyUI's own text encoder with the weights of the checkpoint: prompt weights and so on work as usual."""
     source, tokenizer = checkpoint.text_encoder, checkpoint.tokenizer
     config, length = source.config, tokenizer.model_max_length
@@ -93,13 +114,12 @@ def native_clip(checkpoint: Checkpoint, tokenizer_folder: Path) -> comfy.sd.CLIP
 
     target = comfy.supported_models_base.ClipTarget(Tokenizer, Model)
     clip = comfy.sd.CLIP(target, embedding_directory=folder_paths.get_folder_paths("embeddings"),
-                         model_options={"dtype": torch.float32})  # fmt: skip
+                         model_options={"dtype": torch.float32}, **options)  # fmt: skip
     state = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in source.state_dict().items()}
     state["text_projection.weight"] = torch.eye(config.hidden_size)
-    encoder = clip.cond_stage_model.clip_l.transformer
-    lost = {name for name in encoder.state_dict() if name not in state}
+    # not by the names in its state dict: with dynamic VRAM layers have no weights before
+    lost = clip.cond_stage_model.clip_l.transformer.load_state_dict(state, strict=False).missing_keys
     assert not lost, lost
-    encoder.load_state_dict({name: state[name] for name in encoder.state_dict()})
     return clip
 
 
@@ -167,5 +187,4 @@ class LoadCheckpoint(io.ComfyNode):
             folder = choices().get(checkpoint)
             if folder is None:
                 raise TavError(missing(checkpoint))
-            loaded = load_checkpoint(folder)
-            return io.NodeOutput(native_unet(loaded, folder), native_clip(loaded, folder / "tokenizer"), NativeVAE(loaded))
+            return io.NodeOutput(*native(folder))

@@ -163,13 +163,14 @@ def use_operations(model: nn.Module, operations: Any):
             module.__class__ = getattr(operations, type(module).__name__)
 
 
-def to_native(unet: UNet2DConditionModel, model_config: Any, model_type: Any) -> ModelPatcher:
+def to_native(unet: UNet2DConditionModel, model_config: Any, model_type: Any, disable_dynamic: bool = False) -> ModelPatcher:
     """A native MODEL around a diffusers U-Net, which changes class in place.
 
     Args:
         unet: 2D or inflated.
         model_config: one of `comfy.supported_models`, with its inference dtype set.
         model_type: a `comfy.model_base.ModelType`.
+        disable_dynamic: no dynamic VRAM, where the core has it.
     """
 
     def build(device, operations, **_):
@@ -190,13 +191,15 @@ def to_native(unet: UNet2DConditionModel, model_config: Any, model_type: Any) ->
 
     offload = comfy.model_management.unet_offload_device()
     model = NativeModel(model_config, model_type, device=offload, unet_model=build)
-    return NativePatcher(model, load_device=comfy.model_management.get_torch_device(), offload_device=offload)
+    patcher = ModelPatcher if disable_dynamic else NativePatcher
+    return patcher(model, load_device=comfy.model_management.get_torch_device(), offload_device=offload)
 
 
-def inflate_model(model: ModelPatcher, **options) -> ModelPatcher:
+def inflate_model(model: ModelPatcher, disable_dynamic: bool = False, **options) -> ModelPatcher:
     """The inflated MODEL of a native SD 1.x, 2.x or SDXL MODEL, its LoRAs baked in. `model` stays as it is.
 
     Args:
+        disable_dynamic: no dynamic VRAM, where the core has it.
         options: those of `tav_core.inflate`.
 
     Raises:
@@ -207,9 +210,9 @@ def inflate_model(model: ModelPatcher, **options) -> ModelPatcher:
         unet = inflate(to_diffusers(model), **options)
         unet_config = {k: v for k, v in source.model_config.unet_config.items() if k != "num_res_blocks"}
         model_config = type(source.model_config)(unet_config)
-        model_config.set_inference_dtype(unet.dtype, source.manual_cast_dtype)
+        model_config.set_inference_dtype(source.get_dtype(), source.manual_cast_dtype)  # weights may be as in their file
         model_config.latent_format = source.latent_format
-        inflated = to_native(unet, model_config, source.model_type)
+        inflated = to_native(unet, model_config, source.model_type, disable_dynamic)
         if isinstance(source, comfy.model_base.SDXL):
             inflated.model.__class__ = InflatedSDXL
             inflated.model.adopt(source)
@@ -217,6 +220,7 @@ def inflate_model(model: ModelPatcher, **options) -> ModelPatcher:
     inflated.model.memory_usage_factor = source.memory_usage_factor
     inflated.model_options = comfy.model_patcher.create_model_options_clone(model.model_options)
     inflated.wrappers = copy_nested_dicts(model.wrappers)
+    inflated.cached_patcher_init = (partial(inflate_model, **options), (model,))  # how newer cores make another one
     return inflated
 
 

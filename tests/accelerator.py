@@ -7,7 +7,7 @@ Its tensors hold CPU tensors and compute with them, but meet no tensor of the CP
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.library import Library
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
@@ -37,8 +37,7 @@ class OnDevice(Tensor):
 
     @data.setter
     def data(self, new: Tensor):
-        Tensor.data.__set__(self, new)
-        self.held = new.held
+        set_data(self, new)
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
@@ -80,6 +79,17 @@ def compute(function, args: tuple, kwargs: dict):
     return tree_map(placed, result)
 
 
+def set_data(tensor: Tensor, new: Tensor):
+    """`tensor.data = new`, which may bring a parameter to the device."""
+    if not isinstance(new, OnDevice):
+        Tensor.data.__set__(tensor, new)
+    elif isinstance(tensor, OnDevice) and not new.is_inference() and not tensor.is_inference():
+        Tensor.data.__set__(tensor, new)
+        tensor.held = new.held
+    else:  # tensors of two kinds
+        torch.utils.swap_tensors(tensor, nn.Parameter(new, tensor.requires_grad))
+
+
 class Module(_DummyBackendModule):
     """`torch.npu`. `free`: its memory, bytes, of which nothing is ever used."""
 
@@ -103,6 +113,7 @@ def register(free: int = 16_000_000_000):
     global DEVICE
     _setup_privateuseone_for_python_backend(NAME, Module(free))
     torch.__future__.set_swap_module_params_on_conversion(True)
+    nn.Parameter.data = property(Tensor.data.__get__, set_data)
     DEVICE = torch.device(NAME, 0)
     register.operators = Library("aten", "IMPL")  # they end with it
     for name in MADE:

@@ -92,16 +92,26 @@ def pretend_accelerator(free: int):
     del sys.modules["torch_npu"]
 
 
+def has_dynamic_vram(home: Path) -> bool:
+    return "enable-dynamic-vram" in (home / "comfy" / "cli_args.py").read_text()
+
+
 if __name__ == "__main__":
     home = Path(sys.argv[1]).resolve()
     sys.argv = [str(home / "main.py"), *sys.argv[2:]]
     here = sys.path.pop(0)
     sys.path.insert(0, str(home))
+    if dynamic := os.environ.get("PRETEND_DYNAMIC_VRAM"):
+        sys.argv += ["--enable-dynamic-vram", "--disable-pinned-memory"]  # that is CUDA's
     import comfy.options
 
     comfy.options.enable_args_parsing()  # main.py does so too, but enable() reads the arguments before
     enable(home)
     if "PRETEND_ACCELERATOR" in os.environ:
         sys.path.append(here)
+        if dynamic:
+            import dynamic_vram
+
+            dynamic_vram.play(int(dynamic))
         pretend_accelerator(int(os.environ["PRETEND_ACCELERATOR"]))
     runpy.run_path(str(home / "main.py"), run_name="__main__")

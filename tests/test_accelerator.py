@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.utils.backend_registration
-from comfyui_install import comfyui_path
+from comfyui_install import comfyui_path, has_dynamic_vram
 from comfyui_server import SOURCE, Graph, Server, pictures
 from safetensors.torch import load_file
 
@@ -96,10 +96,23 @@ def test_what_a_gpu_refuses_is_refused():
         assert expected in said
 
 
-@pytest.fixture(params=[16_000_000_000, 1_000_000_000], ids=["whole models", "models in parts"])
+# memory of the device, of 1 GB ComfyUI puts none by for weights; and what is for weights under dynamic VRAM: of 1 GB all of
+# them, of 5 MB a part of each model
+MEMORY = {"whole models": (16_000_000_000, None), "models in parts": (1_000_000_000, None),
+          "dynamic VRAM": (16_000_000_000, 1_000_000_000), "little dynamic VRAM": (16_000_000_000, 5_000_000)}  # fmt: skip
+
+
+@pytest.fixture(params=MEMORY)
 def accelerated(request, tmp_path):
-    """A ComfyUI that has the device for its GPU, with that much memory: of 1 GB it puts none by for weights."""
-    server = Server(comfyui_path(request.config.cache.mkdir("comfyui")), tmp_path, PRETEND_ACCELERATOR=str(request.param))
+    """A ComfyUI that has the device for its GPU."""
+    comfyui = comfyui_path(request.config.cache.mkdir("comfyui"))
+    memory, dynamic = MEMORY[request.param]
+    environment = {"PRETEND_ACCELERATOR": str(memory)}
+    if dynamic:
+        if not has_dynamic_vram(comfyui):
+            pytest.skip("this ComfyUI has no dynamic VRAM; COMFYUI_PATH may name one that has")
+        environment["PRETEND_DYNAMIC_VRAM"] = str(dynamic)
+    server = Server(comfyui, tmp_path, **environment)
     shutil.copy(MINI.parent / "demo.mp4", server.home / "input" / "clip.mp4")
     server.start()
     yield server
@@ -122,11 +135,14 @@ def test_nodes_work_on_the_gpu_of_comfyui(accelerated, server, request):
     lora = graph("LoraLoaderModelOnly", model=tuned[0], lora_name="mini-neon.safetensors", strength_model=0.5)[0]
     led = {region: graph("TAVAttentionInjection", model=model, conditioning=graph.empty, share=0.7, region=region, subject=mask)[0]
            for region, model, mask in (("subject", again, word), ("background", lora, subject))}  # fmt: skip
+    hooks = graph("CreateHookLoraModelOnly", lora_name="mini-neon.safetensors", strength_model=1.0)[0]
+    hooked = graph("ConditioningSetProperties", cond_NEW=graph.edit, strength=1.0, set_cond_area="default", hooks=hooks)[0]
     windows = graph("TAVContextWindows", model=graph.inflated, context_length=3, context_overlap=2)[0]
     sampled = [
         graph.sample(led["background"], noise, steps=3),
         graph.sample(led["subject"], noise, steps=3),
         graph.sample(tuned[0], noise, steps=3, positive=positive, negative=negative),
+        graph.sample(tuned[0], noise, steps=3, positive=hooked),
         graph.sample(windows, noise, steps=3, add_noise=True),
         graph.sample(tuned[0], graph("SetLatentNoiseMask", samples=noise, mask=subject)[0], steps=3),
     ]
@@ -134,7 +150,8 @@ def test_nodes_work_on_the_gpu_of_comfyui(accelerated, server, request):
     outputs, expected = accelerated.run(graph), server.run(graph)
     log = accelerated.log.read_text()
     assert "load device: npu:0" in log and "model weight dtype torch.float16" in log
-    assert ("loaded partially" in log) == ("parts" in request.node.name)
+    assert ("loaded partially" in log) == ("models in parts" in request.node.name)
+    assert ("prepared for dynamic VRAM" in log) == ("dynamic VRAM" in request.node.name)
     for images in frames:
         found, wanted = pictures(accelerated, outputs, images), pictures(server, expected, images)
         assert wanted.std() > 20 and (found - wanted).abs().mean() < 3

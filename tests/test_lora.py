@@ -151,3 +151,21 @@ def test_loras_of_another_family_are_refused_in_one_sentence(pack, load, mini, t
         with pytest.raises(ValueError, match="is for another family") as error:
             load(model, 1.0, "foreign.safetensors")
         assert len(str(error.value).splitlines()) == 1
+
+
+def test_the_stock_node_trains_one_on_an_inflated_model(pack, mini, inference_mode):
+    """On newer cores on a copy, which they ask the MODEL for."""
+    import comfy.sd
+    from comfy_extras.nodes_train import TrainLoraNode
+
+    inflated = pack.nodes.Inflate.execute(mini.model, "sparse-causal", False, "video").args[0]
+    given = {each.id: [getattr(each, "default", None)] for each in TrainLoraNode.define_schema().inputs}
+    frames = [{"samples": frame[None]} for frame in mini.latent["samples"]]
+    given |= dict(model=[inflated], latents=frames, positive=[mini.encode(PROMPT)], steps=[2], learning_rate=[1e-3], rank=[2],
+                  lora_dtype=["fp32"], training_dtype=["fp32"], existing_lora=["[None]"])  # fmt: skip
+    *_, lora, losses, steps = TrainLoraNode.execute(**given).args
+    assert steps == len(losses["loss"]) == 2 and all(0 < loss < 10 for loss in losses["loss"])
+    layers = {key for key in inflated.model.state_dict() if key.endswith(".attn_temp.to_q.weight")}
+    assert layers and layers <= {key.replace(".lora_up.", ".") for key in lora}
+    styled = comfy.sd.load_lora_for_models(mini.inflated, None, lora, 1.0, 0)[0]
+    assert relative(drawn(styled, mini, 3), drawn(mini.inflated, mini, 3)) > 1e-2

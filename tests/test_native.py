@@ -238,6 +238,33 @@ def test_the_noise_schedule_survives_the_bridge(pack):
     torch.testing.assert_close(scheduler.alphas_cumprod, 1 / (1 + sigmas**2), rtol=1e-4, atol=1e-6)
 
 
+def test_inflated_models_compute_in_the_dtype_of_their_source(pack):
+    """With dynamic VRAM the weights of a native model stay in that of their file."""
+    model = native()
+    model.model.diffusion_model.dtype = torch.bfloat16
+    wrapped = inflated(pack, model)
+    assert wrapped.model.get_dtype() == torch.bfloat16
+    assert {weight.dtype for weight in pack.nodes.native.weights(wrapped).values()} == {torch.bfloat16}
+    assert torch.isfinite(sample(wrapped)).all()
+
+
+def test_the_core_can_make_one_more_of_each_model(pack, mini):
+    """Newer cores do, for Train LoRA, hook LoRAs, TorchCompileModel and further GPUs."""
+    model, text, vae = pack.nodes.LoadCheckpoint.execute("mini").args
+    styled = pack.nodes.Inflate.execute(model, "full", True, "frame").args[0]
+    for patcher in (model, text.patcher, vae.patcher, styled):
+        make, arguments, *index = patcher.cached_patcher_init
+        again = make(*arguments)
+        again = again[index[0]] if index else again
+        ours, theirs = patcher.model.state_dict(), again.model.state_dict()
+        assert ours.keys() == theirs.keys() and again.model is not patcher.model
+        for name, weight in ours.items():
+            assert torch.equal(weight, theirs[name]), name
+            assert name.startswith("model_sampling.") or weight.data_ptr() != theirs[name].data_ptr(), name
+    assert again.model.diffusion_model.inflation == styled.model.diffusion_model.inflation
+    assert torch.equal(again.model.model_sampling.sigmas, model.model.model_sampling.sigmas)
+
+
 # --------------------------------------------------------------------------------- nodes against tav_core
 
 
