@@ -117,7 +117,7 @@ def _file(path: Path, start: int, stride: int) -> Iterator[float | np.ndarray]:
                 if index >= start and (index - start) % stride == 0:
                     turns = round(getattr(frame, "rotation", 0) / 90) % 4
                     yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
-            index = stream.index_entries  # of mp4; the decoder takes a missing rest for the end
+            index = getattr(stream, "index_entries", ())  # of mp4, from PyAV 17 on; the decoder takes a missing rest for the end
             if len(index) and (last := index[len(index) - 1]).pos + last.size > path.stat().st_size:
                 raise TavError(f"--video {path} is cut off, its last frames are missing; copy it again")
     except (av.FFmpegError, OSError) as error:

@@ -12,6 +12,7 @@ import torch
 from conftest import make_folder, refused, write
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from diffusers.utils import is_torch_version
 from ldm_keys import TEXT, UNET, VAE, clip_text, open_clip_text, unet_and_vae
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -95,10 +96,14 @@ def test_pickled_weights_are_read_as_nothing_but_weights(checkpoint, copied, mon
         stem = "pytorch_model" if path.parent.name == "text_encoder" else path.stem
         torch.save(load_file(path), path.with_name(f"{stem}.bin"))
         path.unlink()
-    same_weights(checkpoint, load_checkpoint(copied))
+    safe = is_torch_version(">=", "2.6")
+    if safe:
+        same_weights(checkpoint, load_checkpoint(copied))
     monkeypatch.setattr("tav_core.checkpoint.is_torch_version", lambda operation, version: False)
     refused("holds pickled weights .*update torch to 2.6, or save the model with safe_serialization=True", copied)
     monkeypatch.undo()
+    if not safe:
+        return
 
     class Code:
         def __reduce__(self):

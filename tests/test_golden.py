@@ -54,7 +54,8 @@ def test_unet_forward(unet, case, variant):
                 parameter.zero_()
     vectors = load("unet_forward")
     inputs = (vectors[f"{case}.{name}"] for name in ("sample", "timestep", "encoder_hidden_states"))
-    close(unet(*inputs), vectors[f"{case}.{variant}"], 1e-5)
+    # of values up to 3; kernels come to 5e-6, a resnet whose weights are off by a thousandth to 2e-4
+    close(unet(*inputs), vectors[f"{case}.{variant}"], 3e-5)
 
 
 @torch.no_grad()

@@ -301,8 +301,8 @@ def test_a_clip_that_is_cut_off_is_told(tmp_path):
     save_video(frames, tmp_path / "a.mp4", 8)
     content = (tmp_path / "a.mp4").read_bytes()
     (tmp_path / "a.mp4").write_bytes(content[: len(content) * 6 // 10])
-    refused("cut off", tmp_path / "a.mp4")
-    refused("cut off", tmp_path / "a.mp4", count=8)
+    for count in (None, 8):  # older decoders than PyAV 17's find the rest broken themselves
+        refused("cut off|can't be decoded", tmp_path / "a.mp4", count=count)
     assert len(load_video(tmp_path / "a.mp4", count=2).frames) == 2  # these are whole
 
 
