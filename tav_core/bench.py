@@ -166,8 +166,9 @@ class Subject:
             if progress["step"] == 2:
                 raise Enough
 
-        def say(line: str):  # the step would run again, in another mode than this one
-            raise TavError(f"{line}; leave {mode.memory} out with --memory")
+        def say(line: str):
+            if line.startswith("memory: "):  # the step would run again, in another mode than this one
+                raise TavError(f"{line}; leave {mode.memory} out with --memory")
 
         config = TuneConfig(steps=3, probe_size=1, dtype=mode.dtype, memory=mode.memory)
         try:

@@ -4,6 +4,7 @@ Beyond the paper, several takes can be learned in one tuning, so that what they 
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +40,7 @@ class TuneConfig:
         seed: of every random draw, 0 or more.
         dtype: "fp32", "bf16" or "fp16" computation; the tuned weights stay float32.
         memory: "fast", "selective", "checkpointing" or "low", each with less memory for more time (see
-            `VideoUNet.set_memory`), but the same weights; or "auto": the first of them that fits (see `memory`).
+            `VideoUNet.set_memory`), but the same weights, to rounding; or "auto": the first of them that fits (see `memory`).
         probe_every: steps between measurements of the loss on `probe_size` fixed draws.
         save_every: steps between writes of the state file.
         timestep_sampling: "uniform", or "stratified": consecutive draws cover the range evenly.
@@ -172,7 +173,8 @@ def tune(
         state_path: state file (safetensors), read if it exists and `resume`, written on the way.
         callback: called after every step with a dict of stage "tune", step (from 1), total, loss,
             grad_norm, probe_loss (the latest or None), lr and seconds; raises to stop.
-        say: called with a line where `memory` is chosen, or lowered because a step ran out of memory.
+        say: called with a line where `memory` is chosen, or lowered because a step ran out of memory, and where `dtype` is
+            one that this CPU has no arithmetic for.
 
     Raises:
         TavError: the state file belongs to another run or cannot be written; a clip shorter than the
@@ -262,6 +264,8 @@ def tune(
             memory, line = choose(lambda memory: step_memory(unet, takes, config, memory, device), free_memory(device))
             unet.set_memory(memory)
             say(line)
+        if config.dtype != "fp32" and device.type == "cpu" and (times := half_precision_cost(DTYPES[config.dtype])) > 2:
+            say(f"dtype: {config.dtype} makes this CPU compute matrix products {times:.0f} times as slowly as fp32 does; use fp32")
         for step in range(state.step, config.steps):
             seen = takes[draw_take(config.seed, step, len(takes))]
             if length is not None:
@@ -329,6 +333,19 @@ def step_memory(unet: VideoUNet, takes: Sequence[Take], config: TuneConfig, memo
     largest = max(seen, key=lambda take: take.latents.numel())
     return needed_memory(unet, largest.latents, largest.encoder_hidden_states, largest.class_labels, DTYPES[config.dtype],
                          memory, device)  # fmt: skip
+
+
+@functools.cache
+def half_precision_cost(dtype: torch.dtype) -> float:
+    """How many times longer than in float32 a matrix product in that dtype takes on this CPU; a few hundredths of a second."""
+    best = dict.fromkeys((torch.float32, dtype), math.inf)
+    for _ in range(6):
+        for of in best:
+            a = torch.ones(192, 192, dtype=of)
+            started = time.perf_counter()
+            a @ a
+            best[of] = min(best[of], time.perf_counter() - started)
+    return best[dtype] / best[torch.float32]
 
 
 def _next_scale(scale: float, age: int, finite: bool) -> tuple[float, int]:

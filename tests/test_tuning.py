@@ -19,7 +19,7 @@ from tav_core.errors import Cancelled, TavError
 from tav_core.files import atomic_path
 from tav_core.inflate import inflate, trainable_parameters
 from tav_core.objective import draw_timesteps
-from tav_core.tuning import TuneConfig, tune, tuning_loss
+from tav_core.tuning import TuneConfig, half_precision_cost, tune, tuning_loss
 
 ROOT = Path(__file__).parents[1]
 SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, set_alpha_to_one=False)
@@ -287,6 +287,17 @@ def test_timesteps_cover_the_range():
         assert draw(sampling).min() >= 0 and draw(sampling).max() < 1600
     for block in draw("stratified").reshape(4, 16):
         assert (block // 100).sort().values.tolist() == list(range(16))
+
+
+@pytest.mark.parametrize("times, told", [(1.9, []), (40.2, ["dtype: bf16 makes this CPU compute matrix products 40 times as slowly as fp32 does; use fp32"])])
+def test_a_dtype_that_the_cpu_has_no_arithmetic_for_is_told(monkeypatch, times, told):
+    assert half_precision_cost(torch.bfloat16) > 0
+    lines = []
+    monkeypatch.setattr("tav_core.tuning.half_precision_cost", lambda dtype: times)
+    run(make_unet(), replace(CONFIG, dtype="bf16", steps=1, memory="fast"), say=lines.append)
+    assert lines == told
+    run(make_unet(), replace(CONFIG, steps=1, memory="fast"), say=lines.append)
+    assert lines == told
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
