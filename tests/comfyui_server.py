@@ -14,6 +14,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import websocket
@@ -192,6 +193,20 @@ class Out(list):
     id: str
 
 
+def _defaults(inputs: dict[str, dict], prefix: str = "") -> dict[str, Any]:
+    """Those of the required inputs. In newer cores a choice may have inputs of its own, which a dot sets apart."""
+    defaults = {}
+    for name, (of, *options) in inputs.get("required", {}).items():
+        choices = of if isinstance(of, list) else options[0].get("options") if options else None
+        if options and "default" in options[0]:
+            defaults[prefix + name] = options[0]["default"]
+        elif choices and isinstance(choices[0], dict):
+            defaults |= {prefix + name: choices[0]["key"]} | _defaults(choices[0]["inputs"], f"{prefix}{name}.")
+        elif choices:
+            defaults[prefix + name] = choices[0]
+    return defaults
+
+
 class Graph(dict):
     """A prompt in API format. Inputs that aren't given take the defaults that the server tells, as in the frontend."""
 
@@ -200,13 +215,7 @@ class Graph(dict):
         self.info = info
 
     def __call__(self, kind, **inputs) -> Out:
-        defaults = {}
-        for name, (of, *options) in self.info[kind]["input"].get("required", {}).items():
-            choices = of if isinstance(of, list) else options[0].get("options") if options else None
-            if options and "default" in options[0]:
-                defaults[name] = options[0]["default"]
-            elif choices:
-                defaults[name] = choices[0]
+        defaults = _defaults(self.info[kind]["input"])
         out = Out()
         out.id = str(len(self) + 1)
         out += [[out.id, i] for i in range(len(self.info[kind]["output"]))]
