@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import comfy.utils
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..tav_core import TavError, TunedInfo
+from ..tav_core.errors import OutOfMemory
+from ..tav_core.memory import is_out_of_memory
 from .native import check_context, video_unet
 
 CATEGORY = "Tune-A-Video"
@@ -38,6 +41,10 @@ def schema(**fields) -> io.Schema:
     return io.Schema(**{name: value for name, value in fields.items() if name in known}, category=CATEGORY)
 
 
+class CoreOutOfMemory(OutOfMemory, comfy.model_management.OOM_EXCEPTION):
+    """Our sentence, in which the core still sees that memory ran out: it unloads all models then."""
+
+
 @contextmanager
 def plain_errors(**fields: str) -> Iterator[None]:
     """Out of memory becomes one sentence with a remedy; options of the command line get the names that nodes use.
@@ -47,10 +54,15 @@ def plain_errors(**fields: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise TavError("out of memory; use fewer or smaller frames, Context Windows, memory low, or dtype bf16") from error
     except TavError as error:
-        raise TavError(re.sub(r"--([a-z]+)", lambda m: fields.get(m[1], m[1]), str(error))) from error
+        kind = CoreOutOfMemory if isinstance(error, OutOfMemory) else TavError
+        raise kind(re.sub(r"--([a-z]+)", lambda m: fields.get(m[1], m[1]), str(error))) from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        if hasattr(comfy.model_management, "is_oom"):  # newer cores; it also clears what CUDA would raise later
+            comfy.model_management.is_oom(error)
+        raise CoreOutOfMemory("out of memory; use fewer or smaller frames, Context Windows (Tune-A-Video), memory low, or dtype bf16") from error
 
 
 def inside(folder: str | Path, name: str) -> Path:

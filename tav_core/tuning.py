@@ -16,7 +16,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
-from .errors import TavError
+from .errors import OutOfMemory, TavError
 from .inflate import MEMORY, VideoUNet, trainable_parameters
 from .memory import choose, free_memory, is_out_of_memory, needed_memory, release
 from .objective import draw_take, draw_timesteps, generator_for, tuning_loss
@@ -288,8 +288,8 @@ def tune(
                 release(device)
                 save()
                 lower = "" if unet.memory == MEMORY[-1] else f", --memory {MEMORY[-1]}"
-                raise TavError(f"step {step + 1} ran out of memory, with --memory {unet.memory}; use fewer or smaller frames, "
-                               f"--context-length (in ComfyUI: Context Windows){lower} or --dtype bf16")  # fmt: skip
+                raise OutOfMemory(f"step {step + 1} ran out of memory, with --memory {unet.memory}; use fewer or smaller frames, "
+                                  f"--context-length (in ComfyUI: Context Windows){lower} or --dtype bf16")  # fmt: skip
             if not torch.isfinite(loss):
                 raise fail("loss", step)
             for parameter in parameters.values():

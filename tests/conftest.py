@@ -58,6 +58,7 @@ def server(request, tmp_path_factory):
     tiny = make_folder(server.home / "models" / "diffusers" / "tiny")
     (tiny / "model_index.json").write_text("{}")
     shutil.copy(MINI.parent / "demo.mp4", server.home / "input" / "clip.mp4")
+    shutil.copy(ROOT / "tests" / "short_of_memory.py", server.home / "custom_nodes")
     server.start()
     yield server
     server.stop()

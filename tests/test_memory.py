@@ -8,7 +8,7 @@ import torch
 from test_tuning import CONFIG, equal, make_unet, run, stop_at, weights
 
 from tav_core import bench
-from tav_core.errors import Cancelled, TavError
+from tav_core.errors import Cancelled, OutOfMemory
 from tav_core.inflate import MEMORY
 from tav_core.memory import _Peak, choose, is_out_of_memory, needed_memory
 from tav_core.tuning import tuning_loss
@@ -162,7 +162,7 @@ def test_a_step_that_runs_out_of_memory_is_run_again_in_the_next_lower_mode(of_e
 ])  # fmt: skip
 def test_a_step_that_runs_out_of_memory_again_ends_the_run(of_each, monkeypatch, tmp_path, memory, failing, remedy):
     path = tmp_path / "run.safetensors"
-    with monkeypatch.context() as patch, pytest.raises(TavError, match="step 4 ran out of memory") as caught:
+    with monkeypatch.context() as patch, pytest.raises(OutOfMemory, match="step 4 ran out of memory") as caught:
         run_out(patch, 4, failing)
         trained(memory, state_path=path)
     assert str(caught.value).endswith(remedy) and "\n" not in str(caught.value)

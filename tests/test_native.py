@@ -4,6 +4,7 @@ The pack has its own `tav_core` here, so its errors are told by their base class
 """
 
 import json
+import re
 
 import pytest
 import torch
@@ -415,3 +416,27 @@ def test_tuning_is_that_of_the_core(pack, mini, tmp_path, monkeypatch):
         pack.nodes.ApplyTunedWeights.execute(other, weights)
     with pytest.raises(ValueError, match="belong to the base model"):
         pack.nodes.ApplyTunedWeights.execute(inflated(pack, native()), weights)
+
+
+OUT_OF_MEMORY = (
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB, other allocations: 1.00 GB, max allowed: 10.00 GB)."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+)
+
+
+def test_out_of_memory_is_told_plainly_and_the_core_sees_it(pack):
+    from comfy.model_management import OOM_EXCEPTION
+
+    common, tuning = pack.nodes.common, pack.tav_core.tuning
+    for cause in OUT_OF_MEMORY:
+        with pytest.raises(OOM_EXCEPTION, match="^out of memory; use fewer .*, memory low, or dtype bf16$") as error, common.plain_errors():
+            raise cause
+        assert isinstance(error.value, ValueError) and error.value.__cause__ is cause
+    with pytest.raises(OOM_EXCEPTION, match="step 3 ran out of memory, with memory low") as error, common.plain_errors():
+        raise tuning.OutOfMemory("step 3 ran out of memory, with --memory low")
+    for other in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), common.TavError("steps=0 is out of range")):
+        with pytest.raises(type(other), match=re.escape(str(other))) as error, common.plain_errors():
+            raise other
+        assert not isinstance(error.value, OOM_EXCEPTION)

@@ -469,3 +469,14 @@ def test_divergence_is_named_and_the_server_lives_on(server, info, graph):
     fine = Graph(info).source()
     fine("PreviewImage", images=fine.tune()[2])
     assert server.run(fine)
+
+
+def test_the_core_unloads_its_models_when_memory_runs_out(server, graph):
+    short, said = graph("ShortOfMemory", model=graph.inflated)[0], "Got an OOM, unloading all loaded models."
+    graph("PreviewAny", source=graph.invert(short)[2])
+    before = server.log.read_text(errors="replace").count(said)
+    with pytest.raises(Failed) as error:
+        server.run(graph)
+    assert error.value.node == "TAVDDIMInversion"
+    assert error.value.message.startswith("out of memory; use fewer or smaller frames")
+    assert server.log.read_text(errors="replace").count(said) == before + 1
