@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..tav_core import Checkpoint, TavError, load_checkpoint
 from ..tav_core.checkpoint import MINI
 from .common import plain_errors, schema
-from .native import to_native, use_operations
+from .native import core_layout, to_native, use_operations
 
 
 def choices() -> dict[str, Path]:
@@ -46,7 +46,8 @@ def native_unet(checkpoint: Checkpoint, folder: Path) -> comfy.model_patcher.Mod
         raise TavError(f"checkpoint {checkpoint.name!r} is conditioned on class labels, which CONDITIONING doesn't hold; use it from Python")
     width = unet.config.cross_attention_dim
     kind = comfy.supported_models.SD20 if width == 1024 else comfy.supported_models.SD15
-    model_config = kind(dict(in_channels=4, out_channels=4, context_dim=width, adm_in_channels=None))
+    model_config = kind({})
+    model_config.unet_config |= core_layout(unet)  # a kind would insist on the heads that it has
     device, dtypes = management.get_torch_device(), model_config.supported_inference_dtypes
     dtype = management.unet_dtype(device, sum(p.numel() for p in unet.parameters()), dtypes)
     model_config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, dtypes))

@@ -4,7 +4,8 @@ Frames are the batch of LATENT, as everywhere in ComfyUI, so that stock samplers
 inflated MODEL as on any other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -21,6 +22,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, copy_nested_dicts, get_all_wrappers
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -28,7 +30,7 @@ from ..tav_core import ContextWindows, TavError, VideoUNet, inflate, trainable_p
 from ..tav_core.attention import FrameAttnProcessor, FrameContext
 from ..tav_core.inflate import OverFrames, TunedLinear, VideoGroupNorm
 from .families import InflatedSDXL, NativeModel, NativePatcher, VectorVideoUNet, check_lora
-from .patches import patched
+from .patches import layers_of, patched
 
 PREFIX = "diffusion_model."
 FRAMES = "tav_num_frames"  # in transformer_options: the length of the clip that the MODEL was tuned on
@@ -55,7 +57,7 @@ class NativeUNet(Wrapped, UNet2DConditionModel):
 
     def predict(self, x, timesteps, context, y, control, options, **kwargs):
         check_inputs(self, x, context)
-        with patched(self, x, control, options):
+        with attention_of(self.frame_context, options), patched(self, x, control, options):
             return UNet2DConditionModel.forward(self, x, timesteps, context, class_labels=y, return_dict=False)[0]
 
 
@@ -72,16 +74,35 @@ class NativeVideoUNet(Wrapped, VideoUNet):
 
         if windows := windows_of(options):
             predict = partial(windows, predict)
-        elif tuned := options.get(FRAMES):
-            if frames % tuned:
-                raise TavError(f"LATENT has {frames} frames, this MODEL was tuned on {tuned}; give it {tuned} frames "
-                               "(set count in Load Video), a multiple (several clips), or a long clip through Context "
-                               "Windows")  # fmt: skip
-            frames = tuned
-        with self.frame_context.led_by(options.get(SOURCE_ROWS, 0) // frames):
+        elif FRAMES in options:
+            frames = frames_of_a_clip(frames, options[FRAMES], options.get("context_window"))
+        with attention_of(self.frame_context, options), self.frame_context.led_by(options.get(SOURCE_ROWS, 0) // frames):
             out = predict(rearrange(x, "(b f) c h w -> b c f h w", f=frames), timesteps[::frames], context, control=control,
                           anchor=options.get(ANCHOR), class_labels=y)  # fmt: skip
         return rearrange(out, "b c f h w -> (b f) c h w")
+
+
+def frames_of_a_clip(frames: int, tuned: int, window: Any | None) -> int:
+    """How many of the frames of a forward belong to one clip.
+
+    Args:
+        tuned: what the MODEL was tuned on.
+        window: of the core's own Context Windows, if the frames are one. Newer cores put the frame before it in front, whose
+            result they drop: the window sees it as its frame 0, one more than the MODEL was tuned on.
+
+    Raises:
+        TavError: frames that the MODEL wasn't tuned on.
+    """
+    if window is None:
+        if frames % tuned:
+            raise TavError(f"LATENT has {frames} frames, this MODEL was tuned on {tuned}; give it {tuned} frames (set count in Load "
+                           "Video), a multiple (several clips), or a long clip through Context Windows (Tune-A-Video)")  # fmt: skip
+        return tuned
+    length = frames - (getattr(window, "causal_anchor_index", None) is not None)
+    if length != tuned:
+        raise TavError(f"a context window has {length} frames, this MODEL was tuned on {tuned}; set context_length to {tuned}, or use "
+                       "Context Windows (Tune-A-Video), which needs no number")  # fmt: skip
+    return frames
 
 
 def windows_of(options: Mapping[str, Any]) -> ContextWindows | None:
@@ -110,13 +131,26 @@ def check_context(unet: UNet2DConditionModel, context: Tensor):
         raise TavError(f"CONDITIONING has width {width}, this MODEL takes {wanted}; use the CLIP of the same checkpoint")
 
 
-def comfy_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention on `b heads n d` by the function that the user chose for ComfyUI."""
+@contextmanager
+def attention_of(context: FrameContext, options: dict[str, Any]) -> Iterator[None]:
+    """Forwards inside attend as the transformer_options want it."""
+    context.attention_fn = partial(comfy_attention, options=options)
+    try:
+        yield
+    finally:
+        context.attention_fn = comfy_attention
+
+
+def comfy_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, options: dict[str, Any] | None = None) -> Tensor:
+    """Attention on `b heads n d` by the function that the user chose for ComfyUI, or for this MODEL (in transformer_options)."""
     module = comfy.ldm.modules.attention
     function = module.optimized_attention if mask is None else module.optimized_attention_masked
     if mask is not None and mask.dtype == torch.bool:  # not all of them take it
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.finfo(q.dtype).max)
-    return function(q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True)
+    heads = q.shape[1]
+    q, k, v = (rearrange(x, "b heads n d -> b n (heads d)") for x in (q, k, v))  # as the native U-Net, which an override knows
+    out = function(q, k, v, heads, mask=mask, transformer_options=options)
+    return rearrange(out, "b n (heads d) -> b heads n d", heads=heads)
 
 
 # ------------------------------------------------------------------------------------- from diffusers to MODEL
@@ -250,6 +284,30 @@ def unet_layout(model: comfy.model_base.BaseModel, unet: UNetModel) -> dict[str,
         class_embed_type=None if vector is None else "projection", projection_class_embeddings_input_dim=vector,
         use_linear_projection=bool(config.get("use_linear_in_transformer")),
         upcast_attention=config.get("attn_precision") == torch.float32,
+    )  # fmt: skip
+
+
+def core_layout(unet: UNet2DConditionModel) -> dict[str, Any]:
+    """What the unet_config of a native model says of such a U-Net, for the nodes that ask it (FreeU, for one).
+
+    All but `num_res_blocks`: where it stands, the core takes the weights to have the names of the original code.
+    """
+
+    def depth(*modules: nn.Module) -> int:
+        return sum(isinstance(part, BasicTransformerBlock) for module in modules for part in module.modules())
+
+    config, channels = unet.config, unet.config.block_out_channels[0]
+    attentions = [block.attn1 for block in unet.modules() if isinstance(block, BasicTransformerBlock)]
+    heads, sizes = {attn.heads for attn in attentions}, {attn.inner_dim // attn.heads for attn in attentions}
+    return dict(
+        in_channels=config.in_channels, out_channels=config.out_channels, model_channels=channels,
+        channel_mult=[width // channels for width in config.block_out_channels], context_dim=config.cross_attention_dim,
+        transformer_depth=[depth(*layers) for block in unet.down_blocks for layers in layers_of(block)],
+        transformer_depth_middle=depth(unet.mid_block),
+        transformer_depth_output=[depth(*layers) for block in unet.up_blocks for layers in layers_of(block)][::-1],  # taken from its end
+        num_heads=heads.pop() if len(heads) == 1 else -1, num_head_channels=sizes.pop() if len(sizes) == 1 else -1,
+        use_spatial_transformer=True, use_linear_in_transformer=bool(config.use_linear_projection), legacy=False,
+        use_temporal_attention=False, adm_in_channels=None, attn_precision=torch.float32 if config.upcast_attention else None,
     )  # fmt: skip
 
 

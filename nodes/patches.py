@@ -43,7 +43,7 @@ def patched(unet: UNet2DConditionModel, x: Tensor, control: Control | None, opti
     Raises:
         TavError: a ControlNet or T2I-Adapter of another family.
     """
-    if not (control or options.get("patches") or options.get("patches_replace")):
+    if not (control or any(options.get(asks) for asks in ("patches", "patches_replace", "optimized_attention_override"))):
         yield
         return
     options |= {"original_shape": list(x.shape), "transformer_index": 0}
@@ -72,7 +72,7 @@ class _Patches:
                 yield from self.attach_to_transformer(transformer)
         spans = [(unet.conv_in, unet.conv_in)]  # first and last module of each input block
         for block in unet.down_blocks:
-            spans += [(layers[0], layers[-1]) for layers in _layers(block)]
+            spans += [(layers[0], layers[-1]) for layers in layers_of(block)]
             spans += [(sampler, sampler) for sampler in block.downsamplers or []]
         for number, (first, last) in enumerate(spans):
             yield first.register_forward_pre_hook(partial(self.enter_block, ("input", number)))
@@ -82,7 +82,7 @@ class _Patches:
         number = 0
         for block in unet.up_blocks:
             yield block.register_forward_pre_hook(self.hold_back_skips, with_kwargs=True)
-            for resnet, *_ in _layers(block):
+            for resnet, *_ in layers_of(block):
                 yield resnet.register_forward_pre_hook(partial(self.enter_output_block, ("output", number)))
                 number += 1
             for sampler in block.upsamplers or []:
@@ -193,6 +193,6 @@ class _Patches:
             x.copy_(patch(x, self.extra))  # in place, for the residual that goes on is this very tensor
 
 
-def _layers(block: nn.Module) -> list[tuple[nn.Module, ...]]:
+def layers_of(block: nn.Module) -> list[tuple[nn.Module, ...]]:
     """The resnets of a block, each with its transformer where it has one."""
     return list(zip(block.resnets, block.attentions)) if hasattr(block, "attentions") else [(resnet,) for resnet in block.resnets]

@@ -53,11 +53,11 @@ def clip(frames=1, seed=9):
     return torch.randn(frames, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def sample(model, frames=1, cfg=4.0, sampler="euler", scheduler="normal", steps=3, positive=None, noise=None):
+def sample(model, frames=1, cfg=4.0, sampler="euler", scheduler="normal", steps=3, positive=None, noise=None, negative=None):
     import comfy.sample
 
     noise = clip(frames) if noise is None else noise
-    return comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, positive or prompt(1), prompt(2),
+    return comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, positive or prompt(1), negative or prompt(2),
                                torch.zeros_like(noise), disable_pbar=True, seed=3)  # fmt: skip
 
 

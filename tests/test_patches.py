@@ -100,6 +100,16 @@ def instead_of_attn2(model):
     model.set_model_attn2_replace(ip_adapter(64), "output", 6, 0)
 
 
+def instead_of_the_backend(model):
+    def override(function, q, k, v, heads, *args, **kwargs):
+        options = kwargs["transformer_options"]
+        place = 0.1 * ("input", "middle", "output").index(options["block"][0]) + 0.02 * options["block"][1]
+        place += 0.1 * options["transformer_index"] + 0.2 * options["block_index"] + 0.01 * heads
+        return function(q * (1 + place), k, v, heads, *args, **kwargs) * (1.2 - place)
+
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+
+
 def around_the_model(model):
     from comfy.patcher_extension import WrappersMP
 
@@ -111,7 +121,7 @@ def around_the_model(model):
 
 
 KINDS = (on_attn1_inputs, on_attn2_inputs, on_attn1_output, on_attn2_output, between_attentions, at_the_time_embedding,
-         behind_input_blocks, behind_the_skips, before_output_blocks, instead_of_attn1, instead_of_attn2, around_the_model)  # fmt: skip
+         behind_input_blocks, behind_the_skips, before_output_blocks, instead_of_attn1, instead_of_attn2, instead_of_the_backend, around_the_model)  # fmt: skip
 
 
 def agrees(models, patch, split=False, noise=None):
@@ -215,16 +225,33 @@ def test_stable_diffusion_2_and_odd_sizes(pack):
         agrees(models, patch, noise=noise)
 
 
-def test_the_2d_diffusers_model_as_well(pack, models):
-    model, _, without = models
-    bridge = pack.nodes.native
-    config = type(model.model.model_config)({k: v for k, v in model.model.model_config.unet_config.items() if k != "num_res_blocks"})
-    config.set_inference_dtype(torch.float32, None)
+@pytest.mark.parametrize("second", [False, True])
+def test_the_2d_diffusers_model_as_well(pack, second):
+    model, bridge = native(second), pack.nodes.native
+    without = sample(model, steps=2)
+    config, told = type(model.model.model_config)({}), model.model.model_config.unet_config
     with torch.inference_mode(False):
-        wrapped = bridge.to_native(bridge.to_diffusers(model), config, model.model.model_type)
+        unet = bridge.to_diffusers(model)
+        config.unet_config |= bridge.core_layout(unet)
+        config.set_inference_dtype(torch.float32, None)
+        wrapped = bridge.to_native(unet, config, model.model.model_type)
     assert type(wrapped.model.diffusion_model) is bridge.NativeUNet
-    for patch in (several, STOCK["Deep Shrink"]):
+    said = wrapped.model.model_config.unet_config
+    assert said == {key: told.get(key) for key in said} and told.keys() - said.keys() == {"num_res_blocks", "image_size"}
+    for patch in (several, STOCK["FreeU"], STOCK["Deep Shrink"], instead_of_the_backend):
         agrees((model, wrapped, without), patch)
+
+
+@pytest.mark.parametrize("name", ["FreeU", "FreeU V2"])
+def test_freeu_on_a_diffusers_folder_and_inflated(mini, name):
+    def drawn(model, noise):
+        return sample(model, noise=noise, steps=3, positive=mini.encode("a red ball is sliding on the grass"), negative=mini.encode(""))
+
+    changed = drawn(STOCK[name](mini.model), clip())
+    assert relative(changed, drawn(mini.model, clip())) > 1e-2
+    assert relative(drawn(STOCK[name](mini.inflated), clip()), changed) < 1e-4
+    frames = clip(3)
+    assert relative(drawn(STOCK[name](mini.inflated), frames), drawn(mini.inflated, frames)) > 1e-2
 
 
 def test_patches_made_before_inflation(pack, models):
@@ -282,6 +309,15 @@ def test_attention_injection_leads_patched_attention(pack, models, name):
     assert relative(run(led, prompt(7)), run(patched, prompt(7))) > 1e-3
     if name != "IP-Adapter":  # there, the prompt is a positive one and its source isn't
         assert relative(run(led, prompt(1)), run(patched, prompt(1))) < 1e-4  # led by its like
+
+
+def test_patches_behind_attention_injection(pack, models):
+    def led(model):
+        return pack.nodes.AttentionInjection.execute(model, prompt(1), 1.0).args[0]
+
+    before, behind = led(STOCK["FreeU"](models[1])), STOCK["FreeU"](led(models[1]))
+    drawn = [sample(model, steps=2, positive=prompt(7)) for model in (before, behind, STOCK["FreeU"](models[1]))]
+    assert relative(drawn[1], drawn[0]) < 1e-5 < 1e-3 < relative(drawn[2], drawn[0])
 
 
 @pytest.mark.parametrize("name", ["perturbed attention", "self-attention guidance"])
