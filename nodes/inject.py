@@ -4,10 +4,11 @@ It can also leave a part of the clip as it is, outside of a region or of a noise
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import comfy.sampler_helpers
+import comfy.samplers
 import comfy.utils
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ class SourceWalk:
         """Wraps the whole sampling.
 
         Raises:
-            TavError: a mask of another number of frames.
+            TavError: a subject of another number of frames.
         """
         self.sigma, self.anchor, self.changeable, self.still = None, None, None, None
         if self.subject is not None:
@@ -79,6 +80,9 @@ class SourceWalk:
     def __call__(self, apply_model: Callable, args: dict[str, Any]) -> Tensor:
         x, c, kinds = args["input"], dict(args["c"]), args["cond_or_uncond"]
         options, sigma = c["transformer_options"], args["timestep"][0]
+        if "context_window" in options:  # of the core: it doesn't say what it makes of the clip's other frames
+            raise TavError("MODEL comes through Attention Injection (a noise mask in Video Sampler needs it too) and through Context Windows "
+                           "of ComfyUI itself, which don't go together; use Context Windows (Tune-A-Video)")  # fmt: skip
         levels = options["sample_sigmas"]
         led_steps = round(self.share * (len(levels) - 1))
         # a sampler's second look at a step counts as well
@@ -115,6 +119,10 @@ class SourceWalk:
             out = torch.lerp(denoised.repeat(len(kinds), 1, 1, 1), out, self.changeable.to(x).repeat(len(kinds), 1, 1, 1))
         return out
 
+    def __deepcopy__(self, memo: dict) -> "SourceWalk":
+        """Itself: clones of a MODEL, whose options older cores copy deeply, keep `sample` as well, which goes on with this one."""
+        return self
+
     def call(self, apply_model: Callable, args: dict[str, Any]) -> Tensor:
         if self.inner:
             return self.inner(apply_model, args)
@@ -137,13 +145,28 @@ def at_size(mask: Tensor, latents: Tensor) -> Tensor:
 
 
 def noise_mask(mask: Tensor, latents: Tensor) -> Tensor:
-    """A noise mask, `f 1 h w` or `1 1 h w`, for latents `f c h w`, scaled as stock samplers do: `f 1 h w`.
+    """A noise mask, `f 1 h w` or `1 1 h w`, for latents `f c h w`, scaled as stock samplers do: `f 1 h w`."""
+    if mask.shape != latents.shape:  # newer cores have scaled it, for each channel, before anything of a MODEL sees it
+        mask = comfy.sampler_helpers.prepare_mask(mask, latents.shape, latents.device)
+    return mask[:, :1]
 
-    Raises:
-        TavError: it has another number of frames.
+
+def with_checked_masks(sample: Callable) -> Callable:
+    """`CFGGuider.sample`, in which a `SourceWalk` refuses noise masks of another number of frames.
+
+    The core repeats or cuts them, in newer cores before any wrapper of the MODEL is called: here alone they can be counted.
     """
-    _check_count("noise_mask", mask[..., 0, 0].numel(), len(latents))
-    return comfy.sampler_helpers.prepare_mask(mask, latents.shape, latents.device)[:, :1]
+
+    @wraps(sample)
+    def checked(guider, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
+        if denoise_mask is not None and has_injection(guider.model_patcher) and not noise.any():
+            _check_count("noise_mask", denoise_mask[..., 0, 0].numel(), len(latent_image))
+        return sample(guider, noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+
+    return checked
+
+
+comfy.samplers.CFGGuider.sample = with_checked_masks(comfy.samplers.CFGGuider.sample)
 
 
 def _check_count(name: str, masks: int, frames: int):

@@ -1,5 +1,6 @@
 """Context windows: how they divide a clip, that they compute what one look computes, long clips, and the nodes."""
 
+import inspect
 import signal
 import sys
 from dataclasses import replace
@@ -332,6 +333,60 @@ def test_one_shot_tune_learns_the_whole_clip_and_its_model_takes_any_length(pack
         inverted(applied)
     assert torch.equal(inverted(nodes.ContextWindows.execute(applied, 0, 2).args[0]), over_windows)
     assert not torch.equal(inverted(nodes.ContextWindows.execute(tuned, 6, 2).args[0]), over_windows)  # the last node counts
+
+
+@pytest.fixture
+def tuned_on_4(pack, inference_mode):
+    """A MODEL tuned on 4 frames, and one of the same weights that takes any number of them at once."""
+    bridge, model = pack.nodes.native, inflated(pack, native())
+    generator = torch.Generator().manual_seed(0)
+    weights = {n: p + 0.05 * torch.randn(p.shape, generator=generator) for n, p in bridge.trainable_names(model).items()}
+    tuned = bridge.with_tuned_weights(model, weights, 4)
+    free = tuned.clone()
+    del free.model_options["transformer_options"][bridge.FRAMES]
+    return tuned, free
+
+
+def core_windows(model, length):
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    newer = {"freenoise": False} if "freenoise" in inspect.signature(ContextWindowsManualNode.execute).parameters else {}
+    return ContextWindowsManualNode.execute(model, length, 2, "standard_static", 1, False, "pyramid", 0, **newer).args[0]
+
+
+def test_windows_of_the_core(tuned_on_4):
+    import comfy.sample
+    import comfy.samplers
+    from comfy.context_windows import IndexListContextHandler
+
+    class Once(comfy.samplers.Sampler):
+        def sample(self, model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs):
+            return model_wrap(noise, sigmas[:1].expand(len(noise)), **extra_args)
+
+    def predicted(model, x):  # the older core wants as many levels as frames
+        return comfy.sample.sample_custom(model, x, 4.0, Once(), torch.linspace(7, 0, 8), prompt(1), prompt(2), torch.zeros_like(x),
+                                          disable_pbar=True)  # fmt: skip
+
+    (tuned, free), x = tuned_on_4, 7 * clip(8)
+    anchored = "causal_window_fix" in inspect.signature(IndexListContextHandler).parameters
+    blended, total, weights = torch.zeros_like(x), torch.zeros(8, 1, 1, 1), torch.tensor([1.0, 2, 2, 1]).view(-1, 1, 1, 1)
+    for first in (0, 2, 4):
+        before = int(anchored and first > 0)
+        window = predicted(free, x[first - before : first + 4])[before:]
+        blended[first : first + 4] += weights * window
+        total[first : first + 4] += weights
+    assert relative(predicted(core_windows(tuned, 4), x), blended / total) < 1e-4
+    assert relative(predicted(free, x), blended / total) > 1e-3
+    with pytest.raises(ValueError, match="a context window has 3 frames, this MODEL was tuned on 4; set context_length to 4, or use "
+                       r"Context Windows \(Tune-A-Video\)"):  # fmt: skip
+        predicted(core_windows(tuned, 3), x)
+
+
+def test_windows_of_the_core_and_attention_injection(pack, tuned_on_4):
+    led = pack.nodes.AttentionInjection.execute(tuned_on_4[0], prompt(1), 0.5).args[0]
+    assert torch.isfinite(sample(core_windows(led, 8), 4, steps=1)).all()  # all in one
+    with pytest.raises(ValueError, match=r"don't go together; use Context Windows \(Tune-A-Video\)"):
+        sample(core_windows(led, 4), 8, steps=7)
 
 
 def test_room_is_made_for_a_window(pack, inference_mode, monkeypatch):
