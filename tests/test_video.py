@@ -303,7 +303,8 @@ def test_a_clip_that_is_cut_off_is_told(tmp_path):
     (tmp_path / "a.mp4").write_bytes(content[: len(content) * 6 // 10])
     for count in (None, 8):  # older decoders than PyAV 17's find the rest broken themselves
         refused("cut off|can't be decoded", tmp_path / "a.mp4", count=count)
-    assert len(load_video(tmp_path / "a.mp4", count=2).frames) == 2  # these are whole
+    if hasattr(av.stream.Stream, "index_entries"):  # which they read ahead to
+        assert len(load_video(tmp_path / "a.mp4", count=2).frames) == 2  # these are whole
 
 
 def test_hidden_files_are_no_images(folder, tmp_path):
