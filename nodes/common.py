@@ -12,7 +12,7 @@ import comfy.utils
 import numpy as np
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
@@ -35,9 +35,20 @@ class TunedWeights:
     info: TunedInfo
 
 
-def schema(**fields) -> io.Schema:
-    """An `io.Schema`, without the fields that this version of ComfyUI doesn't know."""
+def schema(advanced: tuple[str, ...] = (), **fields) -> io.Schema:
+    """An `io.Schema`, without the fields that this version of ComfyUI doesn't know.
+
+    Inputs that have no other display name get one like "Learning rate".
+
+    Args:
+        advanced: inputs that a beginner doesn't need; newer frontends show them on demand.
+    """
     known = {field.name for field in dataclasses.fields(io.Schema)}
+    assert set(advanced) <= {each.id for each in fields["inputs"]}, advanced
+    for each in fields["inputs"]:
+        each.display_name = each.display_name or each.id.replace("_", " ").capitalize()
+        if hasattr(each, "advanced"):
+            each.advanced = each.id in advanced or None
     return io.Schema(**{name: value for name, value in fields.items() if name in known}, category=CATEGORY)
 
 
@@ -125,6 +136,20 @@ def report(node: type[io.ComfyNode], text: str):
 
     if hasattr(PromptServer.instance, "send_progress_text"):
         PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+
+
+def show(node: type[io.ComfyNode], picture: Image.Image):
+    """Shows a picture in the node that is running, until another one or the node's own comes.
+
+    As a part of its output: what ComfyUI calls a preview would stay for good, in front of the node's own or beside it.
+    """
+    from server import PromptServer
+
+    server, id_ = PromptServer.instance, node.hidden.unique_id
+    if server.client_id is not None:
+        output = ui.PreviewImage(image_of(picture), cls=node).as_dict()
+        told = {"node": id_, "display_node": id_, "output": output, "prompt_id": server.last_prompt_id}
+        server.send_sync("executed", told, server.client_id)
 
 
 def progress_bar(total: int) -> comfy.utils.ProgressBar:

@@ -16,6 +16,7 @@ class Compare(io.ComfyNode):
             display_name="Compare (Tune-A-Video)",
             description="Puts clips side by side with their labels: as a video for Create Video, and as a strip of frames.",
             search_aliases=["before after", "side by side", "grid", "contact sheet"],
+            advanced=("columns",),
             inputs=[
                 io.Image.Input("images_1", tooltip="A clip, for instance the source."),
                 *(io.Image.Input(f"images_{i}", optional=True, tooltip="Another clip.") for i in range(2, MOST + 1)),

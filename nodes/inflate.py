@@ -17,6 +17,7 @@ class Inflate(io.ComfyNode):
             description="Turns a Stable Diffusion 1.x, 2.x or SDXL MODEL into one that sees all frames of a LATENT batch as one "
             "video. LoRAs connected before it are baked in. Until it is tuned it draws almost what the image model draws.",
             search_aliases=["video model", "sparse-causal attention", "temporal attention"],
+            advanced=("temporal_causal", "norm"),
             inputs=[
                 io.Model.Input("model", tooltip="From Load Checkpoint, the stock one or ours, with LoRAs if you like."),
                 io.Combo.Input("attention", options=list(MODES), default="sparse-causal",

@@ -220,6 +220,7 @@ class AttentionInjection(io.ComfyNode):
             description="Keeps more of the clip's layout and motion in the edits: in the first steps they attend as the clip does. "
             "Goes between the tuned MODEL and any sampler that starts from the noise of DDIM Inversion.",
             search_aliases=["plug and play", "fatezero", "keep structure", "keep motion"],
+            advanced=("steady",),
             inputs=[
                 io.Model.Input("model", tooltip="The tuned MODEL."),
                 io.Conditioning.Input("conditioning", tooltip="What the clip was inverted with: that of DDIM Inversion."),

@@ -74,6 +74,7 @@ class DDIMInversion(io.ComfyNode):
             "edited prompt: Video Sampler, or KSampler Advanced with add_noise disabled, at the same steps and scheduler.",
             search_aliases=["invert", "unsample", "ddim inverse"],
             hidden=[io.Hidden.unique_id],
+            advanced=("measure",),
             inputs=[
                 io.Model.Input("model", tooltip="The tuned MODEL."),
                 io.Latent.Input("latent", tooltip="The clip, from VAE Encode."),

@@ -1,6 +1,5 @@
 """Load Checkpoint: the shipped mini model or a diffusers folder as native MODEL, CLIP and VAE."""
 
-import json
 import os
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from ..tav_core import Checkpoint, TavError, load_checkpoint
 from ..tav_core.checkpoint import MINI
+from ..tav_core.mini.preview import LATENT_COLOURS, load_latent_colours
 from .common import plain_errors, schema
 from .native import core_layout, to_native, use_operations
 
@@ -73,8 +73,9 @@ def native_unet(checkpoint: Checkpoint, folder: Path, **options) -> comfy.model_
     dtype = management.unet_dtype(device, sum(p.numel() for p in unet.parameters()), dtypes)
     model_config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, dtypes))
     model_config.latent_format = comfy.latent_formats.SD15(checkpoint.vae.config.scaling_factor)
-    colours = folder / "latent_rgb.json"  # mini's own, for previews; others have those of Stable Diffusion
-    vars(model_config.latent_format).update(json.loads(colours.read_text()) if colours.exists() else {})
+    if (colours := folder / LATENT_COLOURS).exists():  # mini's own, for previews; others have those of Stable Diffusion
+        vars(model_config.latent_format).update(latent_rgb_factors_reshape=load_latent_colours(colours),
+                                                latent_rgb_factors=torch.eye(3).tolist(), latent_rgb_factors_bias=None)  # fmt: skip
     types, noise = comfy.model_base.ModelType, checkpoint.scheduler
     model_type = types.V_PREDICTION if noise.config.prediction_type == "v_prediction" else types.EPS
     model = to_native(unet, model_config, model_type, **options)

@@ -112,7 +112,7 @@ class LoadControlNet(io.ComfyNode):
             "1.x or 2.x, for the stock Apply ControlNet. For a single file use the stock Load ControlNet Model.",
             search_aliases=["load controlnet diffusers", "mini controlnet"],
             inputs=[
-                io.Combo.Input("controlnet", options=list(choices()), default="mini",
+                io.Combo.Input("controlnet", display_name="ControlNet", options=list(choices()), default="mini",
                                tooltip="mini takes the silhouette of the subject, white on black."),
             ],
             outputs=[io.ControlNet.Output(tooltip="For Apply ControlNet, with one hint for all frames or one for each.")],

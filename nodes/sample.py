@@ -20,6 +20,7 @@ class VideoSampler(io.ComfyNode):
             description="Draws the edited clip: DDIM with classifier-free guidance, from the noise of DDIM Inversion. Equal to "
             "KSampler Advanced with euler, the same settings and add_noise disabled.",
             search_aliases=["sample video", "edit video", "ddim"],
+            advanced=("eta",),
             inputs=[
                 io.Model.Input("model", tooltip="The tuned MODEL."),
                 io.Conditioning.Input("positive", tooltip="The edited sentence."),
@@ -27,7 +28,7 @@ class VideoSampler(io.ComfyNode):
                 io.Latent.Input("noise", tooltip="From DDIM Inversion; any LATENT of the right size with add_noise on. With a noise mask "
                                 "(Set Latent Noise Mask) the rest of the clip stays as the noise reconstructs it."),
                 io.Int.Input("steps", default=50, min=1, max=1000, tooltip="As many as were inverted."),
-                io.Float.Input("cfg", default=12.5, min=1.0, max=100.0, step=0.5,
+                io.Float.Input("cfg", display_name="CFG", default=12.5, min=1.0, max=100.0, step=0.5,
                                tooltip="Guidance: more follows the prompt more and the clip less. The paper: 12.5."),
                 io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="ddim_uniform",
                                tooltip="The one that was inverted on."),

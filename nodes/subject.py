@@ -49,6 +49,7 @@ class SubjectMask(io.ComfyNode):
             description="Finds the subject of the clip: where the model would draw something else for a sentence about another "
             "subject. Connect it to Attention Injection, so that an edit changes the subject alone, or all but it.",
             search_aliases=["segment", "word mask", "diffedit", "attention mask"],
+            advanced=("softness", "seed"),
             inputs=[
                 io.Model.Input("model", tooltip="The tuned MODEL."),
                 io.Latent.Input("latent", tooltip="The clip, from VAE Encode."),

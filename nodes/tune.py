@@ -33,6 +33,7 @@ from .common import (
     progress_bar,
     report,
     schema,
+    show,
 )
 from .families import packed, vector_of
 from .native import WINDOWS, scheduler_of, trainable_copy, video_unet, with_tuned_weights
@@ -51,6 +52,8 @@ class OneShotTune(io.ComfyNode):
             "like and queue again: it goes on where it stopped. A run that was finished once is not trained again.",
             search_aliases=["train", "fine-tune video", "tune a video"],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,  # the loss curve stays in the node, also after a cached run
+            advanced=("dtype", "memory", "timestep_sampling"),
             inputs=[
                 io.Model.Input("model", tooltip="From Inflate."),
                 io.Latent.Input("latent", tooltip="The clip, from VAE Encode: its frames are the batch."),
@@ -63,7 +66,7 @@ class OneShotTune(io.ComfyNode):
                 # a seed that changes after each run, as the frontend gives it by default, would train each time
                 io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False,
                              tooltip="Of noise and timesteps; the same seed gives the same weights."),
-                io.Combo.Input("dtype", options=["auto", *DTYPES], default="auto",
+                io.Combo.Input("dtype", display_name="Precision (dtype)", options=["auto", *DTYPES], default="auto",
                                tooltip="Precision of the computation; auto is bf16 where the GPU has it, else fp32. What is "
                                "tuned stays in fp32."),
                 io.Combo.Input("memory", options=["auto", *MEMORY], default="auto",
@@ -75,7 +78,7 @@ class OneShotTune(io.ComfyNode):
                              tooltip="Shows the clip as preview_prompt draws it after every so many steps; 0 does not."),
                 io.Conditioning.Input("preview_prompt", optional=True,
                                       tooltip="The edit to preview; without it the clip itself."),
-                io.Vae.Input("vae", optional=True, tooltip="Decodes the preview; without it the preview is a rough one."),
+                io.Vae.Input("vae", display_name="VAE", optional=True, tooltip="Decodes the preview; without it the preview is a rough one."),
                 NodeTakes.Input("takes", optional=True, tooltip="Further clips to learn from, each with its sentence, from Take."),
             ],
             outputs=[
@@ -152,13 +155,13 @@ def run(node, model: ModelPatcher, takes: list[Take], config: TuneConfig, previe
         def on_step(progress: dict):
             nonlocal said
             management.throw_exception_if_processing_interrupted()
-            step, total, picture = progress["step"], progress["total"], None
+            step, total = progress["step"], progress["total"]
             if preview_every and (step % preview_every == 0 or step == total):
                 beginning = torch.arange(frames)
                 shown = first.to(device).at(beginning)
                 wish = at_frames("preview_prompt", edit.to(device), 1, latents.shape[2], beginning)
-                picture = preview(model, unet, scheduler, shown.latents, shown.encoder_hidden_states, wish, vae)
-            bar.update_absolute(step, total, ("JPEG", picture, 1024) if picture else None)
+                show(node, preview(model, unet, scheduler, shown.latents, shown.encoder_hidden_states, wish, vae))
+            bar.update_absolute(step, total)
             if time.monotonic() - said > 0.5 or step == total:
                 said = time.monotonic()
                 done = step - started
@@ -201,6 +204,8 @@ def preview(model: ModelPatcher, unet, scheduler, latents: Tensor, text: Tensor,
     frames = rearrange(video, "1 c f h w -> f c h w")
     if vae is None:
         formats = model.model.latent_format
+        if formats.latent_rgb_factors_reshape is not None:
+            frames = formats.latent_rgb_factors_reshape(frames)
         factors = torch.tensor(formats.latent_rgb_factors, device=frames.device)
         bias = torch.tensor(getattr(formats, "latent_rgb_factors_bias", None) or [0.0, 0.0, 0.0], device=frames.device)
         pictures = (torch.einsum("f c h w, c r -> f h w r", frames.float(), factors) + bias + 1) / 2

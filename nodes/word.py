@@ -35,9 +35,10 @@ class WordMask(io.ComfyNode):
             description="Finds the subject of the clip: where its word is looked at, in the cross-attention of an inversion. Needs no other "
             "sentences, but a large checkpoint; for the mini one use Subject Mask.",
             search_aliases=["segment", "cross attention map", "attention mask", "prompt to prompt"],
+            advanced=("steps", "softness"),
             inputs=[
                 io.Model.Input("model", tooltip="The tuned MODEL."),
-                io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
+                io.Clip.Input("clip", display_name="CLIP", tooltip="The CLIP of the same checkpoint."),
                 io.Latent.Input("latent", tooltip="The clip, from VAE Encode."),
                 io.Image.Input("images", tooltip="The frames that were encoded: the mask follows the subject's outline in them."),
                 io.String.Input("sentence", multiline=True, default="", tooltip="What the clip shows."),

@@ -9,6 +9,7 @@ import re
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 from browser_install import chromium
 from PIL import Image
@@ -16,7 +17,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tav_core import load_video
 from workflows.build import WORKFLOWS
-from workflows.graph import Workflow
+from workflows.graph import SHOWS, Workflow
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "nodes" / "web" / "docs"
@@ -54,6 +55,11 @@ def visit(browser: Browser, server, first: bool = False) -> Page:
     page.goto(server.url)
     page.wait_for_function(READY, timeout=120_000)
     return page
+
+
+def keeps_pictures(server) -> bool:
+    """Newer cores show a node's pictures again after a reload; their frontends have two renderers."""
+    return "has_intermediate_output" in server.get("/object_info/TAVOneShotTune")["TAVOneShotTune"]
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +118,16 @@ def test_first_workflow_with_the_mouse(browser, server):
     video = page.locator(f"video[src*='{FIRST}']")
     video.wait_for(timeout=500_000)
     page.wait_for_function("name => document.querySelector(`video[src*='${name}']`).videoWidth == 272", arg=FIRST)
+    page.wait_for_function(f"() => {node}.imgs?.[0]?.naturalHeight == 432")  # the loss curve, in place of the preview
     if PICTURES:
+        page.evaluate("() => app.extensionManager.setting.set('Comfy.Minimap.Visible', false)")  # it lies on the last node
         page.wait_for_timeout(3000)
         picture(page, ".github/comfyui-workflow.jpg")
+    if keeps_pictures(server):
+        page.reload()
+        page.wait_for_function(f"() => {READY[6:]} && {node} && !{node}.imgs?.length", timeout=120_000)
+        page.evaluate("() => app.queuePrompt(0)")  # a cached run
+        page.wait_for_function(f"() => {node}.imgs?.[0]?.naturalHeight == 432", timeout=60_000)
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -166,6 +179,52 @@ def test_opens_as_it_was_saved(page, name):
             sum(gx <= x and gy <= y and x + w <= gx + gw and y + h <= gy + gh for gx, gy, gw, gh in graph["groups"])
             == 1
         )
+
+
+@pytest.mark.parametrize("renderer", ["classic", "Nodes 2.0"])
+def test_layout(browser, server, renderer):
+    """No two boxes overlap and all lie in their group, also where each node without a picture has a widget more."""
+    vue = renderer != "classic"
+    if vue and not keeps_pictures(server):
+        pytest.skip("only newer frontends have it")
+    server.post("/settings", {"Comfy.VueNodes.Enabled": vue})
+    try:
+        page = visit(browser, server)
+        for name in WORKFLOWS:
+            boxes, groups = page.evaluate(
+                """async ([workflow, vue]) => {
+                    await app.loadGraphData(workflow)
+                    const element = node => document.querySelector(`[data-node-id="${node.id}"]`)
+                    for (let i = 0; i < 100 && vue && !app.graph.nodes.every(element); i++)
+                        await new Promise(done => setTimeout(done, 100))
+                    await new Promise(done => setTimeout(done, vue ? 1500 : 500))  // DOM widgets find their place
+                    const {scale, offset} = app.canvas.ds, canvas = app.canvas.canvas.getBoundingClientRect()
+                    return [app.graph.nodes.map(node => {
+                        if (!vue) return [node.type, ...node.boundingRect]
+                        const box = element(node).getBoundingClientRect()
+                        return [node.type, (box.x - canvas.x) / scale - offset[0], (box.y - canvas.y) / scale - offset[1],
+                            box.width / scale, box.height / scale]
+                    }), app.graph.groups.map(group => [...group.boundingRect])]
+                }""",
+                [saved(name), vue],
+            )
+            boxes = [(kind, x, y, x + w, y + h + (0 if kind in SHOWS or kind == "MarkdownNote" else 30)) for kind, x, y, w, h in boxes]
+            for (a, left, top, right, bottom), (b, x, y, end, low) in combinations(boxes, 2):
+                assert right <= x or end <= left or bottom <= y or low <= top, f"{name}: {a} and {b} overlap"
+            for kind, left, top, right, bottom in boxes:
+                around = [x - 1 <= left and y <= top and right <= x + w + 1 and bottom <= y + h for x, y, w, h in groups]
+                assert sum(around) == 1, f"{name}: {kind} is in {sum(around)} groups"
+    finally:
+        server.post("/settings", {"Comfy.VueNodes.Enabled": False})
+
+
+def test_thumbnails_differ():
+    """Squares, as the cards of the template browser are."""
+    pictures = {name: Image.open(ROOT / "workflows" / f"{name}.jpg") for name in WORKFLOWS}
+    assert {picture.size for picture in pictures.values()} == {(480, 480)}
+    small = {name: np.asarray(picture.convert("RGB").resize((32, 32))).astype(float) for name, picture in pictures.items()}
+    for a, b in combinations(WORKFLOWS, 2):
+        assert np.abs(small[a] - small[b]).mean() > 10, (a, b)
 
 
 @pytest.mark.parametrize("name", MINI)

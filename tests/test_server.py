@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from comfyui_server import FRAMES, SIZE, SOURCE, STEPS, Failed, Graph, Interrupted, Refused, pictures
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -130,10 +131,12 @@ def test_progress_previews_and_loss(server, graph):
     losses = graph("PreviewAny", source=tuned[3])
     outputs = server.run(graph)
     assert steps_seen(server, tuned) == [1, 2, 3, 4, 5, 6]
-    previews = [m["data"]["image"] for m in server.messages if m["type"] == "preview" and m["data"]["node"] == tuned.id]
+    shown = [m["data"]["output"]["images"] for m in server.messages if m["type"] == "executed" and m["data"]["node"] == tuned.id]
+    *previews, curve = (Image.open(server.file(file)) for (file,) in shown)
     assert len(previews) == 2  # steps 4 and 6
     for picture in previews:
         assert picture.width >= FRAMES * SIZE and max(high - low for low, high in picture.getextrema()) > 50
+    assert curve.size == (768, 432)
     lines = [m["data"]["text"] for m in server.messages if m["type"] == "text" and m["data"]["node"] == tuned.id]
     assert lines[-1].startswith("step 6/6, loss 0.")
     told = json.loads(outputs[losses.id]["text"][0])

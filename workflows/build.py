@@ -33,13 +33,11 @@ SAVED = "demo-clip"  # the name under which 02 saves and 04 loads
 
 def source(w: Workflow, mini: bool = True) -> tuple:
     """The clip, the inflated model, CLIP, VAE and the clip's latents."""
-    w.group("1  Clip and checkpoint", "blue")
-    if mini:
-        clip = w.add("TAVLoadVideo", file=DEMO, count=8, width=128, height=128)
-        checkpoint = w.add("TAVLoadCheckpoint")
-    else:
-        clip = w.add("TAVLoadVideo", file="skiing.mp4", stride=2, count=16, room=240)
-        checkpoint = w.add("CheckpointLoaderSimple", ckpt_name="v1-5-pruned-emaonly.safetensors")
+    w.group("1a  Clip", "blue", below=True)
+    wanted = dict(file=DEMO, count=8, width=128, height=128) if mini else dict(file="skiing.mp4", stride=2, count=16)
+    clip = w.add("TAVLoadVideo", **wanted)
+    w.group("1b  Checkpoint", "blue")
+    checkpoint = w.add("TAVLoadCheckpoint") if mini else w.add("CheckpointLoaderSimple", ckpt_name="v1-5-pruned-emaonly.safetensors")
     inflated = w.add("TAVInflate", model=checkpoint.MODEL)
     latent = w.add("VAEEncode", pixels=clip.images, vae=checkpoint.VAE)
     return clip, inflated, checkpoint.CLIP, checkpoint.VAE, latent
@@ -66,7 +64,7 @@ def injected(w: Workflow, model, described) -> Node:
 
 def result(w: Workflow, name: str, clip: Node, clips: list, labels: list[str]):
     """Compares IMAGE batches and saves the video."""
-    w.group("6  Compare and save", "pale_blue", 420)
+    w.group("6  Compare and save", "pale_blue", 400)
     images = {f"images_{i}": images for i, images in enumerate(clips, 1)}
     compare = w.add("TAVCompare", labels="\n".join(labels), **images)
     video = w.add("CreateVideo", images=compare.video, fps=clip.fps)
@@ -78,7 +76,7 @@ def result(w: Workflow, name: str, clip: Node, clips: list, labels: list[str]):
 def one_shot(w: Workflow, name: str, mini: bool = True, note: str = ""):
     described, edited = (PROMPT, EDIT) if mini else ("a man is skiing", "spider man is skiing on the beach, cartoon style")
     w.group("Read me", "yellow", 360)
-    w.note(note, 350)
+    w.note(note, 540)
     clip, inflated, clip_model, vae, latent = source(w, mini)
     w.group("2  Sentences", "green", below=True)
     described = sentence(w, clip_model, "What the clip shows", described)
@@ -88,7 +86,7 @@ def one_shot(w: Workflow, name: str, mini: bool = True, note: str = ""):
     w.group("4  Invert", "cyan")
     steps = 25 if mini else 50
     noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=described if mini else empty, steps=steps)
-    w.group("5  Edit", "cyan", below=True)
+    w.group("5  Edit", "cyan")
     model = injected(w, tuned.MODEL, described) if mini else tuned.MODEL  # 03 is the paper, to the letter
     sample = w.add("TAVVideoSampler", model=model, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
                    steps=steps, cfg=5.0 if mini else 12.5)  # fmt: skip
@@ -103,7 +101,7 @@ Press **Run**. Everything needed ships with the pack, and a CPU is enough.
 
 1. A clip of 8 frames and a small checkpoint are loaded. *Inflate* makes an image model see all frames at once.
 2. One sentence says what the clip shows, another what it should show.
-3. *One-Shot Tune* learns this one clip. The loss and previews of the edit appear in the node. Cancel when you like and run again: it goes on where it stopped.
+3. *One-Shot Tune* learns this one clip. The loss and previews of the edit appear in the node, and in the end the loss curve. Cancel when you like and run again: it goes on where it stopped.
 4. *DDIM Inversion* finds the noise that holds the motion of the clip.
 5. *Video Sampler* draws the edit from that noise. *Attention Injection* keeps it close to the clip: lower *share* for a freer edit.
 6. Source and edit, side by side, are saved as a video.
@@ -141,7 +139,7 @@ The clip is tuned and inverted once. From the same noise four samplers draw four
 *Save Tuned Weights* keeps what was learned as `models/tune_a_video/{SAVED}.safetensors`: workflow 04 uses it without tuning.
 
 If you ran 01 before, the tuning isn't repeated.
-""", 220)  # fmt: skip
+""", 270)  # fmt: skip
     clip, inflated, clip_model, vae, latent = source(w)
     w.group("2  Sentences", "green")
     described = sentence(w, clip_model, "What the clip shows", PROMPT)
@@ -170,7 +168,7 @@ def reuse(w: Workflow, name: str):
 No tuning here: the weights come from `models/tune_a_video/{SAVED}.safetensors`. **Run 02 first**: its *Save Tuned Weights* writes this file. If the list of *Load Tuned Weights* is empty, press **R** to refresh it.
 
 Checkpoint, LoRAs and the settings of *Inflate* must be those of the tuning, and the clip must have as many frames.
-""", 330)  # fmt: skip
+""", 380)  # fmt: skip
     clip, inflated, clip_model, vae, latent = source(w)
     w.group("2  Sentences", "green", below=True)
     described = sentence(w, clip_model, "What the clip shows", PROMPT)
@@ -181,7 +179,7 @@ Checkpoint, LoRAs and the settings of *Inflate* must be those of the tuning, and
     tuned = w.add("TAVApplyTunedWeights", model=inflated, tuned_weights=loaded.tuned_weights)
     w.group("4  Invert", "cyan")
     noise = w.add("TAVDDIMInversion", model=tuned, latent=latent, conditioning=described, steps=25)
-    w.group("5  Edit", "cyan", below=True)
+    w.group("5  Edit", "cyan")
     model = injected(w, tuned, described)
     sample = w.add("TAVVideoSampler", model=model, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
                    steps=25, cfg=5.0)  # fmt: skip
@@ -201,7 +199,7 @@ What matters:
 - *add_noise* is **disabled**: the noise comes from *DDIM Inversion*.
 - *steps* and *scheduler* are the same in both nodes, so the sampler starts where the inversion ended.
 - *start_at_step* is 0, *return_with_leftover_noise* is disabled.
-""", 360)  # fmt: skip
+""", 410)  # fmt: skip
     clip, inflated, clip_model, vae, latent = source(w)
     w.group("2  Sentences", "green", below=True)
     described = sentence(w, clip_model, "What the clip shows", PROMPT)
@@ -210,7 +208,7 @@ What matters:
     tuned = tuning(w, inflated, latent, described, edit, vae)
     w.group("4  Invert", "cyan")
     noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=described, steps=25, scheduler=scheduler)
-    w.group("5  Edit with a stock sampler", "cyan", below=True)
+    w.group("5  Edit with a stock sampler", "cyan")
     model = injected(w, tuned.MODEL, described)
     sample = w.add("KSamplerAdvanced", model=model, positive=edit, negative=empty, latent_image=noise.noise,
                    add_noise="disable", steps=25, cfg=5.0, sampler_name=sampler, scheduler=scheduler)  # fmt: skip
@@ -228,7 +226,7 @@ Two stock ways to a larger video, after the sampler:
 - **Latent**: *Upscale Latent By*, then a second *KSampler* with the tuned model at a low *denoise* draws the details at the new size, for all frames together.
 
 Instead of *Upscale Image By* you can use *Upscale Image (using Model)*. With the mini checkpoint, which has only ever seen 128 x 128 pixels, the second way mainly shows the wiring; with Stable Diffusion it is the better one.
-""", 400)  # fmt: skip
+""", 450)  # fmt: skip
     clip, inflated, clip_model, vae, latent = source(w)
     w.group("2  Sentences", "green", below=True)
     described = sentence(w, clip_model, "What the clip shows", PROMPT)
@@ -260,7 +258,7 @@ The graph of 01 with one node more: *Context Windows*, between *Inflate* and *On
 The clip is looked at in overlapping windows, here of 6 frames, in the memory of 6. Each step of the tuning learns another window; inversion and sampling blend what they draw where windows overlap, so that no seam shows.
 
 With a clip of your own: set *count* of *Load Video* to 60, 120 or what you like, *context_length* to 8 or 16 and *context_overlap* to half of it or less. More *steps* suit a longer clip.
-""", 330)  # fmt: skip
+""", 380)  # fmt: skip
     clip, inflated, clip_model, vae, latent = source(w)
     windowed = w.add("TAVContextWindows", model=inflated, context_length=6, context_overlap=3)
     w.group("2  Sentences", "green", below=True)
@@ -270,7 +268,7 @@ With a clip of your own: set *count* of *Load Video* to 60, 120 or what you like
     tuned = tuning(w, windowed, latent, described, edit, vae)
     w.group("4  Invert", "cyan")
     noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=described, steps=25, measure=False)
-    w.group("5  Edit", "cyan", below=True)
+    w.group("5  Edit", "cyan")
     model = injected(w, tuned.MODEL, described)
     sample = w.add("TAVVideoSampler", model=model, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
                    steps=25, cfg=5.0)  # fmt: skip
@@ -285,7 +283,7 @@ def two_takes(w: Workflow, name: str):
 One tuning learns from two clips: *Take* holds the second with its own sentence, and more of these nodes make a chain. Here the second take is the mirrored first one, so that what is learned is the subject, not its way from left to right; with clips of your own it is the motion that they share.
 
 Each take can be edited afterwards. Here it is the second: it is inverted and sampled.
-""", 250)  # fmt: skip
+""", 300)  # fmt: skip
     clip, inflated, clip_model, vae, latent = source(w)
     w.group("Second take", "blue", below=True)
     mirrored = w.add("ImageFlip", image=clip.images, flip_method="y-axis: horizontally")
@@ -299,7 +297,7 @@ Each take can be edited afterwards. Here it is the second: it is inverted and sa
     tuned = tuning(w, inflated, latent, described, edit, vae, takes=takes)
     w.group("4  Invert the second", "cyan")
     noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=second, conditioning=also, steps=25, measure=False)
-    w.group("5  Edit it", "cyan", below=True)
+    w.group("5  Edit it", "cyan")
     model = injected(w, tuned.MODEL, also)
     sample = w.add("TAVVideoSampler", model=model, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
                    steps=25, cfg=5.0)  # fmt: skip
@@ -316,7 +314,7 @@ def regions(w: Workflow, name: str):
 *Attention Injection* takes the mask. With *region* subject an edit changes the subject alone, with *region* background all else. What it may not change is what the noise reconstructs of the clip.
 
 Instead of *Subject Mask*, connect a mask that you drew or that another pack found; or, with a large checkpoint, *Word Mask*, which stands here unconnected: the word of the subject is enough for it.
-""", 330)  # fmt: skip
+""", 380)  # fmt: skip
     clip, inflated, clip_model, vae, latent = source(w)
     w.group("2  Sentences", "green")
     described = sentence(w, clip_model, "What the clip shows", PROMPT)
@@ -334,7 +332,7 @@ Instead of *Subject Mask*, connect a mask that you drew or that another pack fou
     w.add("TAVWordMask", model=tuned.MODEL, clip=clip_model, latent=latent, images=clip.images, sentence=PROMPT, word="ball")
     frames = []
     for region, edit in (("subject", colour), ("background", place)):
-        w.group(f"5  Edit the {region}", "cyan", below=region == "background")
+        w.group(f"5  Edit the {region}", "cyan")
         model = w.add("TAVAttentionInjection", model=tuned.MODEL, conditioning=described, region=region, subject=subject)
         sample = w.add("TAVVideoSampler", model=model, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
                        steps=25, cfg=5.0)  # fmt: skip
@@ -352,7 +350,7 @@ The subject and its place come from the clip and the tuning, shape and motion fr
 The edit starts from random noise (*add_noise*), because the inverted noise of the clip holds its old motion. The last tile is the same without the ControlNet.
 
 With Stable Diffusion 1.5: a ControlNet as a diffusers folder in `models/controlnet`, or a single file with the stock *Load ControlNet Model*; the hints then come from a preprocessor (depth, lines, poses) that sees a second clip.
-""", 340)  # fmt: skip
+""", 390)  # fmt: skip
     clip, inflated, clip_model, vae, latent = source(w)
     w.group("2  Sentences", "green", below=True)
     described = sentence(w, clip_model, "What the clip shows", PROMPT)
@@ -381,7 +379,7 @@ The mini checkpoint has never seen neon light; the LoRA `{LORA}`, which ships wi
 A LoRA may also come before *Inflate*: then it is baked in, and tuned weights belong to it. That suits a subject, and a style that the clip already has; another style would be unlearned again by the tuning, which sees the clip without it.
 
 With Stable Diffusion 1.5: any LoRA in `models/loras`, and its own words in the sentence, if it has some.
-""", 340)  # fmt: skip
+""", 390)  # fmt: skip
     clip, inflated, clip_model, vae, latent = source(w)
     w.group("2  Sentences", "green", below=True)
     described = sentence(w, clip_model, "What the clip shows", PROMPT)
@@ -433,8 +431,27 @@ def execute(server: str, prompt: dict) -> dict:
     return history[number]["outputs"]
 
 
-def thumbnail(server: str, workflow: Workflow, columns: int, size: int = 480):
-    """A picture of the first `columns` frames that Compare put together, at most `size` wide."""
+# what a thumbnail says, and its rows of tiles: a frame, as (clip of Compare, frame of the strip), or a word
+PICTURES = {
+    "01-one-shot-edit-mini": ("One clip, one sentence, one edit", [[(0, 0), (0, 2)], [(1, 0), (1, 2)]]),
+    "02-four-edits-mini": ("Four edits from one tuning", [[(1, 1), (2, 1)], [(3, 1), (4, 1)]]),
+    "03-one-shot-edit-sd15": ("Your clip, your checkpoint", [["SD 1.5"], [(0, 0), (0, 1), (0, 2)]]),
+    "04-reuse-tuned-weights-mini": ("Tuned before: no tuning", [[".safetensors"], [(1, 0), (1, 2)]]),
+    "05-stock-sampler-mini": ("A stock sampler", [["KSampler", (1, 1)], [(0, 1), "dpmpp_2m"]]),
+    "06-upscale-mini": ("Upscale", [[(0, 1)]]),
+    "07-long-clip-mini": ("A long clip in windows", [[(0, 0), (0, 1), (0, 2)], ["[ 1   2 [ 3   4 ] 5   6 ]"], [(1, 0), (1, 1), (1, 2)]]),
+    "08-two-takes-mini": ("One tuning, two takes", [[(0, 0), "+", (0, 2)], ["=", (1, 1), ""]]),
+    "09-regions-mini": ("The subject, or all but it", [[(0, 1), (1, 1)], [(2, 1), (3, 1)]]),
+    "10-controlnet-mini": ("Another shape and motion", [[(1, 0), (1, 1), (1, 2)], [(2, 0), (2, 1), (2, 2)]]),
+    "11-lora-mini": ("A style from a LoRA", [[(0, 1), (1, 1), (2, 1)], ["neon 0, 0.5, 1"]]),
+}  # fmt: skip
+MARGIN = 8  # of a strip, and around the tiles
+SIDE = 480  # cards of the template browser are square
+INK, PAPER = (232, 232, 235), (24, 25, 28)
+
+
+def frames_of_run(server: str, workflow: Workflow, columns: int = 3):
+    """Runs a workflow. Returns `columns` frames of each clip that Compare put together."""
     from PIL import Image
 
     prompt = workflow.prompt()
@@ -444,7 +461,40 @@ def thumbnail(server: str, workflow: Workflow, columns: int, size: int = 480):
                  if node["class_type"] == "PreviewImage" and node["inputs"]["images"][0] == compare)  # fmt: skip
     file = execute(server, prompt)[shown]["images"][0]
     picture = Image.open(io.BytesIO(fetch(f"{server}/view?{urllib.parse.urlencode(file)}"))).convert("RGB")
-    picture.thumbnail((size, size), Image.Resampling.LANCZOS)
+    clips = sum(name.startswith("images_") for name in prompt[compare]["inputs"])
+    return frames_of(picture, clips, columns)
+
+
+def frames_of(strip, clips: int, columns: int) -> list[list]:
+    """The frames in a strip that `tav_core.strip` drew, by clip."""
+    side, row = (strip.width - 2 * MARGIN) / columns, (strip.height - MARGIN) / clips
+    bottoms = [(i + 1) * row for i in range(clips)]
+    return [[strip.crop([round(x) for x in (MARGIN + i * side, y - side, MARGIN + (i + 1) * side, y)]) for i in range(columns)]
+            for y in bottoms]  # fmt: skip
+
+
+def thumbnail(frames: list[list], caption: str, rows: list[list]):
+    """A square picture: a caption, and below it rows of frames and words."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    picture = Image.new("RGB", (SIDE, SIDE), PAPER)
+    draw, top = ImageDraw.Draw(picture), 64
+    draw.text((SIDE / 2, top / 2), caption, INK, ImageFont.load_default(32), anchor="mm")
+    words = [all(isinstance(tile, str) for tile in row) for row in rows]
+    side = min((SIDE - top - MARGIN - 80 * sum(words)) / (len(rows) - sum(words)),
+               (SIDE - 2 * MARGIN) / max(len(row) for row in rows))  # fmt: skip
+    heights = [80 if word else side for word in words]
+    y = top + (SIDE - top - sum(heights)) / 2
+    for row, height in zip(rows, heights):
+        x = SIDE / 2 - side * len(row) / 2
+        for tile in row:
+            if isinstance(tile, str):
+                draw.text((x + side / 2, y + height / 2), tile, INK, ImageFont.load_default(36), anchor="mm")
+            else:
+                clip, frame = tile
+                picture.paste(frames[clip][frame].resize((round(side) - 6,) * 2, Image.Resampling.LANCZOS), (round(x) + 3, round(y) + 3))
+            x += side
+        y += height
     return picture
 
 
@@ -454,16 +504,18 @@ def main():
     parser.add_argument("--thumbnails", action="store_true", help="run the mini workflows and render their pictures")
     arguments = parser.parse_args()
     definitions = json.loads(fetch(f"{arguments.server}/object_info"))
+    frames = {}
     for name, describe in WORKFLOWS.items():
         workflow = Workflow(definitions)
         describe(workflow, name)
         (HERE / f"{name}.json").write_text(json.dumps(workflow.json(name), indent=1) + "\n")
         print(name, len(workflow.nodes), "nodes")
         if arguments.thumbnails and name.endswith("mini"):
-            columns = 6 if describe is four_edits else 3
-            thumbnail(arguments.server, workflow, columns).save(HERE / f"{name}.jpg", quality=85)
-    if arguments.thumbnails:  # the same graph, which needs a large checkpoint
-        (HERE / "03-one-shot-edit-sd15.jpg").write_bytes((HERE / "01-one-shot-edit-mini.jpg").read_bytes())
+            frames[name] = frames_of_run(arguments.server, workflow)
+    if arguments.thumbnails:
+        frames["03-one-shot-edit-sd15"] = frames["01-one-shot-edit-mini"]  # the same graph, which needs a large checkpoint
+        for name, (caption, rows) in PICTURES.items():
+            thumbnail(frames[name], caption, rows).save(HERE / f"{name}.jpg", quality=85)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ COLOURS = {
 BUTTON = "IMAGEUPLOAD"  # the frontend adds it where a file can be uploaded
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", BUTTON}
 TITLE, ROW, WIDGET, TEXT, GAP, HEADING = 30, 20, 24, 52, 24, 44
-# room for what a node shows below its widgets: a picture, a video, progress
-SHOWS = {"PreviewImage": 260, "SaveVideo": 300, "TAVOneShotTune": 340, "TAVDDIMInversion": 260, "TAVVideoSampler": 220,
-         "KSampler": 220, "KSamplerAdvanced": 220}  # fmt: skip
+# room for what a node shows below its widgets: a picture, a video, progress; as much as the renderer that takes the most
+SHOWS = {"PreviewImage": 220, "SaveVideo": 270, "TAVLoadVideo": 300, "TAVOneShotTune": 380, "TAVDDIMInversion": 375,
+         "TAVVideoSampler": 300, "KSampler": 300, "KSamplerAdvanced": 300}  # fmt: skip
+# below the others, since rows of "Nodes 2.0" are higher than those of the classic renderer, and for a widget that a core adds
+SPARE = 60
 
 
 class Spec:
@@ -60,10 +62,10 @@ class Workflow:
         self.groups: list[dict] = []
         self.x, self.y, self.width = 0, 0, 0
 
-    def group(self, title: str, colour: str, width: int = 340, below: bool = False):
+    def group(self, title: str, colour: str, width: int = 320, below: bool = False):
         """Begins a group: the nodes that follow are in it."""
         if not below:
-            self.x, self.y = self.x + self.width + 2 * GAP if self.groups else 0, 0
+            self.x, self.y = self.x + self.width + GAP if self.groups else 0, 0
             self.width = width + 2 * GAP
         self.y += GAP if below else 0
         self.groups.append({
@@ -77,8 +79,8 @@ class Workflow:
         node.data.update(title="Note", widgets_values=[text], inputs=[], outputs=[], properties={})
         return node
 
-    def add(self, kind: str, *, title: str | None = None, colour: str | None = None, room: int = 0, **settings) -> Node:
-        """A node, with more room if needed for what it will show.
+    def add(self, kind: str, *, title: str | None = None, colour: str | None = None, **settings) -> Node:
+        """A node.
 
         Each setting is the value of a widget, or an output of another node; the rest has its default.
         """
@@ -98,7 +100,7 @@ class Workflow:
 
         texts = sum(spec.options.get("multiline", False) for spec in widgets)
         rows = max(len(sockets), len(definition["output"]))
-        height = rows * ROW + len(values) * WIDGET + texts * TEXT + 16 + SHOWS.get(kind, 0) + room
+        height = rows * ROW + len(values) * WIDGET + texts * TEXT + 16 + SHOWS.get(kind, 0)
         node = self._place(kind, height, colour)
         node.outputs = list(definition["output_name"])
         node.data["inputs"] = [spec.socket() for spec in sockets + widgets]
@@ -126,7 +128,7 @@ class Workflow:
         if colour:
             node.data["color"], node.data["bgcolor"] = COLOURS[colour][:2]
         self.nodes.append(node)
-        self.y = position[1] + height + GAP
+        self.y = position[1] + height + GAP + (0 if kind in SHOWS or kind == "MarkdownNote" else SPARE)
         left, top, width, _ = self.groups[-1]["bounding"]
         self.groups[-1]["bounding"] = [left, top, width, self.y - top]
         return node

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..checkpoint import load_checkpoint, load_controlnet
+from ..checkpoint import MINI, load_checkpoint, load_controlnet
 from ..cli import add_preset_arguments, preset_of, run
 from . import world
 from .judge import load_judge
@@ -47,6 +47,12 @@ def _render(args):
     frames = world.silhouette_clip(scenes) if args.silhouette else world.render_clip(scenes)
     save_video(torch.from_numpy(frames), args.output, fps=8)
     print(f"{args.output}: {world.caption(scene, args.motion)}")
+
+
+def _previews(args):
+    from .preview import LATENT_COLOURS, write_latent_colours
+
+    write_latent_colours(load_checkpoint(args.checkpoint).vae, args.output or args.checkpoint / LATENT_COLOURS)
 
 
 def _evaluate(args):
@@ -138,6 +144,10 @@ def main():
     render.add_argument("--layout", type=int, default=0, help="seed of the background's details")
     render.add_argument("--silhouette", action="store_true", help="the subject white on black: hints for the ControlNet")
     render.add_argument("--output", type=Path, required=True, help="an .mp4, .webm or .gif file")
+
+    previews = command("previews", _previews, "fit the colours of quick previews to renders of the world, in a minute")
+    previews.add_argument("--checkpoint", type=Path, default=MINI, help="a diffusers folder")
+    previews.add_argument("--output", type=Path, help="a .safetensors file; the one in the folder without it")
 
     evaluate = command("evaluate", _evaluate, "text-to-image accuracy, judged by a classifier; prints JSON")
     evaluate.add_argument("--checkpoint", default="mini")

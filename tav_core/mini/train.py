@@ -16,7 +16,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -31,6 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ..files import atomic_path
 from . import world
 from .judge import Judge, judge_loss
+from .preview import LATENT_COLOURS, write_latent_colours
 
 NUM_RENDERS = 24_000
 TOKENS = 32
@@ -328,20 +328,6 @@ def train_judge(work: Path, device: torch.device, steps: int, batch: int, lr: fl
     fit(judge, loss_of_step, work / "judge.safetensors", steps=steps, lr=lr, ema=0.995)
 
 
-def latent_rgb(mean: np.ndarray, images: np.ndarray) -> dict[str, list]:
-    """The linear map from scaled latents to colours (-1..1) that fits best, for quick previews.
-
-    Args:
-        mean: latents `n c h w`.
-        images: uint8 `n h w 3`.
-    """
-    small = np.stack([cv2.resize(image, mean.shape[:1:-1], interpolation=cv2.INTER_AREA) for image in images])
-    x = rearrange(mean.astype(np.float32) * scaling_factor(mean), "n c h w -> (n h w) c")
-    x = np.concatenate([x, np.ones((len(x), 1), np.float32)], 1)
-    solution = np.linalg.lstsq(x, small.reshape(-1, 3) / 127.5 - 1, rcond=None)[0].round(4).tolist()
-    return {"latent_rgb_factors": solution[:-1], "latent_rgb_factors_bias": solution[-1]}
-
-
 def export(work: Path, output: Path):
     """Writes `checkpoint/`, a diffusers folder, and `judge.safetensors`, both in fp16."""
     vae = load_average(make_vae(), work / "vae.safetensors")
@@ -355,8 +341,7 @@ def export(work: Path, output: Path):
     # the two plain files that every version of transformers reads, instead of what the installed one writes
     shutil.rmtree(output / "checkpoint" / "tokenizer")
     shutil.copytree(work / "tokenizer", output / "checkpoint" / "tokenizer")
-    mean, images = np.load(work / "moments.npy", mmap_mode="r")[:500, 0], np.load(work / "renders.npy", mmap_mode="r")[:500]
-    (output / "checkpoint" / "latent_rgb.json").write_text(json.dumps(latent_rgb(mean, images), indent=2))
+    write_latent_colours(vae.float(), output / "checkpoint" / LATENT_COLOURS)
     judge = load_average(Judge(), work / "judge.safetensors")
     with atomic_path(output / "judge.safetensors") as temporary:
         save_file({name: tensor.half().contiguous() for name, tensor in judge.state_dict().items()}, temporary)
