@@ -88,7 +88,7 @@ def pack(request):
     for node in module.nodes.NODES:
         node.GET_SCHEMA()
         node.hidden = type("Hidden", (), dict(unique_id="1", prompt=None, extra_pnginfo=None))
-    module.nodes.invert.report = module.nodes.tune.report = lambda node, text: None
+    module.nodes.invert.report = module.nodes.tune.report = module.nodes.tune.show = lambda node, shown: None
     return module
 
 
