@@ -71,7 +71,7 @@ class OneShotTune(io.ComfyNode):
                                "tuned stays in fp32."),
                 io.Combo.Input("memory", options=["auto", *MEMORY], default="auto",
                                tooltip="fast takes the most memory; selective a third less, and a tenth longer; checkpointing much less, "
-                               "and a third longer; low the least, and twice as long. auto is the first that fits. All give the same weights, to rounding."),
+                               "and a third to a half longer; low the least, and about twice as long. auto is the first that fits. All give the same weights, to rounding."),
                 io.Combo.Input("timestep_sampling", options=["uniform", "stratified"], default="uniform",
                                tooltip="uniform as in the paper; stratified covers all noise levels evenly, better for short runs."),
                 io.Int.Input("preview_every", default=0, min=0, max=10_000,

@@ -238,9 +238,9 @@ def _whole(mode: Mode, clip: Tensor) -> tuple[int, ...]:
     return (clip.shape[2],) if "caching" in mode.off else ()
 
 
-def seconds(layout: Layout, modes: list[Mode], stages: list[str], runs: int, device: str) -> dict[str, dict[str, float]]:
+def seconds(subject: Subject, modes: list[Mode], stages: list[str], runs: int) -> dict[str, dict[str, float]]:
     """Median seconds by mode and stage; the modes take turns, so that what else the machine does hits all alike."""
-    subject, medians = Subject(layout, device), {mode.name: {} for mode in modes}
+    medians = {mode.name: {} for mode in modes}
     for stage in stages:
         taken = {mode.name: [] for mode in modes}
         for _ in range(runs + 1):
@@ -283,9 +283,9 @@ def _resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
 
 
-def matmul_rate(device: str, dtype: torch.dtype) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of the product of two large matrices, the best of a few."""
-    cuda = torch.device(device).type == "cuda"
+    cuda = device.type == "cuda"
     side, taken = 8192 if cuda else 1024, []
     a = torch.randn(side, side, device=device, dtype=dtype)
     while len(taken) < 20 and sum(taken) < 3:
@@ -297,10 +297,9 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * side**3 / min(taken)
 
 
-def shares(layout: Layout, modes: list[Mode], figures: dict[str, dict[str, float]], device: str) -> dict[str, dict[str, float]]:
+def shares(subject: Subject, modes: list[Mode], figures: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """By mode and stage, the operations a second that a step achieves, over those of matrix products of its dtype."""
-    subject = Subject(layout, device)
-    rates = {dtype: matmul_rate(device, DTYPES[dtype]) for dtype in {mode.dtype: None for mode in modes}}
+    rates = {dtype: matmul_rate(subject.device, DTYPES[dtype]) for dtype in {mode.dtype: None for mode in modes}}
     print("\nmatrix products: " + ", ".join(f"{rate / 1e9:.1f} GFLOP/s in {dtype}" for dtype, rate in rates.items()))
     flops = {stage: subject.flops(stage) for stage in COUNTED if stage in next(iter(figures.values()))}
     print("a step: " + ", ".join(f"{stage} {count / 1e9:.1f} GFLOP" for stage, count in flops.items()))
@@ -320,7 +319,7 @@ def growth(layout: Layout, mode: Mode, runs: int, device: str, sizes: dict[str, 
         points = []
         for value in values:
             grown = replace(layout, **{axis: value})
-            points.append({axis: value, **seconds(grown, [mode], list(GROWING), runs, device)[mode.name]})
+            points.append({axis: value, **seconds(Subject(grown, device), [mode], list(GROWING), runs)[mode.name]})
             for stage in GROWING:
                 used = memory(grown, mode, stage, device, torch.get_num_threads())
                 points[-1][f"{stage} GB"] = used["peak"] - used["before"]
@@ -343,7 +342,7 @@ def add_arguments(parser):
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="the median of so many is reported (3)")
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (all)")
     parser.add_argument("--no-memory", action="store_true", help="leaves out the memory, which takes a process for each figure")
-    parser.add_argument("--gpu", action="store_true", help="also 50 steps of inversion and sampling; no plain, which wouldn't fit")  # fmt: skip
+    parser.add_argument("--gpu", action="store_true", help="also 50 steps of inversion and sampling; no plain, which wouldn't fit")
     parser.add_argument("--growth", action="store_true", help="instead: over 8 to 64 frames, and latents of 16 to 64, with exponents")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes all figures")
 
@@ -375,14 +374,16 @@ def bench(args):
             over = "pixels" if axis == "size" else axis
             print(f"exponents over {over}: " + ", ".join(f"{name} {value:.2f}" for name, value in found["exponents"].items()))
     else:
-        result["seconds"] = seconds(layout, modes, list(args.stages), args.runs, device)
+        subject = Subject(layout, device)
+        result["seconds"] = seconds(subject, modes, list(args.stages), args.runs)
         _table("seconds", result["seconds"], args.stages)
         if counted := [stage for stage in args.stages if stage in COUNTED]:
-            result["share"] = shares(layout, modes, result["seconds"], device)
+            result["share"] = shares(subject, modes, result["seconds"])
             _table("share of the matmul rate", result["share"], counted, compared=False)
         if args.gpu:
-            result["edit"] = Subject(layout, device).run("edit", on[0])
+            result["edit"] = subject.run("edit", on[0])
             print(f"\ninversion and 50 guided steps, {on[0].name}: {result['edit']:.1f} s")
+        del subject  # on a GPU it would count
         if not args.no_memory:
             used = {mode.name: {stage: memory(layout, mode, stage, device, torch.get_num_threads()) for stage in args.stages} for mode in modes}
             result["memory"] = used

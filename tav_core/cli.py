@@ -5,13 +5,13 @@ import signal
 import sys
 from typing import Any
 
-import torch
 from diffusers.utils import logging as diffusers_logging
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from .errors import Cancelled, TavError
 from .inflate import MEMORY
+from .memory import is_out_of_memory
 from .pipeline import PRESETS, Preset, default_preset, with_settings
 from .tuning import DTYPES
 
@@ -106,7 +106,9 @@ def run(parser: argparse.ArgumentParser):
         args.run(args)
     except TavError as error:
         sys.exit(_fail(f"error: {error}", 2))
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         remedy = "fewer --frames, --context-length, a smaller --size, --memory low or --dtype bf16"
         sys.exit(_fail(f"error: the device ran out of memory; try {remedy}", 2))
     except Cancelled as stop:

@@ -131,8 +131,8 @@ def test_on_a_small_gpu_only_what_fits_is_measured(monkeypatch, tmp_path, capsys
     file = tmp_path / "bench.json"
     monkeypatch.setattr(bench.Subject, "edit", lambda self, mode: 1.0)
     monkeypatch.setattr(bench, "free_memory", lambda device: 0)
-    figures = {"seconds": lambda layout, modes, *_: {mode.name: {"tune": 1.0} for mode in modes},
-               "shares": lambda layout, modes, *_: {mode.name: {"tune": 0.1} for mode in modes}}  # fmt: skip
+    figures = {"seconds": lambda subject, modes, *_: {mode.name: {"tune": 1.0} for mode in modes},
+               "shares": lambda subject, modes, *_: {mode.name: {"tune": 0.1} for mode in modes}}  # fmt: skip
     for name, function in figures.items():  # bf16, its default there, takes a CPU long
         monkeypatch.setattr(bench, name, function)
     run(monkeypatch, "--gpu", "--layout", "small", "--size", 8, "--frames", 2, "--runs", 1, "--threads", 1, "--no-memory",
@@ -160,9 +160,10 @@ def test_it_needs_no_video_library():
 
 
 def test_exponents_of_growth(monkeypatch):
-    def seconds(layout, modes, stages, runs, device):
+    def seconds(layout, modes, stages, runs):
         return {modes[0].name: {"tune": 3.0 * layout.frames, "sample": 0.5 * layout.size**4}}
 
+    monkeypatch.setattr(bench, "Subject", lambda layout, device: layout)
     monkeypatch.setattr(bench, "seconds", seconds)
     monkeypatch.setattr(bench, "memory", lambda layout, *rest: {"peak": 1 + layout.frames * layout.size**2, "before": 1})
     found = bench.growth(bench.LAYOUTS["small"], bench.Mode(), 1, "cpu", {"frames": (2, 4, 8), "size": (16, 32)})

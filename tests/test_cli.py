@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes on the shipped checkpoint."""
 
+import argparse
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tav_core import load_video, save_video
+from tav_core import cli, load_video, save_video
 from tav_core.mini import world
 
 ROOT = Path(__file__).parent.parent
@@ -140,6 +141,32 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, tmp_pat
     done = tav("sample", "--tuned", edited / "tuned.safetensors", "--noise", edited / "noise.safetensors", "--edit", "x",
                "--output", tmp_path, *FAST, "--caption-as-negative", "0", check=False)  # fmt: skip
     assert done.returncode == 2 and "inverted with the caption; give it a value above 0" in done.stderr
+
+
+@pytest.mark.parametrize("error", [
+    torch.cuda.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB)"),
+])  # fmt: skip
+def test_out_of_memory_gives_one_line_on_every_device(error, monkeypatch, capsys):
+    def fail(args):
+        raise error
+
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(run=fail)
+    monkeypatch.setattr("sys.argv", ["tav_core"])
+    with pytest.raises(SystemExit) as end:
+        cli.run(parser)
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and told.startswith("error: the device ran out of memory; try fewer --frames") and told.count("\n") == 1
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(run=lambda args: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr("sys.argv", ["tav_core"])
+    with pytest.raises(RuntimeError):
+        cli.run(parser)
 
 
 def test_render_makes_the_clip_of_the_world(tmp_path):

@@ -8,7 +8,14 @@ import torch
 
 from tav_core.checkpoint import MINI
 from tav_core.mini import world
-from tav_core.mini.preview import LATENT_COLOURS, LatentColours, downscaled, encoded, fit_latent_colours, load_latent_colours
+from tav_core.mini.preview import (
+    LATENT_COLOURS,
+    LatentColours,
+    downscaled,
+    encoded,
+    fit_latent_colours,
+    load_latent_colours,
+)
 
 SMALL = (16, 16)
 

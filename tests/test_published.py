@@ -72,14 +72,14 @@ def inputs(case):
     return [vectors[f"{case}.{name}"] for name in ("sample", "timestep", "encoder_hidden_states", "out")]
 
 
-@pytest.mark.parametrize("kind", [
-    "safetensors", pytest.param("bin", marks=pytest.mark.skipif(is_torch_version("<", "2.6"), reason="pickled weights are refused")),
-])  # fmt: skip
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
 @torch.no_grad()
 def test_outputs_are_those_of_the_reference(published, copied, kind):
     if kind == "bin":
         for path in copied.rglob("*.safetensors"):
             pickled(path)
+        if is_torch_version("<", "2.6"):  # which would let them run code
+            return refused("holds pickled weights .*update torch to 2.6", copied)
     checkpoint, plain = load_checkpoint(copied), load_checkpoint(published)
     assert isinstance(checkpoint.unet, VideoUNet) and checkpoint.size == 64
     assert not any(p.requires_grad for p in checkpoint.unet.parameters())
