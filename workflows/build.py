@@ -7,12 +7,8 @@ The running ComfyUI tells the inputs, widgets and outputs of each node, so their
 """
 
 import argparse
-import io
 import json
 import sys
-import time
-import urllib.parse
-import urllib.request
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -20,6 +16,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from tav_core.mini.demo import CONTRASTS, EDITS, PROMPT  # noqa: E402
 from workflows.graph import Node, Workflow  # noqa: E402
+from workflows.thumbnails import PICTURES, fetch, frames_of_run, thumbnail  # noqa: E402
 
 DEMO = "demo clip of the mini checkpoint"
 HINTS = "silhouettes for the mini ControlNet"
@@ -410,92 +407,6 @@ WORKFLOWS = {
     "10-controlnet-mini": controlnet,
     "11-lora-mini": lora_style,
 }
-
-
-# --------------------------------------------------------------------------------------------- the thumbnails
-
-
-def fetch(url: str, body: dict | None = None) -> bytes:
-    request = urllib.request.Request(url, json.dumps(body).encode() if body else None, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request) as answer:
-        return answer.read()
-
-
-def execute(server: str, prompt: dict) -> dict:
-    """Runs a graph. Returns what its nodes show, by their id."""
-    number = json.loads(fetch(f"{server}/prompt", {"prompt": prompt}))["prompt_id"]
-    while not (history := json.loads(fetch(f"{server}/history/{number}"))):
-        time.sleep(1)
-    if history[number]["status"]["status_str"] != "success":
-        raise SystemExit(history[number]["status"])
-    return history[number]["outputs"]
-
-
-# what a thumbnail says, and its rows of tiles: a frame, as (clip of Compare, frame of the strip), or a word
-PICTURES = {
-    "01-one-shot-edit-mini": ("One clip, one sentence, one edit", [[(0, 0), (0, 2)], [(1, 0), (1, 2)]]),
-    "02-four-edits-mini": ("Four edits from one tuning", [[(1, 1), (2, 1)], [(3, 1), (4, 1)]]),
-    "03-one-shot-edit-sd15": ("Your clip, your checkpoint", [["SD 1.5"], [(0, 0), (0, 1), (0, 2)]]),
-    "04-reuse-tuned-weights-mini": ("Tuned before: no tuning", [[".safetensors"], [(1, 0), (1, 2)]]),
-    "05-stock-sampler-mini": ("A stock sampler", [["KSampler", (1, 1)], [(0, 1), "dpmpp_2m"]]),
-    "06-upscale-mini": ("Upscale", [[(0, 1)]]),
-    "07-long-clip-mini": ("A long clip in windows", [[(0, 0), (0, 1), (0, 2)], ["[ 1   2 [ 3   4 ] 5   6 ]"], [(1, 0), (1, 1), (1, 2)]]),
-    "08-two-takes-mini": ("One tuning, two takes", [[(0, 0), "+", (0, 2)], ["=", (1, 1), ""]]),
-    "09-regions-mini": ("The subject, or all but it", [[(0, 1), (1, 1)], [(2, 1), (3, 1)]]),
-    "10-controlnet-mini": ("Another shape and motion", [[(1, 0), (1, 1), (1, 2)], [(2, 0), (2, 1), (2, 2)]]),
-    "11-lora-mini": ("A style from a LoRA", [[(0, 1), (1, 1), (2, 1)], ["neon 0, 0.5, 1"]]),
-}  # fmt: skip
-MARGIN = 8  # of a strip, and around the tiles
-SIDE = 480  # cards of the template browser are square
-INK, PAPER = (232, 232, 235), (24, 25, 28)
-
-
-def frames_of_run(server: str, workflow: Workflow, columns: int = 3):
-    """Runs a workflow. Returns `columns` frames of each clip that Compare put together."""
-    from PIL import Image
-
-    prompt = workflow.prompt()
-    compare = next(id_ for id_, node in prompt.items() if node["class_type"] == "TAVCompare")
-    prompt[compare]["inputs"]["columns"] = columns
-    shown = next(id_ for id_, node in prompt.items()
-                 if node["class_type"] == "PreviewImage" and node["inputs"]["images"][0] == compare)  # fmt: skip
-    file = execute(server, prompt)[shown]["images"][0]
-    picture = Image.open(io.BytesIO(fetch(f"{server}/view?{urllib.parse.urlencode(file)}"))).convert("RGB")
-    clips = sum(name.startswith("images_") for name in prompt[compare]["inputs"])
-    return frames_of(picture, clips, columns)
-
-
-def frames_of(strip, clips: int, columns: int) -> list[list]:
-    """The frames in a strip that `tav_core.strip` drew, by clip."""
-    side, row = (strip.width - 2 * MARGIN) / columns, (strip.height - MARGIN) / clips
-    bottoms = [(i + 1) * row for i in range(clips)]
-    return [[strip.crop([round(x) for x in (MARGIN + i * side, y - side, MARGIN + (i + 1) * side, y)]) for i in range(columns)]
-            for y in bottoms]  # fmt: skip
-
-
-def thumbnail(frames: list[list], caption: str, rows: list[list]):
-    """A square picture: a caption, and below it rows of frames and words."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    picture = Image.new("RGB", (SIDE, SIDE), PAPER)
-    draw, top = ImageDraw.Draw(picture), 64
-    draw.text((SIDE / 2, top / 2), caption, INK, ImageFont.load_default(32), anchor="mm")
-    words = [all(isinstance(tile, str) for tile in row) for row in rows]
-    side = min((SIDE - top - MARGIN - 80 * sum(words)) / (len(rows) - sum(words)),
-               (SIDE - 2 * MARGIN) / max(len(row) for row in rows))  # fmt: skip
-    heights = [80 if word else side for word in words]
-    y = top + (SIDE - top - sum(heights)) / 2
-    for row, height in zip(rows, heights):
-        x = SIDE / 2 - side * len(row) / 2
-        for tile in row:
-            if isinstance(tile, str):
-                draw.text((x + side / 2, y + height / 2), tile, INK, ImageFont.load_default(36), anchor="mm")
-            else:
-                clip, frame = tile
-                picture.paste(frames[clip][frame].resize((round(side) - 6,) * 2, Image.Resampling.LANCZOS), (round(x) + 3, round(y) + 3))
-            x += side
-        y += height
-    return picture
 
 
 def main():
