@@ -22,9 +22,13 @@ FAST = ["--steps", "4", "--sampling-steps", "4"]
 CONTRAST = ["--contrast", "a blue star is sliding on the grass", "--contrast", "a green ring is sliding on the grass"]
 
 
+def environment(**more: str) -> dict[str, str]:
+    # two threads on two busy cores wait for each other in each of a step's thousands of operations: it takes 20 times as long
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
 def tav(*args, module="tav_core", check=True, **kwargs) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
-    done = subprocess.run([sys.executable, "-m", module, *map(str, args)], capture_output=True, text=True, env=env, **kwargs)
+    done = subprocess.run([sys.executable, "-m", module, *map(str, args)], capture_output=True, text=True, env=environment(), **kwargs)
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -84,10 +88,9 @@ def test_an_interrupted_tuning_is_kept_and_resumed_to_the_same_weights(clip, tmp
     # so many steps that Ctrl-C comes before the last one; and other memory modes give other last bits
     common = ["tune", "--video", clip, "--prompt", "a red ball", "--frames", "2", "--steps", "60", "--memory", "fast"]
     tav(*common, "--output", tmp_path / "whole")
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen([sys.executable, "-m", "tav_core", *map(str, common), "--output", tmp_path / "parts"],
-                                   env=env, stderr=log, stdout=log)  # fmt: skip
+                                   env=environment(PYTHONUNBUFFERED="1"), stderr=log, stdout=log)  # fmt: skip
         while "tuning" not in (tmp_path / "log").read_text() and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
