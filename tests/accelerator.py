@@ -9,7 +9,6 @@ Its tensors hold CPU tensors and compute with them, but meet no tensor of the CP
 import torch
 from torch import Tensor, nn
 from torch.library import Library
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "npu"  # a device that ComfyUI knows, and that no Python package but PyTorch's own plays
@@ -18,6 +17,10 @@ CPU = torch.device("cpu")
 MADE = ("empty.memory_format", "empty_strided", "copy_", "arange", "arange.start", "arange.start_step")  # how tensors come there
 aten = torch.ops.aten
 COPIES = (aten._to_copy.default, aten.copy_.default, aten.to.other)
+# a CPU takes long for them in half precision, so they are computed in float32 there and rounded, as a GPU adds up in float32
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.convolution.default,
+            aten.convolution_backward.default)  # fmt: skip
+HALF = ({torch.float16}, {torch.bfloat16})
 INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 
 
@@ -50,7 +53,8 @@ class OnDevice(Tensor):
 def compute(function, args: tuple, kwargs: dict):
     if function == aten._has_compatible_shallow_copy_type.default:
         return False
-    leaves = tree_leaves((args, kwargs))
+    leaves: list = []
+    each(leaves.append, (args, kwargs))
     given = [x for x in leaves if isinstance(x, Tensor)]
     ours = {id(x.held): x for x in given if isinstance(x, OnDevice)}
     there = bool(ours)
@@ -64,8 +68,12 @@ def compute(function, args: tuple, kwargs: dict):
     generator = kwargs.get("generator")
     if generator is not None and there:
         raise RuntimeError(f"{function}: the generator is on {generator.device}, the tensor on {DEVICE}")
-    args, kwargs = tree_map(lambda x: x.held if isinstance(x, OnDevice) else CPU if isinstance(x, torch.device) else x, (args, kwargs))
-    result = function(*args, **kwargs)
+    args, kwargs = each(lambda x: x.held if isinstance(x, OnDevice) else CPU if isinstance(x, torch.device) else x, (args, kwargs))
+    dtypes = {x.dtype for x in given}
+    if function in PRODUCTS and dtypes in HALF:
+        result = cast(function(*cast(args, torch.float32), **kwargs), *dtypes)
+    else:
+        result = function(*args, **kwargs)
     if function == aten.copy_.default:
         there = id(result) in ours
     if not there:
@@ -76,7 +84,20 @@ def compute(function, args: tuple, kwargs: dict):
             return x
         return ours[id(x)] if id(x) in ours else OnDevice(x)
 
-    return tree_map(placed, result)
+    return each(placed, result)
+
+
+def each(function, tree):
+    """The tree of its values; PyTorch's own `tree_map` takes as long as the operations of tiny models."""
+    if isinstance(tree, (tuple, list)):
+        return type(tree)([each(function, x) for x in tree])
+    if isinstance(tree, dict):
+        return {name: each(function, x) for name, x in tree.items()}
+    return function(tree)
+
+
+def cast(tree, dtype: torch.dtype):
+    return each(lambda x: x.to(dtype) if isinstance(x, Tensor) else x, tree)
 
 
 def set_data(tensor: Tensor, new: Tensor):

@@ -29,8 +29,8 @@ MINI = {  # workflow -> columns, rows and size of the tiles of its video
     "10-controlnet-mini": (2, 2, 128),
     "11-lora-mini": (3, 1, 128),
 }  # fmt: skip
-FEW = {"TAVOneShotTune": {"steps": 8, "preview_every": 4}, "TAVDDIMInversion": {"steps": 6},
-       "TAVVideoSampler": {"steps": 6}, "KSamplerAdvanced": {"steps": 6}, "KSampler": {"steps": 4}}  # fmt: skip
+FEW = {"TAVOneShotTune": {"steps": 4, "preview_every": 4}, "TAVDDIMInversion": {"steps": 4},
+       "TAVVideoSampler": {"steps": 4}, "KSamplerAdvanced": {"steps": 4}, "KSampler": {"steps": 4}}  # fmt: skip
 NODES = sorted(path.stem for path in DOCS.glob("*.md"))
 READY = "() => !!(window.app?.canvas && LiteGraph.registered_node_types.TAVOneShotTune)"
 

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes on the shipped checkpoint."""
+"""The command line as a user meets it: real processes on the shipped checkpoint, and commands in this one."""
 
 import argparse
 import json
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tav_core import cli, load_video, save_video
+from tav_core.__main__ import main
 from tav_core.mini import world
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +32,22 @@ def tav(*args, module="tav_core", check=True, **kwargs) -> subprocess.CompletedP
     done = subprocess.run([sys.executable, "-m", module, *map(str, args)], capture_output=True, text=True, env=environment(), **kwargs)
     assert not check or done.returncode == 0, done.stderr
     return done
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Runs a command in this process, which has imported all: its exit code and what it says on stderr."""
+
+    def run(*args) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["tav_core", *map(str, args)])
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, capsys.readouterr().err
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +91,20 @@ def test_edit_writes_videos_pictures_weights_and_a_summary(edited):
     assert near < far / 2  # what a region leaves alone isn't what an edit of everything makes of it
 
 
-def test_invert_and_sample_alone_give_the_edit_again(clip, edited, tmp_path):
-    tav("invert", "--video", clip, "--tuned", edited / "tuned.safetensors", "--output", tmp_path / "n.safetensors", *CONTRAST,
+def test_invert_and_sample_alone_give_the_edit_again(clip, edited, here, tmp_path):
+    here("invert", "--video", clip, "--tuned", edited / "tuned.safetensors", "--output", tmp_path / "n.safetensors", *CONTRAST,
         *FAST)  # fmt: skip
-    tav("sample", "--tuned", edited / "tuned.safetensors", "--noise", tmp_path / "n.safetensors", "--output", tmp_path,
+    here("sample", "--tuned", edited / "tuned.safetensors", "--noise", tmp_path / "n.safetensors", "--output", tmp_path,
         "--edit", "a blue ball is sliding on the grass", "--region", "subject", *FAST)  # fmt: skip
     name = "edit-1-a-blue-ball-is-sliding-on-the-grass.mp4"
     again, before = load_video(tmp_path / name).frames.float(), load_video(edited / name).frames.float()
     assert (again - before).abs().mean() < 0.5
 
 
-def test_an_interrupted_tuning_is_kept_and_resumed_to_the_same_weights(clip, tmp_path):
+def test_an_interrupted_tuning_is_kept_and_resumed_to_the_same_weights(clip, here, tmp_path):
     # so many steps that Ctrl-C comes before the last one; and other memory modes give other last bits
     common = ["tune", "--video", clip, "--prompt", "a red ball", "--frames", "2", "--steps", "60", "--memory", "fast"]
-    tav(*common, "--output", tmp_path / "whole")
+    assert here(*common, "--output", tmp_path / "whole")[0] == 0
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen([sys.executable, "-m", "tav_core", *map(str, common), "--output", tmp_path / "parts"],
                                    env=environment(PYTHONUNBUFFERED="1"), stderr=log, stdout=log)  # fmt: skip
@@ -97,9 +114,9 @@ def test_an_interrupted_tuning_is_kept_and_resumed_to_the_same_weights(clip, tmp
         code = process.wait(300)
     assert code == 130, (tmp_path / "log").read_text()
     assert "add --resume to go on" in (tmp_path / "log").read_text().splitlines()[-1]
-    refused = tav(*common, "--output", tmp_path / "parts", check=False)
-    assert refused.returncode == 2 and "--resume" in refused.stderr
-    tav(*common, "--output", tmp_path / "parts", "--resume")
+    code, told = here(*common, "--output", tmp_path / "parts")
+    assert code == 2 and "--resume" in told
+    assert here(*common, "--output", tmp_path / "parts", "--resume")[0] == 0
     assert {p.name for p in (tmp_path / "parts").iterdir()} == {"tuned.safetensors", "loss.png"}
     from safetensors.torch import load_file
 
@@ -107,7 +124,7 @@ def test_an_interrupted_tuning_is_kept_and_resumed_to_the_same_weights(clip, tmp
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, tmp_path):
+def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, here, tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(clip.read_bytes()[:700])
     base = {"--video": clip, "--prompt": "a red ball", "--edit": "a blue ball", "--output": tmp_path / "out", "--frames": 2}
@@ -129,21 +146,19 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, tmp_pat
         ({"--contrast": "a red ball"}, "--contrast 'a red ball' says nothing of another subject"),
     ]
     for change, words in cases:
-        args = [str(x) for pair in {**base, **change}.items() for x in pair]
-        done = tav("edit", *args, check=False)
-        assert done.returncode == 2, (change, done.stderr)
-        assert len(done.stderr.strip().splitlines()) == 1 and words in done.stderr, (change, done.stderr)
+        code, told = here("edit", *(x for pair in {**base, **change}.items() for x in pair))
+        assert code == 2, (change, told)
+        assert len(told.strip().splitlines()) == 1 and words in told, (change, told)
         assert not (tmp_path / "out").exists(), change
-    done = tav("invert", "--softness", "-1", check=False)
-    assert done.returncode == 2 and done.stderr.strip().endswith("'-1' is no width; give a number of pixels, 0 for a hard edge")
-    done = tav("sample", "--tuned", edited / "tuned.safetensors", "--noise", edited / "noise.safetensors", "--edit", "x",
-               "--output", tmp_path, *FAST, "--region", "subject", "--region", "background", check=False)  # fmt: skip
-    assert done.returncode == 2 and "there are 2 --region for 1 --edit" in done.stderr
-    done = tav("sample", "--tuned", edited / "noise.safetensors", "--edit", "x", "--output", tmp_path, check=False)
-    assert done.returncode == 2 and "tuned weights" in done.stderr
-    done = tav("sample", "--tuned", edited / "tuned.safetensors", "--noise", edited / "noise.safetensors", "--edit", "x",
-               "--output", tmp_path, *FAST, "--caption-as-negative", "0", check=False)  # fmt: skip
-    assert done.returncode == 2 and "inverted with the caption; give it a value above 0" in done.stderr
+    code, told = here("invert", "--softness", "-1")
+    assert code == 2 and told.strip().endswith("'-1' is no width; give a number of pixels, 0 for a hard edge")
+    tuned = ["sample", "--tuned", edited / "tuned.safetensors", "--noise", edited / "noise.safetensors", "--edit", "x", "--output", tmp_path, *FAST]
+    code, told = here(*tuned, "--region", "subject", "--region", "background")
+    assert code == 2 and "there are 2 --region for 1 --edit" in told
+    code, told = here("sample", "--tuned", edited / "noise.safetensors", "--edit", "x", "--output", tmp_path)
+    assert code == 2 and "tuned weights" in told
+    code, told = here(*tuned, "--caption-as-negative", "0")
+    assert code == 2 and "inverted with the caption; give it a value above 0" in told
 
 
 @pytest.mark.parametrize("error", [

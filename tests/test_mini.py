@@ -45,7 +45,7 @@ def test_the_judge_is_right_on_fresh_renders(judge):
 
 
 def test_pictures_show_what_the_prompt_says(checkpoint, judge):
-    figures, images, _ = evaluate(checkpoint, judge, count=30, steps=20, seed=5)
+    figures, images, _ = evaluate(checkpoint, judge, count=30, steps=12, seed=5)
     assert images.shape == (30, 128, 128, 3)
     for attribute, least in {"shape": 0.8, "colour": 0.95, "background": 0.95, "style": 0.95}.items():
         assert figures[attribute] >= least, figures
@@ -54,13 +54,14 @@ def test_pictures_show_what_the_prompt_says(checkpoint, judge):
 
 def test_tuning_edits_a_clip_and_earns_its_keep_on_unknown_content(checkpoint, judge):
     preset = PRESETS["mini"]
-    preset = replace(preset, tuning=replace(preset.tuning, steps=90), sampling_steps=15)
+    preset = replace(preset, tuning=replace(preset.tuning, steps=60), sampling_steps=10)
     clip = next(c for c in benchmark_clips() if not c.seen)
+    clip = replace(clip, edits={kind: clip.edits[kind] for kind in ("subject", "background")})
     videos = {}
     figures = benchmark(checkpoint, judge, preset, seeds=1, clips=[clip], on_video=videos.__setitem__)
     assert set(figures) == set(ARMS)
     assert all(set(figures[arm]["unseen"]) == set(METRICS) for arm in ARMS)
-    assert len(videos) == 3 * 5 and all(v.shape == (8, 128, 128, 3) for v in videos.values())
+    assert len(videos) == 3 * 3 and all(v.shape == (8, 128, 128, 3) for v in videos.values())
     tuned, untuned, random_noise = (figures[arm]["unseen"] for arm in ARMS)
     assert figures["tuned"]["seen"]["edited"] is None  # nothing known was measured
     # the margins of a short run on one clip (too short for its stability); the benchmark has the figures

@@ -146,7 +146,7 @@ def test_progress_previews_and_loss(server, graph):
 
 def long_run(graph, name, **inputs):
     """A run whose weights and losses are kept; of so many steps that on a busy machine it can still be halted before it ends."""
-    tuned = graph.tune(**dict(seed=5, steps=190, memory="fast") | inputs)
+    tuned = graph.tune(**dict(seed=5, steps=150, memory="fast") | inputs)
     graph("TAVSaveTunedWeights", tuned_weights=tuned[1], name=name, prompt=SOURCE)
     return tuned, graph("PreviewAny", source=tuned[3])
 
@@ -165,9 +165,9 @@ def test_interrupted_and_killed_tuning_goes_on_to_the_same_weights(server, info)
     graph = Graph(info).source(frames=2)
     tuned, losses = long_run(graph, "whole")
     whole = json.loads(server.run(graph)[losses.id]["text"][0])
-    assert steps_seen(server, tuned) == list(range(1, 191))
+    assert steps_seen(server, tuned) == list(range(1, 151))
     newest = max(states(server), key=lambda path: path.stat().st_mtime)
-    assert states(server)[newest] == 190
+    assert states(server)[newest] == 150
     newest.unlink()
 
     # a preview that never comes makes it another node for the cache, but the same run
@@ -178,14 +178,14 @@ def test_interrupted_and_killed_tuning_goes_on_to_the_same_weights(server, info)
         server.wait(prompt)
     (kept,) = set(states(server)) - known
     interrupted_at = states(server)[kept]
-    assert 20 <= interrupted_at < 190
+    assert 20 <= interrupted_at < 150
 
     halt_at(server, graph, tuned, 105, server.kill)
     assert steps_seen(server, tuned)[0] == interrupted_at + 1
     server.start()
     assert states(server)[kept] == 100  # written on the way
     parts = json.loads(server.run(graph)[losses.id]["text"][0])
-    assert steps_seen(server, tuned) == list(range(101, 191))
+    assert steps_seen(server, tuned) == list(range(101, 151))
     assert parts == whole
     folder = server.home / "models" / "tune_a_video"
     files = load_file(folder / "whole.safetensors"), load_file(folder / "parts.safetensors")
@@ -198,14 +198,14 @@ def test_interrupted_and_killed_tuning_goes_on_to_the_same_weights(server, info)
     assert json.loads(server.run(graph)[losses.id]["text"][0]) == whole
     assert steps_seen(server, tuned) == []
     said = [m["data"]["text"] for m in server.messages if m["type"] == "text" and m["data"]["node"] == tuned.id]
-    assert re.fullmatch(r"tuned before, 190 steps, loss 0\.\d{4}", said[-1])
+    assert re.fullmatch(r"tuned before, 150 steps, loss 0\.\d{4}", said[-1])
 
     # and a longer one goes on from it
     graph = Graph(info).source(frames=2)
-    tuned, losses = long_run(graph, "longer", steps=194)
+    tuned, losses = long_run(graph, "longer", steps=154)
     longer = json.loads(server.run(graph)[losses.id]["text"][0])
-    assert steps_seen(server, tuned) == [191, 192, 193, 194]
-    assert longer["losses"][:190] == whole["losses"]
+    assert steps_seen(server, tuned) == [151, 152, 153, 154]
+    assert longer["losses"][:150] == whole["losses"]
 
 
 def test_saved_weights_give_the_samples_of_the_tuned_model(server, info, graph):
