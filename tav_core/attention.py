@@ -129,15 +129,23 @@ def frame_attention(
     "full" at all frames. A tile looks at the same tile of those frames.
     """
     q, k, v = (rearrange(y, "(b f t) n c -> b f t n c", f=frames, t=tiles) for y in (q, k, v))
-    if mode == "sparse-causal":
-        previous = torch.arange(frames, device=q.device).sub(1).clamp(min=0)
-        k, v = (torch.cat([y[:, :1].expand_as(y), y[:, previous]], dim=3) for y in (k, v))
-        return attend(attn, *(rearrange(y, "b f t n c -> (b f t) n c") for y in (q, k, v)), fn)
+    if mode != "sparse-causal":
+        looked_at = 1 if mode == "first" else frames
+        out = _attend_together(attn, q, k[:, :looked_at], v[:, :looked_at], fn)
+    else:
+        # frames 0 and 1 look at [frame 0 | frame 0], whose softmax is that over frame 0 once
+        out = _attend_together(attn, q[:, :2], k[:, :1], v[:, :1], fn)
+        if frames > 2:
+            k, v = (torch.cat([y[:, :1].expand_as(y[:, 2:]), y[:, 1:-1]], dim=3) for y in (k, v))
+            rest = attend(attn, *(rearrange(y, "b f t n c -> (b f t) n c") for y in (q[:, 2:], k, v)), fn)
+            out = torch.cat([out, rearrange(rest, "(b f t) n c -> b f t n c", f=frames - 2, t=tiles)], dim=1)
+    return rearrange(out, "b f t n c -> (b f t) n c")
 
-    # every frame looks at the same keys, so the queries of a video form one sequence
-    looked_at = 1 if mode == "first" else frames
-    out = attend(attn, *(rearrange(y, "b f t n c -> (b t) (f n) c") for y in (q, k[:, :looked_at], v[:, :looked_at])), fn)
-    return rearrange(out, "(b t) (f n) c -> (b f t) n c", f=frames, t=tiles)
+
+def _attend_together(attn: Attention, q: Tensor, k: Tensor, v: Tensor, fn: Callable[..., Tensor]) -> Tensor:
+    """`attend` of `b f t n c`, where every frame looks at all keys: the queries of a video form one sequence."""
+    out = attend(attn, *(rearrange(y, "b f t n c -> (b t) (f n) c") for y in (q, k, v)), fn)
+    return rearrange(out, "(b t) (f n) c -> b f t n c", b=len(q), f=q.shape[1])
 
 
 def temporal_attention(

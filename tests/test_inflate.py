@@ -302,7 +302,7 @@ def test_attention_can_be_replaced_and_copies_are_independent():
     twin.frame_context.attention_fn = counted
     assert torch.equal(unet(x, t, text), expected) and not calls
     assert torch.equal(twin(x, t, text), expected)
-    assert len(calls) == 3 * 4  # spatial, text and temporal attention of four blocks
+    assert len(calls) == 4 * 4  # spatial attention (of frames 0 and 1, and of the others), text and temporal, of four blocks
 
 
 def gradients(unet, out):
