@@ -75,6 +75,10 @@ class ModelMMAP:
     def get_file_handle(self):
         return None
 
+    def bounce(self) -> bool:
+        """Drops the pages that were read, which come again from the file: nothing to do, as they stay."""
+        return True
+
 
 def play(memory: int):
     """Has ComfyUI find it. So many bytes are for weights."""
