@@ -89,8 +89,10 @@ def results(page, server):
 
 
 def test_first_workflow_with_the_mouse(browser, server):
-    """Two clicks: a template and Run."""
+    """A template and Run."""
     page = visit(browser, server, first=True)
+    if keeps_pictures(server):  # newer frontends keep those of extensions apart
+        page.get_by_text("tune-a-video", exact=True).first.click()
     card = page.get_by_test_id(f"template-workflow-{FIRST}")
     card.scroll_into_view_if_needed()  # pictures are loaded when they come into sight
     expect(card.locator("img").first).to_have_js_property("complete", True)
