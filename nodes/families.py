@@ -65,7 +65,7 @@ class InflatedSDXL(OneFamily, comfy.model_base.SDXL):
 
 
 class NativePatcher(getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)):  # newer cores
-    """A MODEL around a diffusers U-Net: LoRAs that would do nothing to it are refused."""
+    """A MODEL around a diffusers U-Net: LoRAs that would do nothing to it are refused, and hooks hold wherever its layers are."""
 
     def add_patches(self, patches, *args, **kwargs):
         weights, added = self.model.state_dict(), super().add_patches(patches, *args, **kwargs)
@@ -76,6 +76,11 @@ class NativePatcher(getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatche
             if isinstance(key, str):
                 check_lora(key, weights[key], patches[key])
         return added
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        # a layer that stays on the CPU gets its patches when it runs: tuned weights would replace what a hook had put there
+        dynamic = getattr(self, "is_dynamic", lambda: False)()  # in newer cores, which refuse to be forced and need not be
+        return super().partially_load(device_to, extra_memory, force_patch_weights or bool(self.hook_patches) and not dynamic)
 
 
 def check_lora(key: str, weight: Tensor, patch: Any):
