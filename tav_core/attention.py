@@ -129,16 +129,16 @@ def frame_attention(
     "full" at all frames. A tile looks at the same tile of those frames.
     """
     q, k, v = (rearrange(y, "(b f t) n c -> b f t n c", f=frames, t=tiles) for y in (q, k, v))
-    if mode != "sparse-causal":
-        looked_at = 1 if mode == "first" else frames
-        out = _attend_together(attn, q, k[:, :looked_at], v[:, :looked_at], fn)
-    else:
+    if mode == "sparse-causal":
         # frames 0 and 1 look at [frame 0 | frame 0], whose softmax is that over frame 0 once
         out = _attend_together(attn, q[:, :2], k[:, :1], v[:, :1], fn)
         if frames > 2:
             k, v = (torch.cat([y[:, :1].expand_as(y[:, 2:]), y[:, 1:-1]], dim=3) for y in (k, v))
             rest = attend(attn, *(rearrange(y, "b f t n c -> (b f t) n c") for y in (q[:, 2:], k, v)), fn)
             out = torch.cat([out, rearrange(rest, "(b f t) n c -> b f t n c", f=frames - 2, t=tiles)], dim=1)
+    else:
+        looked_at = 1 if mode == "first" else frames
+        out = _attend_together(attn, q, k[:, :looked_at], v[:, :looked_at], fn)
     return rearrange(out, "b f t n c -> (b f t) n c")
 
 

@@ -57,8 +57,8 @@ def visit(browser: Browser, server, first: bool = False) -> Page:
     return page
 
 
-def keeps_pictures(server) -> bool:
-    """Newer cores show a node's pictures again after a reload; their frontends have two renderers."""
+def is_newer(server) -> bool:
+    """Than the oldest core: it shows a node's pictures again after a reload, and its frontend has two renderers."""
     return "has_intermediate_output" in server.get("/object_info/TAVOneShotTune")["TAVOneShotTune"]
 
 
@@ -91,7 +91,7 @@ def results(page, server):
 def test_first_workflow_with_the_mouse(browser, server):
     """A template and Run."""
     page = visit(browser, server, first=True)
-    if keeps_pictures(server):  # newer frontends keep those of extensions apart
+    if is_newer(server):  # newer frontends keep those of extensions apart
         page.get_by_text("tune-a-video", exact=True).first.click()
     card = page.get_by_test_id(f"template-workflow-{FIRST}")
     card.scroll_into_view_if_needed()  # pictures are loaded when they come into sight
@@ -125,7 +125,7 @@ def test_first_workflow_with_the_mouse(browser, server):
         page.evaluate("() => app.extensionManager.setting.set('Comfy.Minimap.Visible', false)")  # it lies on the last node
         page.wait_for_timeout(3000)
         picture(page, ".github/comfyui-workflow.jpg")
-    if keeps_pictures(server):
+    if is_newer(server):
         page.reload()
         page.wait_for_function(f"() => {READY[6:]} && {node} && !{node}.imgs?.length", timeout=120_000)
         page.evaluate("() => app.queuePrompt(0)")  # a cached run
@@ -134,7 +134,7 @@ def test_first_workflow_with_the_mouse(browser, server):
 
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_files_are_those_of_the_script(server, name):
-    if keeps_pictures(server):
+    if is_newer(server):
         pytest.skip("they are written from the nodes of the oldest core, some of which have other widgets here")
     workflow = Workflow(server.get("/object_info"))
     WORKFLOWS[name](workflow, name)
@@ -164,13 +164,13 @@ def test_opens_as_it_was_saved(page, server, name):
         workflow,
     )
     assert {node["type"] for node in workflow["nodes"]} <= set(graph["types"])
-    if not keeps_pictures(server):  # newer ones also mark a node whose file isn't there yet
+    if not is_newer(server):  # newer ones also mark a node whose file isn't there yet
         assert not any(node["missing"] for node in graph["nodes"])
     expect(page.get_by_text("Missing Node Types")).to_have_count(0)
     assert sorted(link[:6] for link in graph["links"]) == workflow["links"]
     assert all(made == given == taken for *_, made, given, taken in graph["links"])
     for node, opened in zip(workflow["nodes"], graph["nodes"]):
-        if keeps_pictures(server) and not node["type"].startswith("TAV"):
+        if is_newer(server) and not node["type"].startswith("TAV"):
             continue  # of the core, and with other widgets than in the oldest
         assert (
             node["widgets_values"] == opened["widgets_values"]
@@ -192,7 +192,7 @@ def test_opens_as_it_was_saved(page, server, name):
 def test_layout(browser, server, renderer):
     """No two boxes overlap and all lie in their group, also where each node without a picture has a widget more."""
     vue = renderer != "classic"
-    if vue and not keeps_pictures(server):
+    if vue and not is_newer(server):
         pytest.skip("only newer frontends have it")
     server.post("/settings", {"Comfy.VueNodes.Enabled": vue})
     try:

@@ -92,10 +92,9 @@ def test_edit_writes_videos_pictures_weights_and_a_summary(edited):
 
 
 def test_invert_and_sample_alone_give_the_edit_again(clip, edited, here, tmp_path):
-    here("invert", "--video", clip, "--tuned", edited / "tuned.safetensors", "--output", tmp_path / "n.safetensors", *CONTRAST,
-        *FAST)  # fmt: skip
-    here("sample", "--tuned", edited / "tuned.safetensors", "--noise", tmp_path / "n.safetensors", "--output", tmp_path,
-        "--edit", "a blue ball is sliding on the grass", "--region", "subject", *FAST)  # fmt: skip
+    tuned, noise = ["--tuned", edited / "tuned.safetensors", *FAST], tmp_path / "n.safetensors"
+    assert here("invert", "--video", clip, *tuned, "--output", noise, *CONTRAST)[0] == 0
+    assert here("sample", *tuned, "--noise", noise, "--output", tmp_path, "--edit", "a blue ball is sliding on the grass", "--region", "subject")[0] == 0
     name = "edit-1-a-blue-ball-is-sliding-on-the-grass.mp4"
     again, before = load_video(tmp_path / name).frames.float(), load_video(edited / name).frames.float()
     assert (again - before).abs().mean() < 0.5
