@@ -1,9 +1,9 @@
-"""Which attention a CPU computes faster, PyTorch's or ours in blocks: measured where it runs.
+"""Which attention a CPU computes fastest, PyTorch's or one of three others: measured where it runs.
 
-Which of the two wins, by up to three times, depends on the CPU, the width of the heads and the lengths. So every shape is measured
-once, on a part of its heads and queries, for some milliseconds. What was found is kept in PyTorch's cache folder (`cache_file`), so
-that later runs on the same machine, with as many threads and the same PyTorch, compute the very same, to the bit; where it can't be
-kept, PyTorch's is taken.
+Which of them wins, by up to three times, depends on the CPU, the dtype, the width of the heads and the lengths. So every shape is
+measured once, on a part of its heads and queries, for some milliseconds. What was found is kept in PyTorch's cache folder
+(`cache_file`), so that later runs on the same machine, with as many threads and the same PyTorch, compute the very same, to the bit;
+where it can't be kept, PyTorch's is taken. What was found while other programs had the processor says little, and is kept for a day.
 """
 
 import functools
@@ -21,12 +21,26 @@ from torch import Tensor
 from .block_attention import block_attention
 from .errors import TavError
 from .files import atomic_path
+from .flash_attention import KNOWN, flash_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-_MANY = 1 << 19  # scores; with fewer it hardly matters
+_MANY = 1 << 15  # scores; with fewer it hardly matters
+_FEW = 32  # keys, whose scores may be held: they are hardly more than the queries
 _SAMPLE = 1 << 21  # scores of a measurement
-_MARGIN = 1.2  # ours must be so many times as quick
+_MARGIN = 1.2  # another than PyTorch's must be so many times as quick
 _TURNS = 3
+_ALONE = 0.85  # of the processor time that its threads could have had, a measurement needs so much to be trusted for good
+_DAY = 24 * 60 * 60
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention step by step, on `b heads n d`."""
+    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+ATTENTIONS: dict[str, Attention] = {
+    "torch": F.scaled_dot_product_attention, "explicit": explicit_attention, "flash": flash_attention, "blocks": block_attention,
+}  # fmt: skip
 
 
 def choose_attention(q: Tensor, k: Tensor, v: Tensor) -> Attention:
@@ -35,8 +49,7 @@ def choose_attention(q: Tensor, k: Tensor, v: Tensor) -> Attention:
     if b * heads * n * m < _MANY or q.dtype == torch.float64:
         return F.scaled_dot_product_attention
     backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    faster = _blocks_are_faster(machine(), *_sampled(b * heads, n, m), m, d, q.dtype, backward)
-    return block_attention if faster else F.scaled_dot_product_attention
+    return ATTENTIONS[_fastest(machine(), *_sampled(b * heads, n, m), m, d, q.dtype, backward)]
 
 
 def machine() -> str:
@@ -56,40 +69,59 @@ def _sampled(heads: int, n: int, m: int) -> tuple[int, int]:
 
 
 @functools.cache
-def _blocks_are_faster(machine: str, heads: int, n: int, m: int, d: int, dtype: torch.dtype, backward: bool) -> bool:
-    """As the file says, or else as measured and put there."""
+def _fastest(machine: str, heads: int, n: int, m: int, d: int, dtype: torch.dtype, backward: bool) -> str:
+    """The name of the fastest, as the file says, or else as measured and put there."""
     path, shape = cache_file(), f"{heads} heads, {n} queries, {m} keys, width {d}, {dtype}{', with backward' * backward}"
     known = _read(path)
-    if shape not in known.get(machine, {}):
-        known.setdefault(machine, {})[shape] = measure(heads, n, m, d, dtype, backward)
+    entry = known.get(machine, {}).get(shape)
+    if entry is None or entry.get("until", math.inf) < time.time():
+        seconds, alone = measure(heads, n, m, d, dtype, backward)
+        entry = {"seconds": seconds} | ({} if alone else {"until": time.time() + _DAY})
+        known.setdefault(machine, {})[shape] = entry
         try:
             with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps(known, indent=1))
+                temporary.write_text(json.dumps({"format": _FORMAT, "machines": known}, indent=1))
         except TavError:
-            return False
-    seconds = known[machine][shape]
-    return seconds["torch"] > _MARGIN * seconds["blocks"]
+            return "torch"
+    seconds = entry["seconds"]
+    fastest = min(seconds, key=seconds.get)
+    return fastest if seconds["torch"] > _MARGIN * seconds[fastest] else "torch"
 
 
-def _read(path: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Seconds by machine, shape and kernel; nothing where there is no such file, or a damaged one."""
+_FORMAT = 2  # of the file
+
+
+def _read(path: Path) -> dict[str, dict[str, dict]]:
+    """What was measured, by machine and shape; nothing where there is no such file, an older or a damaged one."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return content["machines"] if content.get("format") == _FORMAT else {}
+
+
+def _candidates(m: int, dtype: torch.dtype, backward: bool) -> list[str]:
+    """What is worth a try, for so many keys."""
+    unlikely = {"explicit": m > _FEW, "flash": not (KNOWN and backward and dtype != torch.float32)}
+    return [name for name in ATTENTIONS if not unlikely.get(name)]
 
 
 @torch.inference_mode(False)
-def measure(heads: int, n: int, m: int, d: int, dtype: torch.dtype, backward: bool) -> dict[str, float]:
-    """Seconds of both, the least of some turns, for queries `1 heads n d` and keys `1 heads m d`."""
+def measure(heads: int, n: int, m: int, d: int, dtype: torch.dtype, backward: bool) -> tuple[dict[str, float], bool]:
+    """Seconds of each, the least of some turns, for queries `1 heads n d` and keys `1 heads m d`; whether it had the processor alone."""
     taken: dict[str, float] = {}
-    with torch.set_grad_enabled(backward), torch.autocast("cpu", enabled=False):
-        q, k, v = (torch.ones(1, heads, rows, d).cumsum(2).sin().to(dtype).requires_grad_(backward) for rows in (n, m, m))
+    began = time.perf_counter(), time.process_time()
+    # in a part of the U-Net that is computed again, tensors kept for the backward pass are counted: not these
+    own = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    with own, torch.set_grad_enabled(backward), torch.autocast("cpu", enabled=False):
+        # rows of all heads side by side, as a projection leaves them
+        q, k, v = (torch.ones(1, rows, heads, d).cumsum(1).sin().to(dtype).transpose(1, 2).requires_grad_(backward) for rows in (n, m, m))
         for _ in range(1 + _TURNS):  # the first is a warm-up, and often the slowest
-            for name, attention in (("torch", F.scaled_dot_product_attention), ("blocks", block_attention)):
+            for name in _candidates(m, dtype, backward):
                 started = time.perf_counter()
-                out = attention(q, k, v)
+                out = ATTENTIONS[name](q, k, v)
                 if backward:
                     torch.autograd.grad(out, (q, k, v), out)
                 taken[name] = min(taken.get(name, math.inf), time.perf_counter() - started)
-    return taken
+    wall, processor = time.perf_counter() - began[0], time.process_time() - began[1]
+    return taken, processor > _ALONE * torch.get_num_threads() * wall

@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .attention import sdpa
+from .attention_choice import explicit_attention
 from .checkpoint import CONFIGS, Checkpoint, decode_video, encode_prompt, encode_video, load_checkpoint
 from .ddim import ddim_invert, ddim_sample
 from .errors import TavError
@@ -41,7 +42,7 @@ from .tuning import DTYPES, TuneConfig, computing, tune, tuning_loss
 
 STAGES = ("tune", "invert", "sample", "encode", "decode")
 OPTIMISATIONS = {
-    "blocks": "on the CPU, attention in blocks of queries where that is faster than PyTorch's fused kernel",
+    "choice": "on the CPU, the attention that a measurement finds fastest there, where that isn't PyTorch's fused kernel",
     "fused": "attention that never holds all scores",
     "caching": "clip and sentence encoded once; tuned parameters alone in the optimiser; the VAE in chunks of frames",
 }
@@ -105,9 +106,9 @@ class Mode:
 PLAIN = Mode(off=tuple(OPTIMISATIONS))
 
 
-def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention step by step, on `b heads n d`; no mask is needed where this is used."""
-    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`explicit_attention`; no mask is needed where this is used."""
+    return explicit_attention(q, k, v)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -116,7 +117,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 def set_attention(unet: VideoUNet, off: tuple[str, ...]):
     """Attention without the optimisations that are off."""
-    unet.frame_context.attention_fn = explicit_attention if "fused" in off else fused_attention if "blocks" in off else sdpa
+    unet.frame_context.attention_fn = plain_attention if "fused" in off else fused_attention if "choice" in off else sdpa
 
 
 class Enough(Exception):
@@ -198,11 +199,19 @@ class Subject:
             return self._timed(step)
 
     def invert(self, mode: Mode) -> float:
-        """A step of DDIM inversion."""
-        return self._timed(ddim_invert, self.unet, self.latents, self.texts[1], self.checkpoint.scheduler, 1)
+        """A step of DDIM inversion, as most are: after another one."""
+        self._invert(1)
+        return self._invert(1)
 
-    def sample(self, mode: Mode, steps: int = 1) -> float:
-        """A step of DDIM sampling with guidance."""
+    def _invert(self, steps: int) -> float:
+        return self._timed(ddim_invert, self.unet, self.latents, self.texts[1], self.checkpoint.scheduler, steps)
+
+    def sample(self, mode: Mode) -> float:
+        """A step of DDIM sampling with guidance, as most are: after another one."""
+        self._sample(1)
+        return self._sample(1)
+
+    def _sample(self, steps: int) -> float:
         return self._timed(ddim_sample, self.unet, self.latents, self.texts[2], self.checkpoint.scheduler, steps, GUIDANCE, self.texts[1])
 
     def encode(self, mode: Mode) -> float:
@@ -213,8 +222,7 @@ class Subject:
 
     def edit(self, mode: Mode, steps: int = 50) -> float:
         """Inversion and guided sampling."""
-        inversion = self._timed(ddim_invert, self.unet, self.latents, self.texts[1], self.checkpoint.scheduler, steps)
-        return inversion + self.sample(mode, steps)
+        return self._invert(steps) + self._sample(steps)
 
     def flops(self, stage: str) -> int:
         """Floating-point operations of a step of tuning, inversion or sampling, counted on tensors without content.
@@ -224,7 +232,7 @@ class Subject:
         with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.set_grad_enabled(stage == "tune"):
             unet = without_content(self.unet, torch.float32, self.device)
             unet.set_memory("fast")
-            unet.frame_context.attention_fn = explicit_attention  # whose every product is seen
+            unet.frame_context.attention_fn = plain_attention  # whose every product is seen
             prompts = 2 if stage == "sample" else 1
             latents, text = (torch.empty(prompts, *x.shape[1:], device=self.device) for x in (self.latents, self.texts[0]))
             out = unet(latents, torch.zeros((), dtype=torch.int64, device=self.device), text)
@@ -284,17 +292,18 @@ def _resident(field: str) -> int:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of the product of two large matrices, the best of a few."""
-    cuda = device.type == "cuda"
-    side, taken = 8192 if cuda else 1024, []
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    while len(taken) < 20 and sum(taken) < 3:
-        started = time.perf_counter()
-        a @ a
-        if cuda:
-            torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - started)
-    return 2 * side**3 / min(taken)
+    """Floating-point operations a second of the product of two large matrices, the best of a few and of two sizes."""
+    cuda, best = device.type == "cuda", 0.0
+    for side in (4096, 8192) if cuda else (1024, 2048):
+        a, taken = torch.randn(side, side, device=device, dtype=dtype), []
+        while len(taken) < 20 and sum(taken) < 3:
+            started = time.perf_counter()
+            a @ a
+            if cuda:
+                torch.cuda.synchronize(device)
+            taken.append(time.perf_counter() - started)
+        best = max(best, 2 * side**3 / min(taken))
+    return best
 
 
 def shares(subject: Subject, modes: list[Mode], figures: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -7,7 +7,7 @@ Rabe & Staats, arXiv 2112.05682), and the backward pass computes them again from
 the values; in the backward pass two more columns subtract the log-sum-exp and the inner product of output and gradient; all
 products run along contiguous memory; exponentials are of base 2; and all blocks of a call share their buffers.
 
-Whether it is quicker than PyTorch's own kernel depends on the CPU and the width of the heads: see `attention_choice`.
+Whether it is quicker than others depends on the CPU and the width of the heads: see `attention_choice`.
 """
 
 import math

@@ -1,15 +1,18 @@
 """Attention on a CPU is PyTorch's, or ours where a measurement on that CPU says so."""
 
 import json
-import os
+from functools import partial
+from itertools import count
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tav_core import attention_choice as choice
 from tav_core.attention import sdpa
 from tav_core.block_attention import block_attention
+from tav_core.flash_attention import KNOWN
 
 MANY = dict(heads=4, n=1024, m=2048, d=8)
 
@@ -18,22 +21,26 @@ def inputs(heads, n, m, d, dtype=torch.float32, requires_grad=False):
     return [torch.zeros(1, heads, rows, d, dtype=dtype, requires_grad=requires_grad) for rows in (n, m, m)]
 
 
+def kept():
+    return json.loads(choice.cache_file().read_text())["machines"]
+
+
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
     """What is measured, in turn: the seconds of PyTorch's and ours, put there by the test, and the shapes that were asked for."""
     class Measured:
-        seconds, asked = (1.0, 2.0), []
+        seconds, alone, asked = (1.0, 2.0), True, []
 
     def measure(*shape):
         Measured.asked.append(shape)
-        return dict(zip(("torch", "blocks"), Measured.seconds))
+        return dict(zip(("torch", "blocks"), Measured.seconds)), Measured.alone
 
     Measured.asked.clear()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(choice, "measure", measure)
-    choice._blocks_are_faster.cache_clear()
+    choice._fastest.cache_clear()
     yield Measured
-    choice._blocks_are_faster.cache_clear()
+    choice._fastest.cache_clear()
 
 
 @pytest.mark.parametrize("seconds, chosen", [
@@ -48,11 +55,41 @@ def test_ours_is_taken_where_it_is_faster_by_a_fifth(measured, seconds, chosen):
 def test_what_was_measured_is_kept_for_later_runs(measured):
     measured.seconds = 1.0, 0.5
     choice.choose_attention(*inputs(**MANY))
-    choice._blocks_are_faster.cache_clear()  # as another process
+    choice._fastest.cache_clear()  # as another process
     measured.seconds = 0.5, 1.0
     assert choice.choose_attention(*inputs(**MANY)) is block_attention and len(measured.asked) == 1
-    (of,) = json.loads(choice.cache_file().read_text()).values()
-    assert list(of.values()) == [{"torch": 1.0, "blocks": 0.5}]
+    (of,) = kept().values()
+    assert list(of.values()) == [{"seconds": {"torch": 1.0, "blocks": 0.5}}]
+
+
+def test_what_was_measured_on_a_busy_machine_is_kept_for_a_day(measured, monkeypatch):
+    measured.alone, measured.seconds = False, (0.5, 1.0)
+    assert choice.choose_attention(*inputs(**MANY)) is F.scaled_dot_product_attention
+    measured.alone, measured.seconds = True, (1.0, 0.5)
+    now = choice.time.time()
+    for hours, chosen in ((23, F.scaled_dot_product_attention), (25, block_attention), (1000, block_attention)):
+        choice._fastest.cache_clear()  # as another process
+        monkeypatch.setattr(choice.time, "time", partial(float, now + hours * 3600))
+        assert choice.choose_attention(*inputs(**MANY)) is chosen
+    assert len(measured.asked) == 2
+
+
+def test_a_measurement_knows_whether_it_had_the_processor_alone(monkeypatch):
+    """Alone, its threads have all the time that passes: here a second between two looks at the clock."""
+    looks = 1 + (1 + choice._TURNS) * len(("torch", "blocks")) * 2
+    for share, alone in ((1.0, True), (0.5, False)):
+        monkeypatch.setattr(choice.time, "perf_counter", partial(next, count()))
+        monkeypatch.setattr(choice.time, "process_time", partial(next, count(0, looks * share * torch.get_num_threads())))
+        assert choice.measure(2, 64, 77, 8, torch.float32, False)[1] is alone
+
+
+def test_it_may_be_measured_within_what_is_computed_again(monkeypatch, tmp_path):
+    """There the tensors that are kept for the backward pass are counted, and must be the same the second time."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    choice._fastest.cache_clear()
+    x = torch.randn(1, 4, 128, 8, requires_grad=True)
+    checkpoint(lambda x: sdpa(x, x, x).square(), x, use_reentrant=False).sum().backward()
+    assert x.grad.abs().sum() > 0 and kept()
 
 
 def test_each_kind_of_call_is_measured_on_a_part_of_it(measured):
@@ -74,13 +111,13 @@ def test_pytorch_computes_what_is_small_or_double(measured, few):
     assert choice.choose_attention(*inputs(**few)) is F.scaled_dot_product_attention and not measured.asked
 
 
-@pytest.mark.parametrize("content", ["", "{", "\0"])
-def test_a_damaged_file_is_written_anew(measured, content):
+@pytest.mark.parametrize("content", ["", "{", "\0", '{"a machine": {"a shape": {"torch": 1.0}}}'], ids=["empty", "cut", "zero", "older"])
+def test_a_damaged_or_older_file_is_written_anew(measured, content):
     measured.seconds = 1.0, 0.5
     choice.cache_file().parent.mkdir(parents=True)
     choice.cache_file().write_text(content)
     assert choice.choose_attention(*inputs(**MANY)) is block_attention
-    assert len(json.loads(choice.cache_file().read_text())) == 1
+    assert len(kept()) == 1
 
 
 def test_where_nothing_can_be_kept_pytorch_computes(measured, monkeypatch, tmp_path):
@@ -95,7 +132,7 @@ def test_another_machine_is_measured_anew(measured, monkeypatch):
     choice.choose_attention(*inputs(**MANY))
     monkeypatch.setattr(choice.platform, "node", lambda: "another")
     choice.choose_attention(*inputs(**MANY))
-    assert len(measured.asked) == 2 and len(json.loads(choice.cache_file().read_text())) == 2
+    assert len(measured.asked) == 2 and len(kept()) == 2
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -103,17 +140,38 @@ def test_another_machine_is_measured_anew(measured, monkeypatch):
 def test_measuring_leaves_nothing_behind(backward, dtype):
     state = torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        seconds = choice.measure(2, 64, 77, 8, dtype, backward)
+        seconds, _ = choice.measure(2, 64, 77, 8, dtype, backward)
         assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
-    assert seconds.keys() == {"torch", "blocks"} and min(seconds.values()) > 0
+    flash = {"flash"} if KNOWN and backward and dtype == torch.bfloat16 else set()
+    assert seconds.keys() == {"torch", "blocks"} | flash and min(seconds.values()) > 0
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_it_computes_softmax_attention_either_way(measured):
+@pytest.mark.parametrize("name", choice.ATTENTIONS)
+@pytest.mark.parametrize("n, m, d", [(512, 300, 8), (40, 77, 40), (8, 8, 80), (1, 5, 16)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+def test_each_computes_softmax_attention_and_its_gradients(name, n, m, d, dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(count, width=d):  # of all heads side by side, as a projection leaves them
+        return torch.randn(2, count, 4, width, generator=generator).to(dtype).transpose(1, 2)
+
+    def run(attention, inputs, grad):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out = attention(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+    inputs, grad = [rows(count) for count in (n, m, m)], rows(n)
+    expected = run(choice.explicit_attention, [x.double() for x in inputs], grad.double())
+    for x, y in zip(run(choice.ATTENTIONS[name], inputs, grad), expected):
+        assert x.dtype == dtype and (x - y).norm() <= tolerance * y.norm()
+
+
+def test_what_is_chosen_computes(measured):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 4, rows, 8, generator=generator) for rows in (512, 300, 300))
-    expected = ((q @ k.mT).double() * 8**-0.5).softmax(-1) @ v.double()
+    expected = choice.explicit_attention(q.double(), k.double(), v.double())
     for measured.seconds in ((1.0, 2.0), (2.0, 1.0)):
-        choice._blocks_are_faster.cache_clear()
-        os.unlink(choice.cache_file()) if choice.cache_file().exists() else None
+        choice._fastest.cache_clear()
+        choice.cache_file().unlink(missing_ok=True)
         assert (sdpa(q, k, v) - expected).norm() < 1e-5 * expected.norm()

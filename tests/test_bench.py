@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tav_core import bench
 from tav_core.__main__ import main
+from tav_core.attention_choice import ATTENTIONS
 from tav_core.block_attention import block_attention
 from tav_core.errors import TavError
 from tav_core.inflate import predict, trainable_parameters
@@ -19,9 +20,9 @@ from tav_core.tuning import TuneConfig, computing, tuning_loss
 
 
 @pytest.fixture(autouse=True)
-def blocks_are_faster(monkeypatch):
+def blocks_are_fastest(monkeypatch):
     """Whatever they are here."""
-    monkeypatch.setattr("tav_core.attention_choice._blocks_are_faster", lambda *shape: True)
+    monkeypatch.setattr("tav_core.attention_choice._fastest", lambda *shape: "blocks")
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +58,13 @@ def plain(subject):
     "settings, tolerance",
     [
         ({}, 1e-5),
-        ({"off": ("blocks",)}, 1e-5),
+        ({"off": ("choice",)}, 1e-5),
         ({"memory": "selective"}, 1e-5),
         ({"memory": "checkpointing"}, 1e-5),
         ({"memory": "low"}, 1e-5),
         ({"dtype": "bf16"}, 5e-2),
     ],
-    ids=["blocks", "fused", "selective", "checkpointing", "low", "bf16"],
+    ids=["choice", "fused", "selective", "checkpointing", "low", "bf16"],
 )
 def test_every_mode_computes_what_plain_does(subject, plain, settings, tolerance):
     for fast, expected in zip(computed(subject, **settings), plain):
@@ -72,8 +73,8 @@ def test_every_mode_computes_what_plain_does(subject, plain, settings, tolerance
 
 def test_the_switches_change_what_runs(subject, monkeypatch):
     called = []
-    monkeypatch.setattr("tav_core.attention_choice.block_attention", lambda *qkv: called.append(1) or block_attention(*qkv))
-    computed(subject, ("blocks",))
+    monkeypatch.setitem(ATTENTIONS, "blocks", lambda *qkv: called.append(1) or block_attention(*qkv))
+    computed(subject, ("choice",))
     computed(subject, bench.PLAIN.off)
     assert not called
     computed(subject)
