@@ -57,8 +57,14 @@ def states(server):
 
 
 def steps_seen(server, node):
-    """The values that a node's progress bar took."""
+    """The values that a node's progress bar took; newer cores leave some out, where they come fast, but never the first and the last."""
     return [m["data"]["value"] for m in server.messages if m["type"] == "progress" and m["data"]["node"] == node.id]
+
+
+def ran(server, node, first, last):
+    """Whether a node's progress bar went from one step to another."""
+    seen = steps_seen(server, node)
+    return (seen[0], seen[-1]) == (first, last) and seen == sorted(set(seen))
 
 
 def refused(server, graph, told):
@@ -106,7 +112,7 @@ def test_clip_becomes_an_edited_video_once(server, info):
     error = graph("PreviewAny", source=noise[2])
     outputs = server.run(graph)
     assert {noise.id, sampled.id} <= {m["data"]["node"] for m in server.messages if m["type"] == "preview"}
-    assert steps_seen(server, sampled) == [1, 2, 3, 4]
+    assert ran(server, sampled, 1, 4)
     assert 0 < float(outputs[error.id]["text"][0]) < 0.5
 
     (edited, both) = (load_video(server.file(outputs[file.id]["images"][0])) for file in files)
@@ -130,7 +136,7 @@ def test_progress_previews_and_loss(server, graph):
     graph("PreviewImage", images=tuned[2])
     losses = graph("PreviewAny", source=tuned[3])
     outputs = server.run(graph)
-    assert steps_seen(server, tuned) == [1, 2, 3, 4, 5, 6]
+    assert ran(server, tuned, 1, 6)
     shown = [m["data"]["output"]["images"] for m in server.messages if m["type"] == "executed" and m["data"]["node"] == tuned.id]
     *previews, curve = (Image.open(server.file(file)) for (file,) in shown)
     assert len(previews) == 2  # steps 4 and 6
@@ -165,7 +171,7 @@ def test_interrupted_and_killed_tuning_goes_on_to_the_same_weights(server, info)
     graph = Graph(info).source(frames=2)
     tuned, losses = long_run(graph, "whole")
     whole = json.loads(server.run(graph)[losses.id]["text"][0])
-    assert steps_seen(server, tuned) == list(range(1, 151))
+    assert ran(server, tuned, 1, 150)
     newest = max(states(server), key=lambda path: path.stat().st_mtime)
     assert states(server)[newest] == 150
     newest.unlink()
@@ -185,7 +191,7 @@ def test_interrupted_and_killed_tuning_goes_on_to_the_same_weights(server, info)
     server.start()
     assert states(server)[kept] == 100  # written on the way
     parts = json.loads(server.run(graph)[losses.id]["text"][0])
-    assert steps_seen(server, tuned) == list(range(101, 151))
+    assert ran(server, tuned, 101, 150)
     assert parts == whole
     folder = server.home / "models" / "tune_a_video"
     files = load_file(folder / "whole.safetensors"), load_file(folder / "parts.safetensors")
@@ -204,7 +210,7 @@ def test_interrupted_and_killed_tuning_goes_on_to_the_same_weights(server, info)
     graph = Graph(info).source(frames=2)
     tuned, losses = long_run(graph, "longer", steps=154)
     longer = json.loads(server.run(graph)[losses.id]["text"][0])
-    assert steps_seen(server, tuned) == [151, 152, 153, 154]
+    assert ran(server, tuned, 151, 154)
     assert longer["losses"][:150] == whole["losses"]
 
 
@@ -326,7 +332,8 @@ def test_stock_video_and_tiled_nodes(server, info):
     tuned = graph.tune(latent=latent[0], steps=2)
     sampled = graph("SaveLatent", samples=graph.sample(tuned[0], graph.invert(tuned[0], latent=latent[0])[0])[0])
     outputs = server.run(graph)
-    assert (latents(server, outputs, ours) - latents(server, outputs, stock)).abs().max() < 0.1
+    ours, stock = latents(server, outputs, ours), latents(server, outputs, stock)
+    assert (ours - stock).norm() < 0.05 * ours.norm()  # newer cores decode to floats, and so round less
     assert torch.isfinite(latents(server, outputs, sampled)).all()
     (whole, tiled) = (pictures(server, outputs, node) for node in saved)
     assert whole.shape == tiled.shape == (FRAMES, 128, 128, 3)
