@@ -97,7 +97,7 @@ def _read(path: Path) -> dict[str, dict[str, dict]]:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return content["machines"] if content.get("format") == _FORMAT else {}
+    return content["machines"] if isinstance(content, dict) and content.get("format") == _FORMAT else {}
 
 
 def _candidates(m: int, dtype: torch.dtype, backward: bool) -> list[str]:

@@ -111,7 +111,7 @@ def test_pytorch_computes_what_is_small_or_double(measured, few):
     assert choice.choose_attention(*inputs(**few)) is F.scaled_dot_product_attention and not measured.asked
 
 
-@pytest.mark.parametrize("content", ["", "{", "\0", '{"a machine": {"a shape": {"torch": 1.0}}}'], ids=["empty", "cut", "zero", "older"])
+@pytest.mark.parametrize("content", ["", "{", "\0", "[]", '{"a machine": {"a shape": {"torch": 1.0}}}'], ids=["empty", "cut", "zero", "list", "older"])
 def test_a_damaged_or_older_file_is_written_anew(measured, content):
     measured.seconds = 1.0, 0.5
     choice.cache_file().parent.mkdir(parents=True)
