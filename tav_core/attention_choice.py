@@ -21,7 +21,7 @@ from torch import Tensor
 from .block_attention import block_attention
 from .errors import TavError
 from .files import atomic_path
-from .flash_attention import KNOWN, flash_attention
+from .mixed_attention import AVAILABLE, mixed_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 _MANY = 1 << 15  # scores; with fewer it hardly matters
@@ -31,6 +31,7 @@ _MARGIN = 1.2  # another than PyTorch's must be so many times as quick
 _TURNS = 3
 _ALONE = 0.85  # of the processor time that its threads could have had, a measurement needs so much to be trusted for good
 _DAY = 24 * 60 * 60
+_FORMAT = 2  # of the file
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 ATTENTIONS: dict[str, Attention] = {
-    "torch": F.scaled_dot_product_attention, "explicit": explicit_attention, "flash": flash_attention, "blocks": block_attention,
+    "torch": F.scaled_dot_product_attention, "explicit": explicit_attention, "mixed": mixed_attention, "blocks": block_attention,
 }  # fmt: skip
 
 
@@ -88,9 +89,6 @@ def _fastest(machine: str, heads: int, n: int, m: int, d: int, dtype: torch.dtyp
     return fastest if seconds["torch"] > _MARGIN * seconds[fastest] else "torch"
 
 
-_FORMAT = 2  # of the file
-
-
 def _read(path: Path) -> dict[str, dict[str, dict]]:
     """What was measured, by machine and shape; nothing where there is no such file, an older or a damaged one."""
     try:
@@ -102,7 +100,7 @@ def _read(path: Path) -> dict[str, dict[str, dict]]:
 
 def _candidates(m: int, dtype: torch.dtype, backward: bool) -> list[str]:
     """What is worth a try, for so many keys."""
-    unlikely = {"explicit": m > _FEW, "flash": not (KNOWN and backward and dtype != torch.float32)}
+    unlikely = {"explicit": m > _FEW, "mixed": not (AVAILABLE and backward and dtype != torch.float32)}
     return [name for name in ATTENTIONS if not unlikely.get(name)]
 
 
