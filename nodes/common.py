@@ -73,7 +73,9 @@ def plain_errors(**fields: str) -> Iterator[None]:
             raise
         if hasattr(comfy.model_management, "is_oom"):  # newer cores; it also clears what CUDA would raise later
             comfy.model_management.is_oom(error)
-        raise CoreOutOfMemory("out of memory; use fewer or smaller frames, Context Windows (Tune-A-Video), memory low, or dtype bf16") from error
+        raise CoreOutOfMemory(
+            "out of memory; use fewer or smaller frames, Context Windows (Tune-A-Video), memory low, or dtype bf16"
+        ) from error
 
 
 def inside(folder: str | Path, name: str) -> Path:
@@ -98,7 +100,9 @@ def clean_latents(model: ModelPatcher, latent: dict[str, Any]) -> Tensor:
     samples = latent["samples"]
     channels = video_unet(model).config.in_channels
     if samples.ndim != 4 or samples.shape[1] != channels:
-        raise TavError(f"LATENT has shape {tuple(samples.shape)}; give frames as a batch, (frames, {channels}, height, width)")
+        raise TavError(
+            f"LATENT has shape {tuple(samples.shape)}; give frames as a batch, (frames, {channels}, height, width)"
+        )
     latents = model.model.process_latent_in(samples.float())
     return rearrange(latents, "f c h w -> 1 c f h w")
 

@@ -27,23 +27,34 @@ class OneFamily:
         net, frames = kwargs.get("control"), len(kwargs["noise"])
         while net is not None:
             if isinstance(net, comfy.controlnet.ControlLora):
-                raise TavError("a Control-LoRA needs the weights of a native MODEL; use a whole ControlNet with an inflated one")
+                raise TavError(
+                    "a Control-LoRA needs the weights of a native MODEL; use a whole ControlNet with an inflated one"
+                )
             if (module := getattr(net, "control_model", None)) is not None:
-                widths = {weight.shape[1] for name, weight in module.named_parameters() if name.endswith("attn2.to_k.weight")}
+                widths = {
+                    weight.shape[1] for name, weight in module.named_parameters() if name.endswith("attn2.to_k.weight")
+                }
                 if widths != {self.diffusion_model.config.cross_attention_dim}:
                     raise TavError("the ControlNet is for another family of models; use one for the family of MODEL")
             hints = len(net.cond_hint_original)
-            if isinstance(self.diffusion_model, VideoUNet) and hints not in (1, frames):  # the core would cycle or cut them
+            if isinstance(self.diffusion_model, VideoUNet) and hints not in (
+                1,
+                frames,
+            ):  # the core would cycle or cut them
                 name = f"ControlNet {net.name}" if hasattr(net, "name") else "the ControlNet or T2I-Adapter"
-                raise TavError(f"{name} has {hints} hints, LATENT has {frames} frames; give it 1 image for all frames, or {frames}")
+                raise TavError(
+                    f"{name} has {hints} hints, LATENT has {frames} frames; give it 1 image for all frames, or {frames}"
+                )
             net = net.previous_controlnet
         return super().extra_conds(**kwargs)
 
     def scale_latent_inpaint(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, **kwargs) -> Tensor:
         """What a stock noise mask puts outside of it: the latent under as much noise as the sampler is at."""
         if isinstance(self.diffusion_model, VideoUNet) and not noise.any():  # the latent is inverted noise itself
-            raise TavError("noise_mask on inverted noise needs to know what the clip was inverted with; connect MODEL through "
-                           "Attention Injection (share 0 will do), or use Video Sampler")  # fmt: skip
+            raise TavError(
+                "noise_mask on inverted noise needs to know what the clip was inverted with; connect MODEL through "
+                "Attention Injection (share 0 will do), or use Video Sampler"
+            )
         return super().scale_latent_inpaint(sigma=sigma, noise=noise, latent_image=latent_image, **kwargs)
 
 
@@ -56,11 +67,16 @@ class InflatedSDXL(OneFamily, comfy.model_base.SDXL):
 
     def adopt(self, source: comfy.model_base.SDXL):
         """Take what encodes the vector from `source`."""
-        self.embedder, self.noise_augmentor = copy.deepcopy(source.embedder).cpu(), copy.deepcopy(source.noise_augmentor).cpu()
+        self.embedder, self.noise_augmentor = (
+            copy.deepcopy(source.embedder).cpu(),
+            copy.deepcopy(source.noise_augmentor).cpu(),
+        )
 
     def encode_adm(self, **kwargs) -> Tensor:
         if "pooled_output" not in kwargs and "unclip_conditioning" not in kwargs:
-            raise TavError("CONDITIONING has no pooled text, which SDXL needs; use CLIP Text Encode with the CLIP of the same checkpoint")
+            raise TavError(
+                "CONDITIONING has no pooled text, which SDXL needs; use CLIP Text Encode with the CLIP of the same checkpoint"
+            )
         return super().encode_adm(**kwargs)
 
 
@@ -70,8 +86,10 @@ class NativePatcher(getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatche
     def add_patches(self, patches, *args, **kwargs):
         weights, added = self.model.state_dict(), super().add_patches(patches, *args, **kwargs)
         if not added:
-            raise TavError("the LoRA (or merge) names no weights of MODEL: it is for another family, or has the names of the "
-                           "original code; connect it before Inflate")  # fmt: skip
+            raise TavError(
+                "the LoRA (or merge) names no weights of MODEL: it is for another family, or has the names of the "
+                "original code; connect it before Inflate"
+            )
         for key in added:
             if isinstance(key, str):
                 check_lora(key, weights[key], patches[key])
@@ -79,8 +97,12 @@ class NativePatcher(getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatche
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
         # a layer that stays on the CPU gets its patches when it runs: tuned weights would replace what a hook had put there
-        dynamic = getattr(self, "is_dynamic", lambda: False)()  # in newer cores, which refuse to be forced and need not be
-        return super().partially_load(device_to, extra_memory, force_patch_weights or bool(self.hook_patches) and not dynamic)
+        dynamic = getattr(
+            self, "is_dynamic", lambda: False
+        )()  # in newer cores, which refuse to be forced and need not be
+        return super().partially_load(
+            device_to, extra_memory, force_patch_weights or bool(self.hook_patches) and not dynamic
+        )
 
 
 def check_lora(key: str, weight: Tensor, patch: Any):
@@ -89,9 +111,15 @@ def check_lora(key: str, weight: Tensor, patch: Any):
     Raises:
         TavError: it does.
     """
-    if key.endswith("attn2.to_k.weight") and isinstance(patch, LoRAAdapter) and patch.weights[1].shape[1] != weight.shape[1]:
-        raise TavError(f"the LoRA is for another family of models (its text has width {patch.weights[1].shape[1]}, that of MODEL "
-                       f"{weight.shape[1]}); use one for the family of MODEL")  # fmt: skip
+    if (
+        key.endswith("attn2.to_k.weight")
+        and isinstance(patch, LoRAAdapter)
+        and patch.weights[1].shape[1] != weight.shape[1]
+    ):
+        raise TavError(
+            f"the LoRA is for another family of models (its text has width {patch.weights[1].shape[1]}, that of MODEL "
+            f"{weight.shape[1]}); use one for the family of MODEL"
+        )
 
 
 class VectorVideoUNet(VideoUNet):

@@ -50,13 +50,30 @@ class SourceWalk:
         inner: the wrapper that the MODEL had before.
     """
 
-    def __init__(self, text: Tensor, vector: Callable[[Tensor], Tensor | None], share: float, subject: Tensor | None,
-                 region: str, steady: bool, inner: Callable | None):  # fmt: skip
+    def __init__(
+        self,
+        text: Tensor,
+        vector: Callable[[Tensor], Tensor | None],
+        share: float,
+        subject: Tensor | None,
+        region: str,
+        steady: bool,
+        inner: Callable | None,
+    ):
         self.text, self.vector, self.share, self.inner = text, vector, share, inner
         self.subject, self.region, self.steady = subject, region, steady
 
-    def sample(self, executor: Callable, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor,
-               denoise_mask: Tensor | None = None, *args, **kwargs) -> Tensor:  # fmt: skip
+    def sample(
+        self,
+        executor: Callable,
+        noise: Tensor,
+        latent_image: Tensor,
+        sampler: Any,
+        sigmas: Tensor,
+        denoise_mask: Tensor | None = None,
+        *args,
+        **kwargs,
+    ) -> Tensor:
         """Wraps the whole sampling.
 
         Raises:
@@ -81,8 +98,10 @@ class SourceWalk:
         x, c, kinds = args["input"], dict(args["c"]), args["cond_or_uncond"]
         options, sigma = c["transformer_options"], args["timestep"][0]
         if "context_window" in options:  # of the core: it doesn't say what it makes of the clip's other frames
-            raise TavError("MODEL comes through Attention Injection (a noise mask in Video Sampler needs it too) and through Context Windows "
-                           "of ComfyUI itself, which don't go together; use Context Windows (Tune-A-Video)")  # fmt: skip
+            raise TavError(
+                "MODEL comes through Attention Injection (a noise mask in Video Sampler needs it too) and through Context Windows "
+                "of ComfyUI itself, which don't go together; use Context Windows (Tune-A-Video)"
+            )
         levels = options["sample_sigmas"]
         led_steps = round(self.share * (len(levels) - 1))
         # a sampler's second look at a step counts as well
@@ -113,10 +132,15 @@ class SourceWalk:
             self.sigma, self.denoised = sigma, denoised
         # the same for both prompts, so that guidance keeps to it
         if self.still is not None:
-            clip, edits = rearrange(denoised, "f c h w -> 1 c f h w"), rearrange(out, "(k f) c h w -> k c f h w", f=rows)
+            clip, edits = (
+                rearrange(denoised, "f c h w -> 1 c f h w"),
+                rearrange(out, "(k f) c h w -> k c f h w", f=rows),
+            )
             out = rearrange(steadied(edits, clip, self.still.to(x)), "k c f h w -> (k f) c h w")
         if self.changeable is not None:
-            out = torch.lerp(denoised.repeat(len(kinds), 1, 1, 1), out, self.changeable.to(x).repeat(len(kinds), 1, 1, 1))
+            out = torch.lerp(
+                denoised.repeat(len(kinds), 1, 1, 1), out, self.changeable.to(x).repeat(len(kinds), 1, 1, 1)
+            )
         return out
 
     def __deepcopy__(self, memo: dict) -> "SourceWalk":
@@ -174,8 +198,14 @@ def _check_count(name: str, masks: int, frames: int):
         raise TavError(f"{name} has {masks} masks for {frames} frames; give one for all, or one for each frame")
 
 
-def with_injection(model: ModelPatcher, conditioning: list, share: float, region: str = "everything",
-                   subject: Tensor | None = None, steady: bool = True) -> ModelPatcher:  # fmt: skip
+def with_injection(
+    model: ModelPatcher,
+    conditioning: list,
+    share: float,
+    region: str = "everything",
+    subject: Tensor | None = None,
+    steady: bool = True,
+) -> ModelPatcher:
     """A clone of an inflated MODEL with a `SourceWalk`.
 
     Args:

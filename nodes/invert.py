@@ -23,7 +23,9 @@ class InversionSampler(comfy.samplers.Sampler):
     a step is predicted at the level that the step goes to, from the z below it.
     """
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+    def sample(
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ):
         x, levels = latent_image, sigmas.flip(0)
         for i, (low, high) in enumerate(zip(levels, levels[1:])):
             given = x * ((1 + high**2) / (1 + low**2)).sqrt()  # the same z, on the level above
@@ -47,8 +49,17 @@ def sigmas_for(model: ModelPatcher, steps: int, scheduler: str, sigmas: Tensor |
     return sigmas.cpu()
 
 
-def sample_with(model: ModelPatcher, sampler, sigmas: Tensor, latent: dict, positive: list, negative: list, cfg: float,
-                noise: Tensor, seed: int | None = None) -> Tensor:  # fmt: skip
+def sample_with(
+    model: ModelPatcher,
+    sampler,
+    sigmas: Tensor,
+    latent: dict,
+    positive: list,
+    negative: list,
+    cfg: float,
+    noise: Tensor,
+    seed: int | None = None,
+) -> Tensor:
     """One pass of a sampler over a LATENT, with progress and preview.
 
     Raises:
@@ -56,11 +67,22 @@ def sample_with(model: ModelPatcher, sampler, sigmas: Tensor, latent: dict, posi
     """
     callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
     samples = comfy.sample.sample_custom(
-        model, noise, cfg, sampler, sigmas, positive, negative, latent["samples"], noise_mask=latent.get("noise_mask"),
-        callback=callback, seed=seed,
-    )  # fmt: skip
+        model,
+        noise,
+        cfg,
+        sampler,
+        sigmas,
+        positive,
+        negative,
+        latent["samples"],
+        noise_mask=latent.get("noise_mask"),
+        callback=callback,
+        seed=seed,
+    )
     if not torch.isfinite(samples).all():
-        raise TavError("the result is not finite (NaN); run ComfyUI with --force-fp32, or tune at a lower learning_rate")
+        raise TavError(
+            "the result is not finite (NaN); run ComfyUI with --force-fp32, or tune at a lower learning_rate"
+        )
     return samples
 
 

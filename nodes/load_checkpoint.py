@@ -40,7 +40,9 @@ def missing(checkpoint: str) -> str:
     return f"checkpoint {checkpoint!r} is neither mini nor a folder in models/diffusers; put it there, or choose another one"
 
 
-def native(folder: Path, disable_dynamic: bool = False) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, "NativeVAE"]:
+def native(
+    folder: Path, disable_dynamic: bool = False
+) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, "NativeVAE"]:
     """MODEL, CLIP and VAE of a folder.
 
     Args:
@@ -64,7 +66,9 @@ def patchers(folder: Path, disable_dynamic: bool = False) -> tuple[comfy.model_p
 def native_unet(checkpoint: Checkpoint, folder: Path, **options) -> comfy.model_patcher.ModelPatcher:
     unet, management = checkpoint.unet, comfy.model_management
     if unet.class_embedding is not None:
-        raise TavError(f"checkpoint {checkpoint.name!r} is conditioned on class labels, which CONDITIONING doesn't hold; use it from Python")
+        raise TavError(
+            f"checkpoint {checkpoint.name!r} is conditioned on class labels, which CONDITIONING doesn't hold; use it from Python"
+        )
     width = unet.config.cross_attention_dim
     kind = comfy.supported_models.SD20 if width == 1024 else comfy.supported_models.SD15
     model_config = kind({})
@@ -74,8 +78,11 @@ def native_unet(checkpoint: Checkpoint, folder: Path, **options) -> comfy.model_
     model_config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, dtypes))
     model_config.latent_format = comfy.latent_formats.SD15(checkpoint.vae.config.scaling_factor)
     if (colours := folder / LATENT_COLOURS).exists():  # mini's own, for previews; others have those of Stable Diffusion
-        vars(model_config.latent_format).update(latent_rgb_factors_reshape=load_latent_colours(colours),
-                                                latent_rgb_factors=torch.eye(3).tolist(), latent_rgb_factors_bias=None)  # fmt: skip
+        vars(model_config.latent_format).update(
+            latent_rgb_factors_reshape=load_latent_colours(colours),
+            latent_rgb_factors=torch.eye(3).tolist(),
+            latent_rgb_factors_bias=None,
+        )
     types, noise = comfy.model_base.ModelType, checkpoint.scheduler
     model_type = types.V_PREDICTION if noise.config.prediction_type == "v_prediction" else types.EPS
     model = to_native(unet, model_config, model_type, **options)
@@ -93,17 +100,28 @@ def native_clip(checkpoint: Checkpoint, tokenizer_folder: Path, **options) -> co
         def __init__(self, embedding_directory=None, tokenizer_data=None):
             def inner(embedding_directory=None, tokenizer_data=None):
                 return comfy.sd1_clip.SDTokenizer(
-                    str(tokenizer_folder), max_length=length, embedding_directory=embedding_directory,
-                    embedding_size=config.hidden_size, pad_token=tokenizer.pad_token_id, tokenizer_data=tokenizer_data or {},
-                )  # fmt: skip
+                    str(tokenizer_folder),
+                    max_length=length,
+                    embedding_directory=embedding_directory,
+                    embedding_size=config.hidden_size,
+                    pad_token=tokenizer.pad_token_id,
+                    tokenizer_data=tokenizer_data or {},
+                )
 
             super().__init__(embedding_directory, tokenizer_data or {}, tokenizer=inner)
 
     class Encoder(comfy.sd1_clip.SDClipModel):
         def __init__(self, device="cpu", dtype=None, model_options=None):
             special = {"start": tokenizer.bos_token_id, "end": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
-            super().__init__(device, length, textmodel_json_config=config.to_dict(), dtype=dtype, special_tokens=special,
-                             return_projected_pooled=False, model_options=model_options or {})  # fmt: skip
+            super().__init__(
+                device,
+                length,
+                textmodel_json_config=config.to_dict(),
+                dtype=dtype,
+                special_tokens=special,
+                return_projected_pooled=False,
+                model_options=model_options or {},
+            )
             # the core takes it for granted that the vocabulary is CLIP's
             self.transformer.set_input_embeddings(
                 self.operations.Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
@@ -114,8 +132,12 @@ def native_clip(checkpoint: Checkpoint, tokenizer_folder: Path, **options) -> co
             super().__init__(device, dtype, model_options or {}, clip_model=Encoder)
 
     target = comfy.supported_models_base.ClipTarget(Tokenizer, Model)
-    clip = comfy.sd.CLIP(target, embedding_directory=folder_paths.get_folder_paths("embeddings"),
-                         model_options={"dtype": torch.float32}, **options)  # fmt: skip
+    clip = comfy.sd.CLIP(
+        target,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        model_options={"dtype": torch.float32},
+        **options,
+    )
     state = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in source.state_dict().items()}
     state["text_projection.weight"] = torch.eye(config.hidden_size)
     # not by the names in its state dict: with dynamic VRAM layers have no weights before
@@ -141,8 +163,20 @@ class LatentMoments(nn.Module):
 class NativeVAE(comfy.sd.VAE):
     def __init__(self, checkpoint: Checkpoint):
         # the core builds its own autoencoder, whose norms have 32 groups; a tiny one, that gives way at once
-        tiny = dict(ddconfig=dict(double_z=True, z_channels=4, resolution=8, in_channels=3, out_ch=3, ch=32, ch_mult=[1],
-                                  num_res_blocks=1, attn_resolutions=[]), embed_dim=4)  # fmt: skip
+        tiny = dict(
+            ddconfig=dict(
+                double_z=True,
+                z_channels=4,
+                resolution=8,
+                in_channels=3,
+                out_ch=3,
+                ch=32,
+                ch_mult=[1],
+                num_res_blocks=1,
+                attn_resolutions=[],
+            ),
+            embed_dim=4,
+        )
         super().__init__(sd=NativeAutoencoderKL(**tiny).state_dict(), config={"params": tiny})
         use_operations(checkpoint.vae, comfy.ops.disable_weight_init)
         self.first_stage_model = LatentMoments(checkpoint.vae).eval().to(self.vae_dtype)
@@ -153,8 +187,9 @@ class NativeVAE(comfy.sd.VAE):
         self.memory_used_encode = lambda shape, dtype: share[0] * share[1](shape, dtype)
         self.memory_used_decode = lambda shape, dtype: share[0] * share[2](shape, dtype)
         self.size = None
-        self.patcher = comfy.model_patcher.ModelPatcher(self.first_stage_model, load_device=self.device,
-                                                        offload_device=comfy.model_management.vae_offload_device())  # fmt: skip
+        self.patcher = comfy.model_patcher.ModelPatcher(
+            self.first_stage_model, load_device=self.device, offload_device=comfy.model_management.vae_offload_device()
+        )
 
 
 class LoadCheckpoint(io.ComfyNode):

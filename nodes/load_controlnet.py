@@ -39,8 +39,10 @@ def _kind(folder: Path) -> str | None:
 
 
 def missing(controlnet: str) -> str:
-    return (f"controlnet {controlnet!r} is neither mini nor a folder of a ControlNetModel in models/controlnet or models/diffusers; "
-            "put it there, or choose another one")  # fmt: skip
+    return (
+        f"controlnet {controlnet!r} is neither mini nor a folder of a ControlNetModel in models/controlnet or models/diffusers; "
+        "put it there, or choose another one"
+    )
 
 
 class NativeControlNet(ControlNetModel):
@@ -66,15 +68,19 @@ class Control(comfy.controlnet.ControlNet):
     def pre_run(self, model: BaseModel, percent_to_timestep_function):
         own, wanted = family(self.control_model.config), family_of(model)
         if own != wanted:
-            raise TavError(f"ControlNet {self.name} is for another family of models ({told(own)}; MODEL: {told(wanted)}); "
-                           "use one for the family of MODEL")  # fmt: skip
+            raise TavError(
+                f"ControlNet {self.name} is for another family of models ({told(own)}; MODEL: {told(wanted)}); "
+                "use one for the family of MODEL"
+            )
         super().pre_run(model, percent_to_timestep_function)
 
     def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
         hints, frames = len(self.cond_hint_original), len(x_noisy) // batched_number
         if hints not in (1, frames):
-            raise TavError(f"ControlNet {self.name} has {hints} hints, LATENT has {frames} frames; give it 1 image for all frames, "
-                           f"or {frames}")  # fmt: skip
+            raise TavError(
+                f"ControlNet {self.name} has {hints} hints, LATENT has {frames} frames; give it 1 image for all frames, "
+                f"or {frames}"
+            )
         return super().get_control(x_noisy, t, cond, batched_number, transformer_options)
 
 

@@ -22,8 +22,11 @@ def choices() -> list[str]:
     entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
     files = [entry.name for entry in entries if entry.is_file()]
     videos = {*folder_paths.filter_files_content_types(files, ["video"]), *(f for f in files if f.endswith(".gif"))}
-    folders = [entry.name for entry in entries if entry.is_dir()
-               and any(name.lower().endswith(IMAGES) for name in os.listdir(entry))]  # fmt: skip
+    folders = [
+        entry.name
+        for entry in entries
+        if entry.is_dir() and any(name.lower().endswith(IMAGES) for name in os.listdir(entry))
+    ]
     return [*sorted(videos), *sorted(folders), *SHIPPED]
 
 
@@ -90,5 +93,7 @@ class LoadVideo(io.ComfyNode):
     @classmethod
     def execute(cls, file, start, stride, count, width, height, fit) -> io.NodeOutput:
         with plain_errors(video="file", frames="count", size="width and height"):
-            clip = load_video(path_of(file), start=start, stride=stride, count=count, width=width, height=height, fit=fit)
+            clip = load_video(
+                path_of(file), start=start, stride=stride, count=count, width=width, height=height, fit=fit
+            )
         return io.NodeOutput(to_images(clip.frames), clip.fps, len(clip.frames))

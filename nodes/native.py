@@ -76,9 +76,18 @@ class NativeVideoUNet(Wrapped, VideoUNet):
             predict = partial(windows, predict)
         elif FRAMES in options:
             frames = frames_of_a_clip(frames, options[FRAMES], options.get("context_window"))
-        with attention_of(self.frame_context, options), self.frame_context.led_by(options.get(SOURCE_ROWS, 0) // frames):
-            out = predict(rearrange(x, "(b f) c h w -> b c f h w", f=frames), timesteps[::frames], context, control=control,
-                          anchor=options.get(ANCHOR), class_labels=y)  # fmt: skip
+        with (
+            attention_of(self.frame_context, options),
+            self.frame_context.led_by(options.get(SOURCE_ROWS, 0) // frames),
+        ):
+            out = predict(
+                rearrange(x, "(b f) c h w -> b c f h w", f=frames),
+                timesteps[::frames],
+                context,
+                control=control,
+                anchor=options.get(ANCHOR),
+                class_labels=y,
+            )
         return rearrange(out, "b c f h w -> (b f) c h w")
 
 
@@ -95,13 +104,17 @@ def frames_of_a_clip(frames: int, tuned: int, window: Any | None) -> int:
     """
     if window is None:
         if frames % tuned:
-            raise TavError(f"LATENT has {frames} frames, this MODEL was tuned on {tuned}; give it {tuned} frames (set count in Load "
-                           "Video), a multiple (several clips), or a long clip through Context Windows (Tune-A-Video)")  # fmt: skip
+            raise TavError(
+                f"LATENT has {frames} frames, this MODEL was tuned on {tuned}; give it {tuned} frames (set count in Load "
+                "Video), a multiple (several clips), or a long clip through Context Windows (Tune-A-Video)"
+            )
         return tuned
     length = frames - (getattr(window, "causal_anchor_index", None) is not None)
     if length != tuned:
-        raise TavError(f"a context window has {length} frames, this MODEL was tuned on {tuned}; set context_length to {tuned}, or use "
-                       "Context Windows (Tune-A-Video), which needs no number")  # fmt: skip
+        raise TavError(
+            f"a context window has {length} frames, this MODEL was tuned on {tuned}; set context_length to {tuned}, or use "
+            "Context Windows (Tune-A-Video), which needs no number"
+        )
     return frames
 
 
@@ -121,14 +134,18 @@ def windows_of(options: Mapping[str, Any]) -> ContextWindows | None:
 
 def check_inputs(unet: UNet2DConditionModel, x: Tensor, context: Tensor):
     if x.shape[1] != unet.config.in_channels:
-        raise TavError(f"LATENT has {x.shape[1]} channels, this MODEL takes {unet.config.in_channels}; use the VAE of the same checkpoint")
+        raise TavError(
+            f"LATENT has {x.shape[1]} channels, this MODEL takes {unet.config.in_channels}; use the VAE of the same checkpoint"
+        )
     check_context(unet, context)
 
 
 def check_context(unet: UNet2DConditionModel, context: Tensor):
     width, wanted = context.shape[-1], unet.config.cross_attention_dim
     if width != wanted:
-        raise TavError(f"CONDITIONING has width {width}, this MODEL takes {wanted}; use the CLIP of the same checkpoint")
+        raise TavError(
+            f"CONDITIONING has width {width}, this MODEL takes {wanted}; use the CLIP of the same checkpoint"
+        )
 
 
 @contextmanager
@@ -141,14 +158,18 @@ def attention_of(context: FrameContext, options: dict[str, Any]) -> Iterator[Non
         context.attention_fn = comfy_attention
 
 
-def comfy_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, options: dict[str, Any] | None = None) -> Tensor:
+def comfy_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, options: dict[str, Any] | None = None
+) -> Tensor:
     """Attention on `b heads n d` by the function that the user chose for ComfyUI, or for this MODEL (in transformer_options)."""
     module = comfy.ldm.modules.attention
     function = module.optimized_attention if mask is None else module.optimized_attention_masked
     if mask is not None and mask.dtype == torch.bool:  # not all of them take it
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.finfo(q.dtype).max)
     heads = q.shape[1]
-    q, k, v = (rearrange(x, "b heads n d -> b n (heads d)") for x in (q, k, v))  # as the native U-Net, which an override knows
+    q, k, v = (
+        rearrange(x, "b heads n d -> b n (heads d)") for x in (q, k, v)
+    )  # as the native U-Net, which an override knows
     out = function(q, k, v, heads, mask=mask, transformer_options=options)
     return rearrange(out, "b n (heads d) -> b heads n d", heads=heads)
 
@@ -163,7 +184,9 @@ def use_operations(model: nn.Module, operations: Any):
             module.__class__ = getattr(operations, type(module).__name__)
 
 
-def to_native(unet: UNet2DConditionModel, model_config: Any, model_type: Any, disable_dynamic: bool = False) -> ModelPatcher:
+def to_native(
+    unet: UNet2DConditionModel, model_config: Any, model_type: Any, disable_dynamic: bool = False
+) -> ModelPatcher:
     """A native MODEL around a diffusers U-Net, which changes class in place.
 
     Args:
@@ -210,7 +233,9 @@ def inflate_model(model: ModelPatcher, disable_dynamic: bool = False, **options)
         unet = inflate(to_diffusers(model), **options)
         unet_config = {k: v for k, v in source.model_config.unet_config.items() if k != "num_res_blocks"}
         model_config = type(source.model_config)(unet_config)
-        model_config.set_inference_dtype(source.get_dtype(), source.manual_cast_dtype)  # weights may be as in their file
+        model_config.set_inference_dtype(
+            source.get_dtype(), source.manual_cast_dtype
+        )  # weights may be as in their file
         model_config.latent_format = source.latent_format
         inflated = to_native(unet, model_config, source.model_type, disable_dynamic)
         if isinstance(source, comfy.model_base.SDXL):
@@ -244,7 +269,9 @@ def to_diffusers(model: ModelPatcher) -> UNet2DConditionModel:
     layout = unet_layout(model.model, unet)
     native = weights(model)
     names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-    names = {name: key for name, key in names.items() if not name.startswith("add_embedding.")}  # class_embedding is the same
+    names = {
+        name: key for name, key in names.items() if not name.startswith("add_embedding.")
+    }  # class_embedding is the same
     return _filled(layout, {name: native[key] for name, key in names.items() if key in native})
 
 
@@ -261,13 +288,23 @@ def unet_layout(model: comfy.model_base.BaseModel, unet: UNetModel) -> dict[str,
     channels, levels = unet.model_channels, len(config["channel_mult"])
     vector = config.get("adm_in_channels")
     if config.get("use_temporal_attention"):
-        raise TavError(f"MODEL is a video model already ({type(model).__name__}); give a text-to-image SD 1.x, 2.x or SDXL checkpoint")
+        raise TavError(
+            f"MODEL is a video model already ({type(model).__name__}); give a text-to-image SD 1.x, 2.x or SDXL checkpoint"
+        )
     if vector is not None and not isinstance(model, comfy.model_base.SDXL):
-        raise TavError(f"MODEL is an SDXL refiner, unCLIP or the like ({type(model).__name__}); give SD 1.x, 2.x or the SDXL base")
+        raise TavError(
+            f"MODEL is an SDXL refiner, unCLIP or the like ({type(model).__name__}); give SD 1.x, 2.x or the SDXL base"
+        )
     if unet.in_channels != 4:
-        kind = {9: "an inpainting model", 8: "an image-editing model", 5: "a depth model"}.get(unet.in_channels, "unusual")
-        raise TavError(f"MODEL is {kind} ({unet.in_channels} input channels); give a text-to-image SD 1.x, 2.x or SDXL checkpoint")
-    blocks = [config["num_res_blocks"]] * levels if isinstance(config["num_res_blocks"], int) else config["num_res_blocks"]
+        kind = {9: "an inpainting model", 8: "an image-editing model", 5: "a depth model"}.get(
+            unet.in_channels, "unusual"
+        )
+        raise TavError(
+            f"MODEL is {kind} ({unet.in_channels} input channels); give a text-to-image SD 1.x, 2.x or SDXL checkpoint"
+        )
+    blocks = (
+        [config["num_res_blocks"]] * levels if isinstance(config["num_res_blocks"], int) else config["num_res_blocks"]
+    )
     ends = list(accumulate(blocks))
     depths = [config["transformer_depth"][end - 1] for end in ends]
     middle = config["transformer_depth_middle"]
@@ -391,11 +428,18 @@ def scheduler_of(model: ModelPatcher) -> DDIMScheduler:
     prediction = next((known[kind] for kind in type(sampling).__bases__ if kind in known), None)
     if prediction is None or not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
         kinds = ", ".join(kind.__name__ for kind in type(sampling).__bases__)
-        raise TavError(f"MODEL is sampled in a way that can't be tuned ({kinds}); use an SD 1.x, 2.x or SDXL checkpoint")
+        raise TavError(
+            f"MODEL is sampled in a way that can't be tuned ({kinds}); use an SD 1.x, 2.x or SDXL checkpoint"
+        )
     alphas = 1 / (1 + sampling.sigmas.cpu().double() ** 2)
     betas = 1 - alphas / torch.cat([torch.ones(1), alphas[:-1]])
-    return DDIMScheduler(num_train_timesteps=len(betas), trained_betas=betas.tolist(), prediction_type=prediction,
-                         clip_sample=False, steps_offset=1)  # fmt: skip
+    return DDIMScheduler(
+        num_train_timesteps=len(betas),
+        trained_betas=betas.tolist(),
+        prediction_type=prediction,
+        clip_sample=False,
+        steps_offset=1,
+    )
 
 
 def trainable_names(model: ModelPatcher) -> dict[str, Tensor]:

@@ -43,7 +43,9 @@ def patched(unet: UNet2DConditionModel, x: Tensor, control: Control | None, opti
     Raises:
         TavError: a ControlNet or T2I-Adapter of another family.
     """
-    if not (control or any(options.get(asks) for asks in ("patches", "patches_replace", "optimized_attention_override"))):
+    if not (
+        control or any(options.get(asks) for asks in ("patches", "patches_replace", "optimized_attention_override"))
+    ):
         yield
         return
     options |= {"original_shape": list(x.shape), "transformer_index": 0}
@@ -60,7 +62,9 @@ class _Patches:
     """The hooks of one forward in their order, and an `AttentionPatches`."""
 
     def __init__(self, control: Control, options: dict[str, Any]):
-        self.control = {part: list(entries) for part, entries in control.items()}  # taken from the end, as are the skips
+        self.control = {
+            part: list(entries) for part, entries in control.items()
+        }  # taken from the end, as are the skips
         self.options = options
         self.patches, self.replace = options.get("patches", {}), options.get("patches_replace", {})
         self.skips: list[Tensor] = []
@@ -164,10 +168,13 @@ class _Patches:
     def enter_transformer_block(self, index: int, block: nn.Module, args: tuple):
         self.options["block_index"] = index
         attn = block.attn1
-        self.extra = {key: value for key, value in self.options.items() if key not in ("patches", "patches_replace")} | {
-            "n_heads": attn.heads, "dim_head": attn.inner_dim // attn.heads,
+        self.extra = {
+            key: value for key, value in self.options.items() if key not in ("patches", "patches_replace")
+        } | {
+            "n_heads": attn.heads,
+            "dim_head": attn.inner_dim // attn.heads,
             "attn_precision": torch.float32 if attn.upcast_attention else None,
-        }  # fmt: skip
+        }
 
     def enter_attention(self, name: str, module: nn.Module, args: tuple):
         self.name = name
@@ -195,4 +202,8 @@ class _Patches:
 
 def layers_of(block: nn.Module) -> list[tuple[nn.Module, ...]]:
     """The resnets of a block, each with its transformer where it has one."""
-    return list(zip(block.resnets, block.attentions)) if hasattr(block, "attentions") else [(resnet,) for resnet in block.resnets]
+    return (
+        list(zip(block.resnets, block.attentions))
+        if hasattr(block, "attentions")
+        else [(resnet,) for resnet in block.resnets]
+    )

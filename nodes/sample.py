@@ -44,17 +44,23 @@ class VideoSampler(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, positive, negative, noise, steps, cfg, scheduler, eta, add_noise, seed, sigmas=None) -> io.NodeOutput:
+    def execute(
+        cls, model, positive, negative, noise, steps, cfg, scheduler, eta, add_noise, seed, sigmas=None
+    ) -> io.NodeOutput:
         with plain_errors():
             clean_latents(model, noise)  # raises for one that isn't a clip
             if noise.get("noise_mask") is not None:
                 if add_noise:
-                    raise TavError("noise has a noise_mask, outside of which the inverted clip stays, but add_noise starts from "
-                                   "other noise; turn add_noise off, or leave the mask out")  # fmt: skip
+                    raise TavError(
+                        "noise has a noise_mask, outside of which the inverted clip stays, but add_noise starts from "
+                        "other noise; turn add_noise off, or leave the mask out"
+                    )
                 if not has_injection(model):
                     if INVERTED_WITH not in noise:
-                        raise TavError("noise has a noise_mask, but doesn't say what the clip was inverted with; connect noise to "
-                                       "DDIM Inversion, or MODEL through Attention Injection")  # fmt: skip
+                        raise TavError(
+                            "noise has a noise_mask, but doesn't say what the clip was inverted with; connect noise to "
+                            "DDIM Inversion, or MODEL through Attention Injection"
+                        )
                     model = with_injection(model, noise[INVERTED_WITH], share=0.0)
             start = dict(noise)
             random = torch.zeros_like(noise["samples"])
@@ -63,6 +69,10 @@ class VideoSampler(io.ComfyNode):
                 random = comfy.sample.prepare_noise(noise["samples"], seed)
             levels = sigmas_for(model, steps, scheduler, sigmas)
             # in ComfyUI's scale of x, DDIM is Euler's method, and DDIM with eta its ancestral form
-            sampler = comfy.samplers.ksampler("euler_ancestral", {"eta": eta}) if eta else comfy.samplers.sampler_object("euler")
+            sampler = (
+                comfy.samplers.ksampler("euler_ancestral", {"eta": eta})
+                if eta
+                else comfy.samplers.sampler_object("euler")
+            )
             samples = sample_with(model, sampler, levels, start, positive, negative, cfg, random, seed)
         return io.NodeOutput({**noise, "samples": samples})

@@ -21,10 +21,14 @@ class Probe(comfy.samplers.Sampler):
         self.sigmas = torch.stack([((1 - alpha) / alpha).sqrt() for _, alpha, _ in levels])
         self.noises = [rearrange(noise, "1 c f h w -> f c h w") for _, _, noise in levels]
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+    def sample(
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ):
         self.predictions = []
         for i, (sigma, noise) in enumerate(zip(self.sigmas.to(latent_image), self.noises)):
-            denoised = model_wrap(latent_image + sigma * noise.to(latent_image), sigma.expand(len(latent_image)), **extra_args)
+            denoised = model_wrap(
+                latent_image + sigma * noise.to(latent_image), sigma.expand(len(latent_image)), **extra_args
+            )
             self.predictions.append(rearrange(denoised.float().cpu(), "f c h w -> 1 c f h w"))
             if callback is not None:
                 callback(i, denoised, latent_image, len(self.noises))
@@ -36,8 +40,10 @@ def check_images(images: Tensor, latent: dict):
     frames, _, height, width = latent["samples"].shape
     if images.shape[:3] != (frames, 8 * height, 8 * width):
         count, h, w, _ = images.shape
-        raise TavError(f"images are {count} of {w} x {h}, latent is of {frames} of {8 * width} x {8 * height}; give the frames "
-                       "that were encoded")  # fmt: skip
+        raise TavError(
+            f"images are {count} of {w} x {h}, latent is of {frames} of {8 * width} x {8 * height}; give the frames "
+            "that were encoded"
+        )
 
 
 class SubjectMask(io.ComfyNode):

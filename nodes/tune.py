@@ -90,17 +90,37 @@ class OneShotTune(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, latent, positive, steps, learning_rate, seed, dtype, memory,
-                timestep_sampling, preview_every, preview_prompt=None, vae=None, takes=()) -> io.NodeOutput:  # fmt: skip
+    def execute(
+        cls,
+        model,
+        latent,
+        positive,
+        steps,
+        learning_rate,
+        seed,
+        dtype,
+        memory,
+        timestep_sampling,
+        preview_every,
+        preview_prompt=None,
+        vae=None,
+        takes=(),
+    ) -> io.NodeOutput:
         with plain_errors():
             if dtype == "auto":
                 bf16 = comfy.model_management.should_use_bf16(comfy.model_management.get_torch_device())
                 dtype = "bf16" if bf16 else "fp32"
             # of Context Windows; 0 are windows of the tuned length, to be used on longer clips than this one
             length, _ = model.model_options["transformer_options"].get(WINDOWS, (0, 0))
-            config = TuneConfig(steps=steps, learning_rate=learning_rate, seed=seed, dtype=dtype,
-                                memory=memory, timestep_sampling=timestep_sampling,
-                                context_length=length or None)  # fmt: skip
+            config = TuneConfig(
+                steps=steps,
+                learning_rate=learning_rate,
+                seed=seed,
+                dtype=dtype,
+                memory=memory,
+                timestep_sampling=timestep_sampling,
+                context_length=length or None,
+            )
             latents = clean_latents(model, latent)
             text = conditions(model, positive, latents, "positive")
             edit = conditions(model, preview_prompt, latents, "preview_prompt") if preview_prompt else text
@@ -111,8 +131,13 @@ class OneShotTune(io.ComfyNode):
             tuned, result = run(cls, model, all_takes, config, preview_every, edit, vae)
         curve = image_of(loss_curve(result.losses, result.probe_losses))
         losses = json.dumps({"losses": result.losses, "probe_losses": result.probe_losses})
-        return io.NodeOutput(with_tuned_weights(model, tuned.tensors, tuned.info.num_frames), tuned, curve, losses,
-                             ui=ui.PreviewImage(curve, cls=cls))  # fmt: skip
+        return io.NodeOutput(
+            with_tuned_weights(model, tuned.tensors, tuned.info.num_frames),
+            tuned,
+            curve,
+            losses,
+            ui=ui.PreviewImage(curve, cls=cls),
+        )
 
 
 def conditions(model: ModelPatcher, conditioning: list, latents: Tensor, field: str) -> Tensor:
@@ -129,8 +154,9 @@ class Trainee(nn.Module):
         self.unet = unet
 
 
-def run(node, model: ModelPatcher, takes: list[Take], config: TuneConfig, preview_every: int, edit: Tensor,
-        vae) -> tuple[TunedWeights, TuneResult]:  # fmt: skip
+def run(
+    node, model: ModelPatcher, takes: list[Take], config: TuneConfig, preview_every: int, edit: Tensor, vae
+) -> tuple[TunedWeights, TuneResult]:
     """Tunes a copy of the U-Net on the takes, on the device and in the memory that ComfyUI gives it.
 
     The preview is of the first take.
@@ -166,20 +192,40 @@ def run(node, model: ModelPatcher, takes: list[Take], config: TuneConfig, previe
                 said = time.monotonic()
                 done = step - started
                 left = progress["seconds"] / max(1, done) * (total - step)
-                report(node, f"step {step}/{total}, loss {progress['probe_loss']:.4f}, {left // 60:.0f}:{left % 60:02.0f} left")
+                report(
+                    node,
+                    f"step {step}/{total}, loss {progress['probe_loss']:.4f}, {left // 60:.0f}:{left % 60:02.0f} left",
+                )
 
         def say(line: str):
             logging.info(f"Tune-A-Video: {line}")
             report(node, line)
 
         started = read_state(state)[0].step if state.exists() else 0
-        result = tune(unet, scheduler, latents, first.encoder_hidden_states, config, more_takes=more, state_path=state,
-                      callback=on_step, say=say)  # fmt: skip
+        result = tune(
+            unet,
+            scheduler,
+            latents,
+            first.encoder_hidden_states,
+            config,
+            more_takes=more,
+            state_path=state,
+            callback=on_step,
+            say=say,
+        )
         if started == config.steps:
             report(node, f"tuned before, {started} steps, loss {result.probe_losses[-1][1]:.4f}")
         height, width = latents.shape[3:]
-        info = tuned_info(base, video_unet(model).inflation, prompt="", num_frames=frames, width=8 * width,
-                          height=8 * height, config=dataclasses.asdict(config), base_name="")  # fmt: skip
+        info = tuned_info(
+            base,
+            video_unet(model).inflation,
+            prompt="",
+            num_frames=frames,
+            width=8 * width,
+            height=8 * height,
+            config=dataclasses.asdict(config),
+            base_name="",
+        )
     return TunedWeights(result.weights, info), result
 
 
@@ -191,7 +237,9 @@ def state_path(base: str, fingerprint: dict, steps: int) -> Path:
     path = folder / f"{key}.safetensors"
     if path.exists() and read_state(path)[0].step > steps:  # a longer run: this one ends earlier
         path = folder / f"{key}-{steps}.safetensors"
-    others = sorted((p for p in folder.glob("*.safetensors") if p != path), key=lambda p: p.stat().st_mtime, reverse=True)
+    others = sorted(
+        (p for p in folder.glob("*.safetensors") if p != path), key=lambda p: p.stat().st_mtime, reverse=True
+    )
     for old in others[KEPT_STATES - 1 :]:
         old.unlink()
     return path
@@ -200,7 +248,9 @@ def state_path(base: str, fingerprint: dict, steps: int) -> Path:
 def preview(model: ModelPatcher, unet, scheduler, latents: Tensor, text: Tensor, edit: Tensor, vae):
     """The clip as `edit` draws it now, a PIL strip: inverted under its own sentence, led away from it."""
     noise = ddim_invert(unet, latents, text, scheduler, PREVIEW_STEPS)
-    video = ddim_sample(unet, noise, edit, scheduler, PREVIEW_STEPS, guidance_scale=PREVIEW_GUIDANCE, negative_hidden_states=text)
+    video = ddim_sample(
+        unet, noise, edit, scheduler, PREVIEW_STEPS, guidance_scale=PREVIEW_GUIDANCE, negative_hidden_states=text
+    )
     frames = rearrange(video, "1 c f h w -> f c h w")
     if vae is None:
         formats = model.model.latent_format

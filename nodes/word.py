@@ -57,8 +57,10 @@ class WordMask(io.ComfyNode):
             scheduler_of(model)  # raises for a model that this isn't for
             model = without_injection(model)
             if windows_of(model.model_options["transformer_options"]):
-                raise TavError("MODEL sees the clip in Context Windows (Tune-A-Video), but a word is looked for in all of it at once; "
-                               "use Subject Mask")  # fmt: skip
+                raise TavError(
+                    "MODEL sees the clip in Context Windows (Tune-A-Video), but a word is looked for in all of it at once; "
+                    "use Subject Mask"
+                )
             clean_latents(model, latent)
             check_images(images, latent)
             places = word_places(tokens(clip, sentence), tokens_of_word(clip, word), word)
@@ -66,7 +68,16 @@ class WordMask(io.ComfyNode):
             hidden_states(model, conditioning, "clip")
             still, levels = torch.zeros_like(latent["samples"]), sigmas_for(model, steps, "ddim_uniform", None)
             with word_attention(video_unet(model), places) as maps:
-                sample_with(model, InversionSampler(), levels, {"samples": latent["samples"]}, conditioning, conditioning, 1.0, still)
+                sample_with(
+                    model,
+                    InversionSampler(),
+                    levels,
+                    {"samples": latent["samples"]},
+                    conditioning,
+                    conditioning,
+                    1.0,
+                    still,
+                )
             mask = mask_of_attention(maps, *latent["samples"].shape[-2:], threshold)
             mask = softened(outlined(mask, from_images(images)), softness)
         return io.NodeOutput(rearrange(mask, "1 1 f h w -> f h w"))

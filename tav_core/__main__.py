@@ -58,8 +58,9 @@ def _clip(args, checkpoint: Checkpoint, video: Path) -> Clip:
         check_context_length(args.context_length, args.frames)
     width, height = args.size or (checkpoint.size, checkpoint.size)
     pipeline.check_size(checkpoint, width=width, height=height)
-    return load_video(video, start=args.start, stride=args.stride, count=args.frames, width=width, height=height,
-                      fit=args.fit)  # fmt: skip
+    return load_video(
+        video, start=args.start, stride=args.stride, count=args.frames, width=width, height=height, fit=args.fit
+    )
 
 
 def _make_folder(path: Path):
@@ -80,19 +81,39 @@ def _tune(args, checkpoint: Checkpoint, sources: list[pipeline.Source], progress
     _make_folder(args.output)
     preset, (source, *more), state_path = preset_of(args), sources, args.output / "tuning-state.safetensors"
     if state_path.exists() and not args.resume:
-        raise TavError(f"--output {args.output} holds an unfinished tuning; add --resume to go on with it, or delete "
-                       f"{state_path.name} to start over")  # fmt: skip
+        raise TavError(
+            f"--output {args.output} holds an unfinished tuning; add --resume to go on with it, or delete "
+            f"{state_path.name} to start over"
+        )
     try:
-        unet, result = pipeline.tune_on(checkpoint, source, preset, attention=args.attention,
-                                        temporal_causal=args.temporal_causal, norm=args.norm, more_sources=more,
-                                        state_path=state_path, resume=args.resume, callback=progress, say=tqdm.write)  # fmt: skip
+        unet, result = pipeline.tune_on(
+            checkpoint,
+            source,
+            preset,
+            attention=args.attention,
+            temporal_causal=args.temporal_causal,
+            norm=args.norm,
+            more_sources=more,
+            state_path=state_path,
+            resume=args.resume,
+            callback=progress,
+            say=tqdm.write,
+        )
     except Cancelled as stop:
         raise Cancelled(f"{stop}; add --resume to go on") from None
     height, width = (n * checkpoint.downscale for n in source.latents.shape[-2:])
     frames = preset.tuning.context_length or source.latents.shape[2]
-    save_tuned(args.output / "tuned.safetensors", unet, prompt=source.prompt, num_frames=frames,
-               width=width, height=height, config=asdict(preset.tuning), base_name=checkpoint.name,
-               more_prompts=[other.prompt for other in more])  # fmt: skip
+    save_tuned(
+        args.output / "tuned.safetensors",
+        unet,
+        prompt=source.prompt,
+        num_frames=frames,
+        width=width,
+        height=height,
+        config=asdict(preset.tuning),
+        base_name=checkpoint.name,
+        more_prompts=[other.prompt for other in more],
+    )
     loss_curve(result.losses, result.probe_losses, args.output / "loss.png")
     return nn.Module.to(unet, DTYPES[preset.tuning.dtype]), result
 
@@ -104,11 +125,20 @@ def _load_tuned_unet(args, checkpoint: Checkpoint):
     """
     if args.tuned is None:
         if not isinstance(checkpoint.unet, VideoUNet):
-            raise TavError("--tuned is missing; give a file of `tune` or `edit`, or a --checkpoint that is a Tune-A-Video model")
+            raise TavError(
+                "--tuned is missing; give a file of `tune` or `edit`, or a --checkpoint that is a Tune-A-Video model"
+            )
         return nn.Module.to(checkpoint.unet, args.device, DTYPES[args.dtype]), TunedInfo(
-            base="", base_name=checkpoint.name, prompt="", num_frames=0, width=checkpoint.size, height=checkpoint.size,
-            inflation=checkpoint.unet.inflation, config={}, versions={},
-        )  # fmt: skip
+            base="",
+            base_name=checkpoint.name,
+            prompt="",
+            num_frames=0,
+            width=checkpoint.size,
+            height=checkpoint.size,
+            inflation=checkpoint.unet.inflation,
+            config={},
+            versions={},
+        )
     info = read_tuned(args.tuned)
     unet = pipeline.video_unet(checkpoint, **info.inflation)
     load_tuned(args.tuned, unet)
@@ -146,18 +176,24 @@ def _read_noise(path: Path, preset: pipeline.Preset) -> tuple[Tensor, Tensor | N
         raise TavError(f"--noise {path} can't be read ({error}); make one with python -m tav_core invert") from error
     steps, inverted_with = int(metadata["steps"]), metadata.get("inverted_with", "empty prompt")
     if steps != preset.sampling_steps:
-        raise TavError(f"--sampling-steps is {preset.sampling_steps}, but {path} was inverted with {steps}; "
-                       f"use --sampling-steps {steps}")  # fmt: skip
+        raise TavError(
+            f"--sampling-steps is {preset.sampling_steps}, but {path} was inverted with {steps}; "
+            f"use --sampling-steps {steps}"
+        )
     if (inverted_with == "caption") != (preset.caption_as_negative > 0):
         remedy = "a value above 0" if inverted_with == "caption" else "0"
-        raise TavError(f"--caption-as-negative is {preset.caption_as_negative:g}, but {path} was inverted with the "
-                       f"{inverted_with}; give it {remedy}, or invert again")  # fmt: skip
+        raise TavError(
+            f"--caption-as-negative is {preset.caption_as_negative:g}, but {path} was inverted with the "
+            f"{inverted_with}; give it {remedy}, or invert again"
+        )
     return noise, subject, metadata["prompt"]
 
 
 def _subject(args, checkpoint: Checkpoint, unet, source: pipeline.Source, preset: pipeline.Preset) -> Tensor | None:
     """The mask of the subject, if there are sentences to find it by."""
-    return pipeline.find_subject(checkpoint, unet, source, args.contrast, preset, args.softness) if args.contrast else None
+    return (
+        pipeline.find_subject(checkpoint, unet, source, args.contrast, preset, args.softness) if args.contrast else None
+    )
 
 
 def _regions(args) -> list[str]:
@@ -168,8 +204,10 @@ def _regions(args) -> list[str]:
     """
     regions = args.region or ["everything"]
     if len(regions) not in (1, len(args.edit)):
-        raise TavError(f"there are {len(regions)} --region for {len(args.edit)} --edit; give one for all, or one for "
-                       "each in the same order")  # fmt: skip
+        raise TavError(
+            f"there are {len(regions)} --region for {len(args.edit)} --edit; give one for all, or one for "
+            "each in the same order"
+        )
     return regions * len(args.edit) if len(regions) == 1 else regions
 
 
@@ -200,7 +238,9 @@ def run_edit(args, checkpoint: Checkpoint, clip: Clip, progress: Progress) -> tu
             raise TavError("--edit is empty; describe the edited clip in one sentence")
     regions = ["everything", *_regions(args)]
     if set(regions) != {"everything"} and not args.contrast:
-        raise TavError("--region needs to know where the subject is; give --contrast, the clip's sentence with another subject")
+        raise TavError(
+            "--region needs to know where the subject is; give --contrast, the clip's sentence with another subject"
+        )
     source = timed("encode", pipeline.prepare, checkpoint, clip.frames, args.prompt)
     pipeline.check_contrasts(args.prompt, args.contrast or [])
     unet, result = timed("tune", _tune, args, checkpoint, [source], progress)
@@ -213,9 +253,20 @@ def run_edit(args, checkpoint: Checkpoint, clip: Clip, progress: Progress) -> tu
     for number, (prompt, region) in enumerate(zip([args.prompt, *args.edit], regions)):
         label = "reconstruction" if number == 0 else prompt
         print(f"{label} ...", flush=True)
-        videos[label] = timed("sample", pipeline.sample, checkpoint, unet, noise, prompt, preset,
-                              source_prompt=args.prompt, negative_prompt=args.negative_prompt, subject=subject,
-                              region=region, callback=progress)  # fmt: skip
+        videos[label] = timed(
+            "sample",
+            pipeline.sample,
+            checkpoint,
+            unet,
+            noise,
+            prompt,
+            preset,
+            source_prompt=args.prompt,
+            negative_prompt=args.negative_prompt,
+            subject=subject,
+            region=region,
+            callback=progress,
+        )
         files[label] = f"{_name(number, prompt) if number else 'reconstruction'}.mp4"
         save_video(videos[label], args.output / files[label], clip.fps)
     shown = videos if subject is None else {"source": clip.frames, "subject": spotlight(clip.frames, subject), **videos}
@@ -270,12 +321,15 @@ def _report(output: Path, summary: dict[str, Any]):
 def _tune_command(args):
     videos, prompts = len(args.video), len(args.prompt)
     if videos != prompts:
-        raise TavError(f"there are {videos} --video and {prompts} --prompt; give each --video its own --prompt, in the "
-                       "same order")  # fmt: skip
+        raise TavError(
+            f"there are {videos} --video and {prompts} --prompt; give each --video its own --prompt, in the same order"
+        )
     progress = Progress().stop_at_interrupt()
     checkpoint = _checkpoint(args)
-    sources = [pipeline.prepare(checkpoint, _clip(args, checkpoint, video).frames, prompt)
-               for video, prompt in zip(args.video, args.prompt)]  # fmt: skip
+    sources = [
+        pipeline.prepare(checkpoint, _clip(args, checkpoint, video).frames, prompt)
+        for video, prompt in zip(args.video, args.prompt)
+    ]
     _, result = _tune(args, checkpoint, sources, progress)
     (args.output / "tuning-state.safetensors").unlink(missing_ok=True)
     print(f"probe loss {result.probe_losses[0][1]:.4f} -> {result.probe_losses[-1][1]:.4f}")
@@ -288,7 +342,9 @@ def _invert_command(args):
     unet, info = _load_tuned_unet(args, checkpoint)
     if info.more_prompts and args.prompt is None:
         said = ", ".join(repr(prompt) for prompt in [info.prompt, *info.more_prompts])
-        raise TavError(f"--tuned {args.tuned} was tuned on several clips ({said}); say with --prompt what --video shows")
+        raise TavError(
+            f"--tuned {args.tuned} was tuned on several clips ({said}); say with --prompt what --video shows"
+        )
     prompt = info.prompt if args.prompt is None else args.prompt
     args.frames, args.size = args.frames or info.num_frames or FRAMES, args.size or (info.width, info.height)
     _window_if_longer(args, info, args.frames)
@@ -305,8 +361,10 @@ def _sample_command(args):
     unet, info = _load_tuned_unet(args, checkpoint)
     preset, regions = preset_of(args), _regions(args)
     if args.frames is not None and (args.noise or args.frames < 1):
-        raise TavError(f"--frames {args.frames} can't be used here: it is the length of clips from random noise, 1 or "
-                       "more; leave it out")  # fmt: skip
+        raise TavError(
+            f"--frames {args.frames} can't be used here: it is the length of clips from random noise, 1 or "
+            "more; leave it out"
+        )
     if args.noise:
         noise, subject, source_prompt = _read_noise(args.noise, preset)
     else:
@@ -317,8 +375,18 @@ def _sample_command(args):
     _window_if_longer(args, info, noise.shape[2])
     preset = preset_of(args)
     for number, (prompt, region) in enumerate(zip(args.edit, regions), 1):
-        video = pipeline.sample(checkpoint, unet, noise, prompt, preset, source_prompt=source_prompt,
-                                negative_prompt=args.negative_prompt, subject=subject, region=region, callback=progress)  # fmt: skip
+        video = pipeline.sample(
+            checkpoint,
+            unet,
+            noise,
+            prompt,
+            preset,
+            source_prompt=source_prompt,
+            negative_prompt=args.negative_prompt,
+            subject=subject,
+            region=region,
+            callback=progress,
+        )
         path = args.output / f"{_name(number, prompt)}.mp4"
         save_video(video, path, args.fps)
         print(path)
@@ -349,36 +417,67 @@ def _device(text: str) -> torch.device:
 
 def _model_arguments(parser):
     group = parser.add_argument_group("model")
-    group.add_argument("--checkpoint", default="mini", metavar="PATH",
-                       help='a diffusers folder (also of a published Tune-A-Video model), a .safetensors file of SD 1.x or 2.x, '
-                       'or "mini" (the default)')  # fmt: skip
+    group.add_argument(
+        "--checkpoint",
+        default="mini",
+        metavar="PATH",
+        help="a diffusers folder (also of a published Tune-A-Video model), a .safetensors file of SD 1.x or 2.x, "
+        'or "mini" (the default)',
+    )
     _device_argument(group)
 
 
 def _device_argument(group):
-    group.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu",
-                       help="cpu, cuda, cuda:1, mps ... (cuda where there is one)")  # fmt: skip
+    group.add_argument(
+        "--device",
+        type=_device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:1, mps ... (cuda where there is one)",
+    )
 
 
 def _video_arguments(parser, frames: int | None = FRAMES, several: bool = False):
     group = parser.add_argument_group("video")
     takes = "; several times, each with its --prompt, to learn from several takes" if several else ""
-    group.add_argument("--video", required=True, type=Path, metavar="FILE", action="append" if several else "store",
-                       help=f"mp4, webm or gif, or a folder of images{takes}")  # fmt: skip
+    group.add_argument(
+        "--video",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        action="append" if several else "store",
+        help=f"mp4, webm or gif, or a folder of images{takes}",
+    )
     group.add_argument("--start", type=int, default=0, metavar="N", help="first frame to take (0)")
     group.add_argument("--stride", type=int, default=1, metavar="N", help="take every N-th frame (1)")
-    group.add_argument("--frames", type=int, metavar="N", default=frames,
-                       help=f"how many frames ({frames or 'as tuned'}; 8 to 32 are usual)")  # fmt: skip
-    group.add_argument("--size", type=_size, metavar="WxH",
-                       help=f"size to work at ({'the size of the checkpoint' if frames else 'as tuned'})")  # fmt: skip
-    group.add_argument("--fit", choices=("crop", "pad", "stretch"), default="crop",
-                       help="how a clip of another shape is brought to --size (crop)")  # fmt: skip
+    group.add_argument(
+        "--frames",
+        type=int,
+        metavar="N",
+        default=frames,
+        help=f"how many frames ({frames or 'as tuned'}; 8 to 32 are usual)",
+    )
+    group.add_argument(
+        "--size",
+        type=_size,
+        metavar="WxH",
+        help=f"size to work at ({'the size of the checkpoint' if frames else 'as tuned'})",
+    )
+    group.add_argument(
+        "--fit",
+        choices=("crop", "pad", "stretch"),
+        default="crop",
+        help="how a clip of another shape is brought to --size (crop)",
+    )
 
 
 def _tuning_arguments(parser):
     group = parser.add_argument_group("tuning")
-    group.add_argument("--attention", choices=("sparse-causal", "first", "full"), default="sparse-causal",
-                       help="frames that each frame looks at (sparse-causal: the first and the previous)")  # fmt: skip
+    group.add_argument(
+        "--attention",
+        choices=("sparse-causal", "first", "full"),
+        default="sparse-causal",
+        help="frames that each frame looks at (sparse-causal: the first and the previous)",
+    )
     group.add_argument("--temporal-causal", action="store_true", help="temporal attention sees no later frames")
     group.add_argument("--norm", choices=("video", "frame"), default="video", help="statistics of the group norms")
     group.add_argument("--resume", action="store_true", help="go on with the unfinished tuning in --output")
@@ -386,19 +485,37 @@ def _tuning_arguments(parser):
 
 def _edit_arguments(parser, required: bool):
     group = parser.add_argument_group("edits")
-    group.add_argument("--edit", action="append", required=required, metavar="TEXT",
-                       help="an edited sentence; give the option several times for several edits")  # fmt: skip
-    group.add_argument("--region", action="append", choices=REGIONS,
-                       help="what an edit may change, once for all or once for each --edit (everything); needs --contrast")  # fmt: skip
+    group.add_argument(
+        "--edit",
+        action="append",
+        required=required,
+        metavar="TEXT",
+        help="an edited sentence; give the option several times for several edits",
+    )
+    group.add_argument(
+        "--region",
+        action="append",
+        choices=REGIONS,
+        help="what an edit may change, once for all or once for each --edit (everything); needs --contrast",
+    )
     group.add_argument("--negative-prompt", default="", metavar="TEXT", help="what guidance steers away from")
 
 
 def _contrast_argument(parser):
-    parser.add_argument("--contrast", action="append", metavar="TEXT",
-                        help="the clip's sentence with another subject; finds the subject, keeps it in its place, and lets "
-                        "--region work; best three times, each with another colour and shape")  # fmt: skip
-    parser.add_argument("--softness", type=_softness, default=SOFTNESS, metavar="PIXELS",
-                        help=f"width of the edge of the subject's mask; 0 for a hard one ({SOFTNESS})")  # fmt: skip
+    parser.add_argument(
+        "--contrast",
+        action="append",
+        metavar="TEXT",
+        help="the clip's sentence with another subject; finds the subject, keeps it in its place, and lets "
+        "--region work; best three times, each with another colour and shape",
+    )
+    parser.add_argument(
+        "--softness",
+        type=_softness,
+        default=SOFTNESS,
+        metavar="PIXELS",
+        help=f"width of the edge of the subject's mask; 0 for a hard one ({SOFTNESS})",
+    )
 
 
 def main():
@@ -414,8 +531,19 @@ def main():
     demo.add_argument("--output", type=Path, default=Path("tav-demo"), metavar="DIR", help="(tav-demo)")
     _device_argument(demo)
     add_preset_arguments(demo)
-    demo.set_defaults(checkpoint="mini", start=0, stride=1, frames=8, size=None, fit="crop", attention="sparse-causal",
-                      temporal_causal=False, norm="video", resume=True, negative_prompt="")  # fmt: skip
+    demo.set_defaults(
+        checkpoint="mini",
+        start=0,
+        stride=1,
+        frames=8,
+        size=None,
+        fit="crop",
+        attention="sparse-causal",
+        temporal_causal=False,
+        norm="video",
+        resume=True,
+        negative_prompt="",
+    )
 
     edit = command("edit", _edit, "tune on a clip, invert it, and sample edited versions of it")
     edit.add_argument("--prompt", required=True, metavar="TEXT", help="one sentence that describes the clip")
@@ -428,8 +556,13 @@ def main():
     add_preset_arguments(edit)
 
     tune = command("tune", _tune_command, "tune on a clip, or on several, and write DIR/tuned.safetensors")
-    tune.add_argument("--prompt", required=True, action="append", metavar="TEXT",
-                      help="one sentence that describes the clip; one for each --video, in the same order")  # fmt: skip
+    tune.add_argument(
+        "--prompt",
+        required=True,
+        action="append",
+        metavar="TEXT",
+        help="one sentence that describes the clip; one for each --video, in the same order",
+    )
     tune.add_argument("--output", required=True, type=Path, metavar="DIR")
     _video_arguments(tune, several=True)
     _model_arguments(tune)
@@ -437,8 +570,12 @@ def main():
     add_preset_arguments(tune)
 
     invert = command("invert", _invert_command, "invert a clip with tuned weights to the noise it would come from")
-    invert.add_argument("--tuned", type=Path, metavar="FILE",
-                        help="tuned.safetensors of `tune` or `edit`; not needed with a Tune-A-Video model")  # fmt: skip
+    invert.add_argument(
+        "--tuned",
+        type=Path,
+        metavar="FILE",
+        help="tuned.safetensors of `tune` or `edit`; not needed with a Tune-A-Video model",
+    )
     invert.add_argument("--output", required=True, type=Path, metavar="FILE", help="a .safetensors file for the noise")
     invert.add_argument("--prompt", metavar="TEXT", help="one sentence that describes the clip (that of the tuning)")
     _contrast_argument(invert)
@@ -448,8 +585,12 @@ def main():
 
     sample = command("sample", _sample_command, "sample edited clips from inverted (or random) noise")
     _edit_arguments(sample, required=True)
-    sample.add_argument("--tuned", type=Path, metavar="FILE",
-                        help="tuned.safetensors of `tune` or `edit`; not needed with a Tune-A-Video model")  # fmt: skip
+    sample.add_argument(
+        "--tuned",
+        type=Path,
+        metavar="FILE",
+        help="tuned.safetensors of `tune` or `edit`; not needed with a Tune-A-Video model",
+    )
     sample.add_argument("--noise", type=Path, metavar="FILE", help="noise of `invert` or `edit`; random without it")
     sample.add_argument("--frames", type=int, metavar="N", help="length of clips from random noise (as tuned)")
     sample.add_argument("--fps", type=float, default=8.0, help="frame rate of the written videos (8)")
@@ -457,7 +598,9 @@ def main():
     _model_arguments(sample)
     add_preset_arguments(sample)
 
-    measure = command("bench", bench.bench, "measure the speed and the memory of every stage, against the method written plainly")
+    measure = command(
+        "bench", bench.bench, "measure the speed and the memory of every stage, against the method written plainly"
+    )
     _device_argument(measure)
     bench.add_arguments(measure)
 

@@ -121,7 +121,14 @@ def _same(x: Tensor) -> Tensor:
 
 
 def frame_attention(
-    attn: Attention, q: Tensor, k: Tensor, v: Tensor, frames: int, mode: str, fn: Callable[..., Tensor] = sdpa, tiles: int = 1
+    attn: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    frames: int,
+    mode: str,
+    fn: Callable[..., Tensor] = sdpa,
+    tiles: int = 1,
 ) -> Tensor:
     """Spatial self-attention whose keys and values come from chosen frames; projected `(b f t) n c` to the same.
 

@@ -29,7 +29,9 @@ _FEW = 32  # keys, whose scores may be held: they are hardly more than the queri
 _SAMPLE = 1 << 21  # scores of a measurement
 _MARGIN = 1.2  # another than PyTorch's must be so many times as quick
 _TURNS = 3
-_ALONE = 0.85  # of the processor time that its threads could have had, a measurement needs so much to be trusted for good
+_ALONE = (
+    0.85  # of the processor time that its threads could have had, a measurement needs so much to be trusted for good
+)
 _DAY = 24 * 60 * 60
 _FORMAT = 2  # of the file
 
@@ -40,8 +42,11 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 ATTENTIONS: dict[str, Attention] = {
-    "torch": F.scaled_dot_product_attention, "explicit": explicit_attention, "mixed": mixed_attention, "blocks": block_attention,
-}  # fmt: skip
+    "torch": F.scaled_dot_product_attention,
+    "explicit": explicit_attention,
+    "mixed": mixed_attention,
+    "blocks": block_attention,
+}
 
 
 def choose_attention(q: Tensor, k: Tensor, v: Tensor) -> Attention:
@@ -55,7 +60,12 @@ def choose_attention(q: Tensor, k: Tensor, v: Tensor) -> Attention:
 
 def machine() -> str:
     """What the speed of a computation depends on, and its last bits."""
-    parts = platform.node(), torch.backends.cpu.get_cpu_capability(), f"{torch.get_num_threads()} threads", f"torch {torch.__version__}"
+    parts = (
+        platform.node(),
+        torch.backends.cpu.get_cpu_capability(),
+        f"{torch.get_num_threads()} threads",
+        f"torch {torch.__version__}",
+    )
     return ", ".join(parts)
 
 
@@ -72,7 +82,10 @@ def _sampled(heads: int, n: int, m: int) -> tuple[int, int]:
 @functools.cache
 def _fastest(machine: str, heads: int, n: int, m: int, d: int, dtype: torch.dtype, backward: bool) -> str:
     """The name of the fastest, as the file says, or else as measured and put there."""
-    path, shape = cache_file(), f"{heads} heads, {n} queries, {m} keys, width {d}, {dtype}{', with backward' * backward}"
+    path, shape = (
+        cache_file(),
+        f"{heads} heads, {n} queries, {m} keys, width {d}, {dtype}{', with backward' * backward}",
+    )
     known = _read(path)
     entry = known.get(machine, {}).get(shape)
     if entry is None or entry.get("until", math.inf) < time.time():
@@ -113,7 +126,10 @@ def measure(heads: int, n: int, m: int, d: int, dtype: torch.dtype, backward: bo
     own = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     with own, torch.set_grad_enabled(backward), torch.autocast("cpu", enabled=False):
         # rows of all heads side by side, as a projection leaves them
-        q, k, v = (torch.ones(1, rows, heads, d).cumsum(1).sin().to(dtype).transpose(1, 2).requires_grad_(backward) for rows in (n, m, m))
+        q, k, v = (
+            torch.ones(1, rows, heads, d).cumsum(1).sin().to(dtype).transpose(1, 2).requires_grad_(backward)
+            for rows in (n, m, m)
+        )
         for _ in range(1 + _TURNS):  # the first is a warm-up, and often the slowest
             for name in _candidates(m, dtype, backward):
                 started = time.perf_counter()

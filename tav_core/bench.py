@@ -73,9 +73,15 @@ class Layout:
         unet, vae, text = (json.loads((CONFIGS / "sd1" / part / "config.json").read_text()) for part in parts)
         if self.name in _NARROW:
             width, groups, layers = _NARROW[self.name]
-            unet |= dict(block_out_channels=[width * n for n in (1, 2, 4, 4)], cross_attention_dim=4 * width, norm_num_groups=groups)
+            unet |= dict(
+                block_out_channels=[width * n for n in (1, 2, 4, 4)],
+                cross_attention_dim=4 * width,
+                norm_num_groups=groups,
+            )
             vae |= dict(block_out_channels=[width // 2 * n for n in (1, 2, 4, 4)], norm_num_groups=groups // 2)
-            text |= dict(hidden_size=4 * width, intermediate_size=16 * width, num_attention_heads=4, num_hidden_layers=layers)
+            text |= dict(
+                hidden_size=4 * width, intermediate_size=16 * width, num_attention_heads=4, num_hidden_layers=layers
+            )
         tokenizer = CLIPTokenizer.from_pretrained(CONFIGS / "tokenizer", local_files_only=True)
         scheduler = DDIMScheduler.from_pretrained(CONFIGS / "sd1" / "scheduler", clip_sample=False)
         unet, vae, text = ({k: v for k, v in part.items() if k[0] != "_"} for part in (unet, vae, text))
@@ -85,7 +91,10 @@ class Layout:
 
 # Stable Diffusion 1.5, narrower: width of the first level, groups of its norms, layers of the text encoder
 _NARROW = {"middle": (64, 32, 12), "small": (32, 16, 2)}
-LAYOUTS = {name: Layout(name, *clip) for name, clip in {"mini": (8, 16), "small": (4, 16), "middle": (8, 32), "sd15": (24, 64)}.items()}
+LAYOUTS = {
+    name: Layout(name, *clip)
+    for name, clip in {"mini": (8, 16), "small": (4, 16), "middle": (8, 32), "sd15": (24, 64)}.items()
+}
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,9 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 def set_attention(unet: VideoUNet, off: tuple[str, ...]):
     """Attention without the optimisations that are off."""
-    unet.frame_context.attention_fn = plain_attention if "fused" in off else fused_attention if "choice" in off else sdpa
+    unet.frame_context.attention_fn = (
+        plain_attention if "fused" in off else fused_attention if "choice" in off else sdpa
+    )
 
 
 class Enough(Exception):
@@ -174,8 +185,16 @@ class Subject:
         config = TuneConfig(steps=3, probe_size=1, dtype=mode.dtype, memory=mode.memory)
         try:
             with offloaded(self.checkpoint.vae, self.checkpoint.text_encoder):
-                tune(self.unet, self.checkpoint.scheduler, self.latents, self.texts[0], config, latents_std=self.latents.abs() / 10,
-                     callback=callback, say=say)  # fmt: skip
+                tune(
+                    self.unet,
+                    self.checkpoint.scheduler,
+                    self.latents,
+                    self.texts[0],
+                    config,
+                    latents_std=self.latents.abs() / 10,
+                    callback=callback,
+                    say=say,
+                )
         except Enough:
             return ends[1] - ends[0]
 
@@ -212,7 +231,16 @@ class Subject:
         return self._sample(1)
 
     def _sample(self, steps: int) -> float:
-        return self._timed(ddim_sample, self.unet, self.latents, self.texts[2], self.checkpoint.scheduler, steps, GUIDANCE, self.texts[1])
+        return self._timed(
+            ddim_sample,
+            self.unet,
+            self.latents,
+            self.texts[2],
+            self.checkpoint.scheduler,
+            steps,
+            GUIDANCE,
+            self.texts[1],
+        )
 
     def encode(self, mode: Mode) -> float:
         return self._timed(encode_video, self.checkpoint, self.pixels, *_whole(mode, self.pixels))
@@ -234,7 +262,9 @@ class Subject:
             unet.set_memory("fast")
             unet.frame_context.attention_fn = plain_attention  # whose every product is seen
             prompts = 2 if stage == "sample" else 1
-            latents, text = (torch.empty(prompts, *x.shape[1:], device=self.device) for x in (self.latents, self.texts[0]))
+            latents, text = (
+                torch.empty(prompts, *x.shape[1:], device=self.device) for x in (self.latents, self.texts[0])
+            )
             out = unet(latents, torch.zeros((), dtype=torch.int64, device=self.device), text)
             if stage == "tune":
                 out.square().mean().backward()
@@ -315,13 +345,19 @@ def shares(subject: Subject, modes: list[Mode], figures: dict[str, dict[str, flo
     print("\nmatrix products: " + ", ".join(f"{rate / 1e9:.1f} GFLOP/s in {dtype}" for dtype, rate in rates.items()))
     flops = {stage: subject.flops(stage) for stage in COUNTED if stage in next(iter(figures.values()))}
     print("a step: " + ", ".join(f"{stage} {count / 1e9:.1f} GFLOP" for stage, count in flops.items()))
-    return {mode.name: {stage: count / figures[mode.name][stage] / rates[mode.dtype] for stage, count in flops.items()} for mode in modes}
+    return {
+        mode.name: {stage: count / figures[mode.name][stage] / rates[mode.dtype] for stage, count in flops.items()}
+        for mode in modes
+    }
 
 
 def cpu_name() -> str:
     """As lscpu tells it; elsewhere what Python knows of it."""
     lines = (_PROCESS.parent / "cpuinfo").read_text().splitlines() if (_PROCESS.parent / "cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor() or platform.machine(),
+    )
 
 
 def growth(layout: Layout, mode: Mode, runs: int, device: str, sizes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -336,26 +372,45 @@ def growth(layout: Layout, mode: Mode, runs: int, device: str, sizes: dict[str, 
                 used = memory(grown, mode, stage, device, torch.get_num_threads())
                 points[-1][f"{stage} GB"] = used["peak"] - used["before"]
         x = [math.log(value) * (2 if axis == "size" else 1) for value in values]  # size: over the number of pixels
-        fit = {name: statistics.linear_regression(x, [math.log(max(p[name], 1e-6)) for p in points]).slope
-               for name in points[0] if name != axis}  # fmt: skip
+        fit = {
+            name: statistics.linear_regression(x, [math.log(max(p[name], 1e-6)) for p in points]).slope
+            for name in points[0]
+            if name != axis
+        }
         result[axis] = {"points": points, "exponents": fit}
     return result
 
 
 def add_arguments(parser):
-    parser.add_argument("--layout", choices=LAYOUTS, help="(middle; with --gpu sd15, Stable Diffusion 1.5 at 512 x 512; with --growth small)")
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        help="(middle; with --gpu sd15, Stable Diffusion 1.5 at 512 x 512; with --growth small)",
+    )
     parser.add_argument("--frames", type=int, metavar="N", help="(that of the layout)")
     parser.add_argument("--size", type=int, metavar="N", help="side of the latents (that of the layout)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="of the U-Net (fp32; with --gpu bf16)")
     parser.add_argument("--memory", nargs="+", choices=MEMORY, help="of the tuning (fast; with --gpu all that fit)")
-    parser.add_argument("--without", nargs="+", choices=OPTIMISATIONS, default=[],
-                        help="measures also with each of these switched off. " + "; ".join(f"{k}: {v}" for k, v in OPTIMISATIONS.items()))  # fmt: skip
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        choices=OPTIMISATIONS,
+        default=[],
+        help="measures also with each of these switched off. "
+        + "; ".join(f"{k}: {v}" for k, v in OPTIMISATIONS.items()),
+    )
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="the median of so many is reported (3)")
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (all)")
-    parser.add_argument("--no-memory", action="store_true", help="leaves out the memory, which takes a process for each figure")
-    parser.add_argument("--gpu", action="store_true", help="also 50 steps of inversion and sampling; no plain, which wouldn't fit")
-    parser.add_argument("--growth", action="store_true", help="instead: over 8 to 64 frames, and latents of 16 to 64, with exponents")
+    parser.add_argument(
+        "--no-memory", action="store_true", help="leaves out the memory, which takes a process for each figure"
+    )
+    parser.add_argument(
+        "--gpu", action="store_true", help="also 50 steps of inversion and sampling; no plain, which wouldn't fit"
+    )
+    parser.add_argument(
+        "--growth", action="store_true", help="instead: over 8 to 64 frames, and latents of 16 to 64, with exponents"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes all figures")
 
 
@@ -365,11 +420,16 @@ def bench(args):
     if args.device.type != "cuda" and not _PROCESS.exists() and (args.growth or not args.no_memory):
         raise TavError("resident memory is read from /proc, which this system lacks; use --no-memory, without --growth")
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    layout, device = LAYOUTS[args.layout or ("sd15" if args.gpu else "small" if args.growth else "middle")], str(args.device)
+    layout, device = (
+        LAYOUTS[args.layout or ("sd15" if args.gpu else "small" if args.growth else "middle")],
+        str(args.device),
+    )
     layout = replace(layout, frames=args.frames or layout.frames, size=args.size or layout.size)
     multiple = 1 if layout.name == "mini" else 8
     if layout.frames < 1 or layout.size < 1 or layout.size % multiple:
-        raise TavError(f"--frames {layout.frames} --size {layout.size} can't be run; give 1 or more frames, and a size in multiples of {multiple}")
+        raise TavError(
+            f"--frames {layout.frames} --size {layout.size} can't be run; give 1 or more frames, and a size in multiples of {multiple}"
+        )
     dtypes = args.dtype or ["bf16" if args.gpu else "fp32"]
     kinds = args.memory or (_fitting(layout, DTYPES[dtypes[0]], args.device) if args.gpu else ["fast"])
     on = [Mode(dtype, kind) for dtype in dtypes for kind in kinds]
@@ -384,7 +444,10 @@ def bench(args):
         for axis, found in result["growth"].items():
             print(*(json.dumps({k: round(v, 3) for k, v in point.items()}) for point in found["points"]), sep="\n")
             over = "pixels" if axis == "size" else axis
-            print(f"exponents over {over}: " + ", ".join(f"{name} {value:.2f}" for name, value in found["exponents"].items()))
+            print(
+                f"exponents over {over}: "
+                + ", ".join(f"{name} {value:.2f}" for name, value in found["exponents"].items())
+            )
     else:
         subject = Subject(layout, device)
         result["seconds"] = seconds(subject, modes, list(args.stages), args.runs)
@@ -397,9 +460,18 @@ def bench(args):
             print(f"\ninversion and 50 guided steps, {on[0].name}: {result['edit']:.1f} s")
         del subject  # on a GPU it would count
         if not args.no_memory:
-            used = {mode.name: {stage: memory(layout, mode, stage, device, torch.get_num_threads()) for stage in args.stages} for mode in modes}
+            used = {
+                mode.name: {
+                    stage: memory(layout, mode, stage, device, torch.get_num_threads()) for stage in args.stages
+                }
+                for mode in modes
+            }
             result["memory"] = used
-            _table("peak GB", {name: {stage: gb["peak"] for stage, gb in of.items()} for name, of in used.items()}, args.stages)
+            _table(
+                "peak GB",
+                {name: {stage: gb["peak"] for stage, gb in of.items()} for name, of in used.items()},
+                args.stages,
+            )
     if args.json:
         with atomic_path(args.json) as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n")
@@ -408,7 +480,10 @@ def bench(args):
 def _fitting(layout: Layout, dtype: torch.dtype, device: torch.device) -> list[str]:
     """The memory modes that the device has room for, or else the last; tells which it leaves out."""
     subject = Subject(layout, str(device))
-    chosen, line = choose(lambda kind: needed_memory(subject.unet, subject.latents, subject.texts[0], None, dtype, kind, device), free_memory(device))
+    chosen, line = choose(
+        lambda kind: needed_memory(subject.unet, subject.latents, subject.texts[0], None, dtype, kind, device),
+        free_memory(device),
+    )
     if chosen != MEMORY[0]:
         print(line)
     return list(MEMORY[MEMORY.index(chosen) :])
@@ -420,4 +495,7 @@ def _table(title: str, figures: dict[str, dict[str, float]], stages: list[str], 
     print("\n" + title.ljust(width) + "".join(stage.rjust(17) for stage in stages))
     for name, of in figures.items():
         ratios = (f" {f'({first[stage] / of[stage]:.2f}x)':>8}" if compared else "" for stage in stages)
-        print(name.ljust(width) + "".join(f"{of[stage]:.3f}{ratio}".rjust(17) for stage, ratio in zip(stages, ratios)), flush=True)
+        print(
+            name.ljust(width) + "".join(f"{of[stage]:.3f}{ratio}".rjust(17) for stage, ratio in zip(stages, ratios)),
+            flush=True,
+        )

@@ -86,7 +86,9 @@ def load_checkpoint(
         raise TavError(f"prediction_type={prediction_type!r} is unknown; choose epsilon or v_prediction")
     path = MINI if str(name_or_path) == "mini" else Path(name_or_path)
     if not path.exists():
-        raise TavError(f"--checkpoint {name_or_path} does not exist; give a diffusers folder, a .safetensors file or mini")
+        raise TavError(
+            f"--checkpoint {name_or_path} does not exist; give a diffusers folder, a .safetensors file or mini"
+        )
     if config is not None and not Path(config).is_dir():
         raise TavError(f"config={config} is not a folder; give one with unet, vae, text_encoder and scheduler in it")
     try:
@@ -119,7 +121,9 @@ def load_controlnet(path: str | Path) -> ControlNetModel:
         if kind != "ControlNetModel":
             raise TavError(f"--controlnet {path} is a {kind}; give a folder with a ControlNetModel of diffusers")
         if config.get("addition_embed_type") or config.get("class_embed_type") or config.get("encoder_hid_dim"):
-            raise TavError(f"--controlnet {path} is conditioned on more than text, as those of SDXL; give one for SD 1.x or 2.x")
+            raise TavError(
+                f"--controlnet {path} is conditioned on more than text, as those of SDXL; give one for SD 1.x or 2.x"
+            )
         if not any(path.glob("diffusion_pytorch_model*.safetensors")):
             raise TavError(f"--controlnet {path} holds no .safetensors weights; save it with safe_serialization=True")
         return _load_part(path, ControlNetModel, "--controlnet").eval().requires_grad_(False)
@@ -133,12 +137,16 @@ def load_controlnet(path: str | Path) -> ControlNetModel:
 def _load_folder(path: Path) -> dict:
     if not (path / "unet" / "config.json").exists():
         other = "a transformer model such as SD3 or Flux" if (path / "transformer").exists() else "no diffusers model"
-        raise TavError(f"--checkpoint {path} is {other} (it has no unet folder); give a Stable Diffusion 1.x or 2.x folder")
+        raise TavError(
+            f"--checkpoint {path} is {other} (it has no unet folder); give a Stable Diffusion 1.x or 2.x folder"
+        )
     unet_config = json.loads((path / "unet" / "config.json").read_text())
     _refuse(path, unet_config.get("in_channels", 4), "text_encoder_2" if (path / "text_encoder_2").exists() else "")
     if lost := [part for part in ("vae", "text_encoder", "tokenizer", "scheduler") if not (path / part).is_dir()]:
-        raise TavError(f"--checkpoint {path} lacks {', '.join(lost)}; download the whole folder, or copy them from the model "
-                       "that its unet was tuned from")  # fmt: skip
+        raise TavError(
+            f"--checkpoint {path} lacks {', '.join(lost)}; download the whole folder, or copy them from the model "
+            "that its unet was tuned from"
+        )
     for part in ("unet", "vae", "text_encoder"):
         if not _weight_files(path / part):
             raise TavError(f"--checkpoint {path}/{part} holds no weights; download the whole folder")
@@ -170,9 +178,13 @@ def _weight_files(path: Path) -> list[Path]:
         TavError: pickled files, and a torch that can't keep them from running code.
     """
     files = list(path.glob("*.safetensors"))
-    if not files and (files := list(path.glob("*pytorch_model*.bin"))) and not is_torch_version(">=", "2.6"):  # CVE-2025-32434
-        raise TavError(f"--checkpoint {path} holds pickled weights (.bin), which torch {torch.__version__} can't read safely; "
-                       "update torch to 2.6, or save the model with safe_serialization=True")  # fmt: skip
+    if (
+        not files and (files := list(path.glob("*pytorch_model*.bin"))) and not is_torch_version(">=", "2.6")
+    ):  # CVE-2025-32434
+        raise TavError(
+            f"--checkpoint {path} holds pickled weights (.bin), which torch {torch.__version__} can't read safely; "
+            "update torch to 2.6, or save the model with safe_serialization=True"
+        )
     return [file for file in files if "fp16" not in file.name] or files
 
 
@@ -183,8 +195,14 @@ def _load_weights(file: Path) -> dict[str, Tensor]:
 def _load_part(path: Path, kind: type[ModelMixin], option: str = "--checkpoint") -> ModelMixin:
     file = _weight_files(path)[0]
     variant = "fp16" if "fp16" in file.name else None
-    model, loaded = kind.from_pretrained(path, local_files_only=True, use_safetensors=file.suffix == ".safetensors", variant=variant,
-                                         output_loading_info=True, low_cpu_mem_usage=False)  # fmt: skip
+    model, loaded = kind.from_pretrained(
+        path,
+        local_files_only=True,
+        use_safetensors=file.suffix == ".safetensors",
+        variant=variant,
+        output_loading_info=True,
+        low_cpu_mem_usage=False,
+    )
     if lost := sorted(loaded["missing_keys"]):  # diffusers would go on with random weights
         raise TavError(f"{option} {path} lacks {len(lost)} of its weights ({lost[0]}, ...); download it again")
     return model
@@ -198,8 +216,10 @@ def _load_video_unet(path: Path) -> VideoUNet:
     """
     tensors = {name: value for file in _weight_files(path) for name, value in _load_weights(file).items()}
     if not any(".attn_temp." in name for name in tensors):
-        raise TavError(f"--checkpoint {path} is another kind of video model, such as ModelScope's; give one of Tune-A-Video, or a "
-                       "Stable Diffusion 1.x or 2.x text-to-image model")  # fmt: skip
+        raise TavError(
+            f"--checkpoint {path} is another kind of video model, such as ModelScope's; give one of Tune-A-Video, or a "
+            "Stable Diffusion 1.x or 2.x text-to-image model"
+        )
     # UNet3DConditionModel, CrossAttnDownBlock3D, UNetMidBlock3DCrossAttn ...
     config = json.loads((path / "config.json").read_text().replace("3D", "2D"))
     with torch.device("meta"):
@@ -208,8 +228,10 @@ def _load_video_unet(path: Path) -> VideoUNet:
     if lost := sorted(own - tensors.keys()):
         raise TavError(f"--checkpoint {path} lacks {len(lost)} of its weights ({lost[0]}, ...); download it again")
     if more := sorted(tensors.keys() - own):
-        raise TavError(f"--checkpoint {path} is a changed kind of Tune-A-Video model (it has {more[0]}); give one that the "
-                       "original code saved")  # fmt: skip
+        raise TavError(
+            f"--checkpoint {path} is a changed kind of Tune-A-Video model (it has {more[0]}); give one that the "
+            "original code saved"
+        )
     unet.load_state_dict(tensors, assign=True)
     return unet
 
@@ -225,7 +247,9 @@ def _text_encoder(path: Path, folder: Path, tensors: dict[str, Tensor]) -> CLIPT
     given = {name.removeprefix("text_model."): value for name, value in given.items()}
     own = {name.removeprefix("text_model."): name for name in model.state_dict()}
     if lost := sorted(own.keys() - given.keys()):
-        raise TavError(f"--checkpoint {path} lacks {len(lost)} of its text_encoder's weights ({lost[0]}, ...); download it again")
+        raise TavError(
+            f"--checkpoint {path} lacks {len(lost)} of its text_encoder's weights ({lost[0]}, ...); download it again"
+        )
     model.load_state_dict({own[name]: given[name] for name in own})
     return model
 
@@ -256,8 +280,10 @@ def _load_file(path: Path, prediction_type: str | None, config: str | Path | Non
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
         width = _check_family(path, shapes)
         # only these: a file may hold a second U-Net, its running average
-        tensors = {part: {key: file.get_tensor(key) for key in shapes if key.startswith(prefix)}
-                   for part, prefix in _PREFIXES.items()}  # fmt: skip
+        tensors = {
+            part: {key: file.get_tensor(key) for key in shapes if key.startswith(prefix)}
+            for part, prefix in _PREFIXES.items()
+        }
     for part, prefix in _PREFIXES.items():
         if not tensors[part]:
             raise TavError(f"--checkpoint {path} has no {part} ({prefix}*); give the full checkpoint, not a part of it")
@@ -267,8 +293,10 @@ def _load_file(path: Path, prediction_type: str | None, config: str | Path | Non
     tokenizer = CLIPTokenizer.from_pretrained((folder if own else CONFIGS) / "tokenizer", local_files_only=True)
     if second and not own:
         tokenizer.pad_token = "!"  # id 0, as OpenCLIP pads
-    text = {re.sub(r"^cond_stage_model\.(transformer|model)\.", "", name): value
-            for name, value in tensors["text_encoder"].items()}  # fmt: skip
+    text = {
+        re.sub(r"^cond_stage_model\.(transformer|model)\.", "", name): value
+        for name, value in tensors["text_encoder"].items()
+    }
     parts = dict(
         unet=_convert_part(path, folder, "unet", UNet2DConditionModel, tensors["unet"]),
         vae=_convert_part(path, folder, "vae", AutoencoderKL, tensors["vae"]),
@@ -276,9 +304,13 @@ def _load_file(path: Path, prediction_type: str | None, config: str | Path | Non
         tokenizer=tokenizer,
         scheduler=_scheduler(folder),
     )
-    says_v = (prediction_type == "v_prediction" or "768" in path.stem or path.stem.endswith("-v")
-              or metadata.get("modelspec.prediction_type") == "v"
-              or "768-v" in metadata.get("modelspec.architecture", ""))  # fmt: skip
+    says_v = (
+        prediction_type == "v_prediction"
+        or "768" in path.stem
+        or path.stem.endswith("-v")
+        or metadata.get("modelspec.prediction_type") == "v"
+        or "768-v" in metadata.get("modelspec.architecture", "")
+    )
     if second and says_v:
         parts["scheduler"].register_to_config(prediction_type="v_prediction")
         parts["unet"].register_to_config(sample_size=96)
@@ -292,15 +324,20 @@ def _check_family(path: Path, shapes: dict[str, list[int]]) -> int:
     family = next((key for key in shapes if key.startswith(others)), "")
     first, text = f"{unet}input_blocks.0.0.weight", next((k for k in shapes if k.endswith("attn2.to_k.weight")), None)
     if not family and (first not in shapes or text is None):
-        raise TavError(f"--checkpoint {path} is no Stable Diffusion checkpoint (it lacks {first}); give an SD 1.x or 2.x file")
+        raise TavError(
+            f"--checkpoint {path} is no Stable Diffusion checkpoint (it lacks {first}); give an SD 1.x or 2.x file"
+        )
     width = shapes[text][1] if text else 0
     _refuse(path, shapes[first][1] if first in shapes else 4, "conditioner." if width == 2048 else family)
     return width
 
 
-def _convert_part(path: Path, folder: Path, part: str, kind: type[ModelMixin], tensors: dict[str, Tensor]) -> ModelMixin:
-    model = kind.from_single_file(tensors, config=str(folder), subfolder=part, local_files_only=True,
-                                  low_cpu_mem_usage=False)  # fmt: skip
+def _convert_part(
+    path: Path, folder: Path, part: str, kind: type[ModelMixin], tensors: dict[str, Tensor]
+) -> ModelMixin:
+    model = kind.from_single_file(
+        tensors, config=str(folder), subfolder=part, local_files_only=True, low_cpu_mem_usage=False
+    )
     # diffusers would go on with random weights in the place of lost ones
     if sum(map(torch.numel, tensors.values())) < sum(map(torch.numel, model.parameters())):
         raise TavError(f"--checkpoint {path} lacks some weights of its {part}; download it again")

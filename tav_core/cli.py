@@ -28,8 +28,13 @@ class Progress:
     def __call__(self, state: dict[str, Any]):
         if self.bar is None or self.bar.desc != STAGES[state["stage"]]:
             self.close()
-            self.bar = tqdm(total=state["total"], desc=STAGES[state["stage"]], unit="step", initial=state["step"] - 1,
-                            mininterval=0.5)  # fmt: skip
+            self.bar = tqdm(
+                total=state["total"],
+                desc=STAGES[state["stage"]],
+                unit="step",
+                initial=state["step"] - 1,
+                mininterval=0.5,
+            )
         self.bar.update(state["step"] - self.bar.n)
         if "loss" in state:
             self.bar.set_postfix(loss=f"{state['loss']:.4f}", probe=f"{state['probe_loss']:.4f}", refresh=False)
@@ -61,39 +66,70 @@ def add_preset_arguments(parser: argparse.ArgumentParser):
     summary = "; ".join(
         f"{name}: {p.tuning.steps} steps at {p.tuning.learning_rate:g}, {p.sampling_steps} sampling steps, "
         f"guidance {p.guidance_scale:g}, attention injection {p.attention_injection:g}, "
-        f"caption as negative {p.caption_as_negative:g}" for name, p in PRESETS.items()
-    )  # fmt: skip
+        f"caption as negative {p.caption_as_negative:g}"
+        for name, p in PRESETS.items()
+    )
     group.add_argument("--preset", choices=PRESETS, help=f"mini for the mini checkpoint, else paper. {summary}")
     group.add_argument("--steps", type=int, metavar="N", help="tuning steps")
     group.add_argument("--learning-rate", type=float, metavar="X", help="tuning's learning rate (AdamW)")
     group.add_argument("--seed", type=int, metavar="N", help="seed of every random draw (0)")
-    group.add_argument("--dtype", choices=DTYPES, help="precision of the U-Net, in all stages; tuned weights stay fp32 "
-                       "(bf16 on a GPU that is made for it, else fp32)")  # fmt: skip
-    group.add_argument("--memory", choices=["auto", *MEMORY],
-                       help="of the tuning: from fast to low each takes less memory, and more time (auto: the first that fits)")  # fmt: skip
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="precision of the U-Net, in all stages; tuned weights stay fp32 "
+        "(bf16 on a GPU that is made for it, else fp32)",
+    )
+    group.add_argument(
+        "--memory",
+        choices=["auto", *MEMORY],
+        help="of the tuning: from fast to low each takes less memory, and more time (auto: the first that fits)",
+    )
     group.add_argument("--sampling-steps", type=int, metavar="N", help="DDIM steps of inversion and of sampling")
     group.add_argument("--guidance-scale", type=float, metavar="X", help="classifier-free guidance of the edits")
-    group.add_argument("--attention-injection", type=float, metavar="X",
-                       help="share of the sampling steps in which edits attend as the clip does (0 to 1): more keeps more of its layout and motion")  # fmt: skip
-    group.add_argument("--caption-as-negative", type=float, metavar="X",
-                       help="how far guidance starts from the clip's own sentence instead of the negative prompt (0 to 1)")  # fmt: skip
-    group.add_argument("--steady", action=argparse.BooleanOptionalAction,
-                       help="with --contrast: a background that an edit draws anew stands still where the clip's does (on). "
-                       "--no-steady for one that should move, such as a fire or a crowd")  # fmt: skip
-    group.add_argument("--context-length", type=int, metavar="N",
-                       help="for long clips: frames that are looked at together, 3 or more (all; with --tuned, as many as tuned)")  # fmt: skip
+    group.add_argument(
+        "--attention-injection",
+        type=float,
+        metavar="X",
+        help="share of the sampling steps in which edits attend as the clip does (0 to 1): more keeps more of its layout and motion",
+    )
+    group.add_argument(
+        "--caption-as-negative",
+        type=float,
+        metavar="X",
+        help="how far guidance starts from the clip's own sentence instead of the negative prompt (0 to 1)",
+    )
+    group.add_argument(
+        "--steady",
+        action=argparse.BooleanOptionalAction,
+        help="with --contrast: a background that an edit draws anew stands still where the clip's does (on). "
+        "--no-steady for one that should move, such as a fire or a crowd",
+    )
+    group.add_argument(
+        "--context-length",
+        type=int,
+        metavar="N",
+        help="for long clips: frames that are looked at together, 3 or more (all; with --tuned, as many as tuned)",
+    )
     group.add_argument("--context-overlap", type=int, metavar="N", help="frames that neighbouring windows share (4)")
 
 
 def preset_of(args: argparse.Namespace) -> Preset:
     """The preset that the arguments of `add_preset_arguments` describe."""
     return with_settings(
-        PRESETS[args.preset or default_preset(args.checkpoint)], steps=args.steps, learning_rate=args.learning_rate, seed=args.seed, dtype=args.dtype,
-        memory=args.memory, sampling_steps=args.sampling_steps,
-        guidance_scale=args.guidance_scale, attention_injection=args.attention_injection,
-        caption_as_negative=args.caption_as_negative, steady=args.steady, context_length=args.context_length,
+        PRESETS[args.preset or default_preset(args.checkpoint)],
+        steps=args.steps,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+        dtype=args.dtype,
+        memory=args.memory,
+        sampling_steps=args.sampling_steps,
+        guidance_scale=args.guidance_scale,
+        attention_injection=args.attention_injection,
+        caption_as_negative=args.caption_as_negative,
+        steady=args.steady,
+        context_length=args.context_length,
         context_overlap=args.context_overlap,
-    )  # fmt: skip
+    )
 
 
 def run(parser: argparse.ArgumentParser):

@@ -197,7 +197,9 @@ def ddim_sample(
     walks = region is not None or still is not None
     walking_steps = num_steps if walks else injected_steps
     if walking_steps and source_hidden_states is None:
-        asks = f"attention_injection={attention_injection}" if not walks else "region" if region is not None else "still"
+        asks = (
+            f"attention_injection={attention_injection}" if not walks else "region" if region is not None else "still"
+        )
         raise TavError(f"{asks} needs source_hidden_states; pass it or leave it out")
 
     b, _, f, _, _ = latents.shape
@@ -209,12 +211,22 @@ def ddim_sample(
         shapes = ", ".join(f"{name} {text.shape[1]}" for (name, text), use in zip(texts.items(), used) if use)
         raise TavError(f"the texts differ in their number of tokens ({shapes}); pad them to one length")
     if anchor is not None:  # for every row, one mask a frame
-        anchor = rearrange(anchor.expand(b, 1, *latents.shape[2:]).repeat(len(rows), 1, 1, 1, 1), "b c f h w -> (b f) c h w")
+        anchor = rearrange(
+            anchor.expand(b, 1, *latents.shape[2:]).repeat(len(rows), 1, 1, 1, 1), "b c f h w -> (b f) c h w"
+        )
     beside_text, text = torch.cat(rows), torch.cat(rows[bool(walking_steps) :])
     beside_labels = labels = {}
     if class_labels is not None:
-        given = {"source_class_labels": source_class_labels, "negative_class_labels": negative_class_labels, "class_labels": class_labels}
-        rows = [per_frame(name, class_labels if own is None else own, b, f) for (name, own), use in zip(given.items(), used) if use]
+        given = {
+            "source_class_labels": source_class_labels,
+            "negative_class_labels": negative_class_labels,
+            "class_labels": class_labels,
+        }
+        rows = [
+            per_frame(name, class_labels if own is None else own, b, f)
+            for (name, own), use in zip(given.items(), used)
+            if use
+        ]
         beside_labels, labels = labelled(torch.cat(rows)), labelled(torch.cat(rows[bool(walking_steps) :]))
 
     x = latents.float().contiguous()

@@ -25,7 +25,12 @@ from .attention import MODES, FrameAttnProcessor, FrameContext, anchored, tempor
 from .errors import TavError
 
 NORMS = ("video", "frame")
-MEMORY = ("fast", "selective", "checkpointing", "low")  # of the tuning: each takes less memory and more time than the one before
+MEMORY = (
+    "fast",
+    "selective",
+    "checkpointing",
+    "low",
+)  # of the tuning: each takes less memory and more time than the one before
 _PARTS = 4
 _TRAINABLE = re.compile(r"\.(attn1\.to_q|attn2\.to_q|attn_temp)\.")
 
@@ -60,7 +65,11 @@ class RecomputedInParts(Recomputed):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:  # (b f) n c
         forward = super().forward
-        return torch.cat([forward(part, *args, **kwargs) for part in x.chunk(_PARTS)]) if self.recomputed else forward(x, *args, **kwargs)
+        return (
+            torch.cat([forward(part, *args, **kwargs) for part in x.chunk(_PARTS)])
+            if self.recomputed
+            else forward(x, *args, **kwargs)
+        )
 
 
 class OverFrames:
@@ -82,8 +91,13 @@ class TemporalTail:
     def forward(self, *args, **kwargs) -> Tensor:
         x, context = super().forward(*args, **kwargs), self.frame_context  # (b f) n c
         y = rearrange(x, "(b f) n c -> (b n) f c", f=context.frames)
-        y = temporal_attention(self.attn_temp, self.norm_temp(y), self.temporal_causal, context.attention_fn,
-                               leaders=context.sources * x.shape[1])  # fmt: skip
+        y = temporal_attention(
+            self.attn_temp,
+            self.norm_temp(y),
+            self.temporal_causal,
+            context.attention_fn,
+            leaders=context.sources * x.shape[1],
+        )
         return x + rearrange(y, "(b n) f c -> (b f) n c", n=x.shape[1])
 
 
@@ -127,7 +141,12 @@ class VideoUNet(UNet2DConditionModel):
     memory: str = "fast"
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor | float | int, encoder_hidden_states: Tensor, anchor: Tensor | None = None, **kwargs
+        self,
+        latents: Tensor,
+        timesteps: Tensor | float | int,
+        encoder_hidden_states: Tensor,
+        anchor: Tensor | None = None,
+        **kwargs,
     ) -> Tensor:
         """Predict noise (or v, or the sample, as the base model does) for whole videos.
 
@@ -177,13 +196,19 @@ class VideoUNet(UNet2DConditionModel):
                 raise TavError("class_labels are given, but this unet knows no classes; leave them out")
             return None
         if class_labels is None:
-            raise TavError("this unet is conditioned on class labels and got none; pass class_labels, from Python, one per "
-                           "video or per frame")  # fmt: skip
+            raise TavError(
+                "this unet is conditioned on class labels and got none; pass class_labels, from Python, one per "
+                "video or per frame"
+            )
         if isinstance(embedding, nn.Embedding):
-            known = not class_labels.is_floating_point() and (0 <= class_labels.min() <= class_labels.max() < embedding.num_embeddings)
+            known = not class_labels.is_floating_point() and (
+                0 <= class_labels.min() <= class_labels.max() < embedding.num_embeddings
+            )
             if not known:
-                raise TavError(f"class_labels={class_labels.unique().tolist()} must be integers from 0 to {embedding.num_embeddings - 1}; "
-                               "give those that this unet was trained on")  # fmt: skip
+                raise TavError(
+                    f"class_labels={class_labels.unique().tolist()} must be integers from 0 to {embedding.num_embeddings - 1}; "
+                    "give those that this unet was trained on"
+                )
         elif kind != "timestep":  # a vector
             class_labels = class_labels.to(sample.dtype)
         return super().get_class_embed(sample, class_labels)
@@ -236,17 +261,15 @@ def labelled(class_labels: Tensor | None) -> dict[str, Tensor]:
     return {} if class_labels is None else {"class_labels": class_labels}
 
 
-def predict(unet: Callable, latents: Tensor, timesteps: Tensor | int, encoder_hidden_states: Tensor, **settings) -> Tensor:
+def predict(
+    unet: Callable, latents: Tensor, timesteps: Tensor | int, encoder_hidden_states: Tensor, **settings
+) -> Tensor:
     """What a U-Net says of latents `b c f h w`, computed in its `dtype`: float32 `b c f h w`."""
     return unet(latents.to(unet.dtype), timesteps, encoder_hidden_states.to(unet.dtype), **settings).float()
 
 
 def inflate(
-    unet: UNet2DConditionModel,
-    *,
-    attention: str = "sparse-causal",
-    temporal_causal: bool = False,
-    norm: str = "video",
+    unet: UNet2DConditionModel, *, attention: str = "sparse-causal", temporal_causal: bool = False, norm: str = "video"
 ) -> VideoUNet:
     """Return a video U-Net made from a copy of `unet`; for a still video it computes what `unet` computes.
 

@@ -18,9 +18,14 @@ _MARGIN = 1.2  # of what is needed: for kernels' own buffers and gaps between bl
 
 
 def needed_memory(
-    unet: VideoUNet, latents: Tensor, encoder_hidden_states: Tensor, class_labels: Tensor | None, dtype: torch.dtype, memory: str,
+    unet: VideoUNet,
+    latents: Tensor,
+    encoder_hidden_states: Tensor,
+    class_labels: Tensor | None,
+    dtype: torch.dtype,
+    memory: str,
     device: torch.device,
-) -> int:  # fmt: skip
+) -> int:
     """Bytes that a tuning step takes beyond the weights of the U-Net, in a memory mode (one of `MEMORY`).
 
     The step is run, forward and backward, on tensors without content (fake tensors), which have all but the memory:
@@ -37,6 +42,7 @@ def needed_memory(
     """
     tuned_bytes = 4 * sum(parameter.numel() for parameter in trainable_parameters(unet).values())
     with FakeTensorMode():
+
         def fake(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
             return torch.empty(x.shape, dtype=dtype or x.dtype, device=device)
 
@@ -45,7 +51,11 @@ def needed_memory(
         unet.frame_context.attention_fn = lambda q, k, v, mask=None: _FusedAttention.apply(q, k, v)
         unet.get_class_embed = super(VideoUNet, unet).get_class_embed  # which doesn't look at the labels' values
         labels = {} if class_labels is None else {"class_labels": fake(class_labels)}
-        inputs = fake(latents, dtype), torch.zeros((), dtype=torch.int64, device=device), fake(encoder_hidden_states, dtype)
+        inputs = (
+            fake(latents, dtype),
+            torch.zeros((), dtype=torch.int64, device=device),
+            fake(encoder_hidden_states, dtype),
+        )
         with _Peak([*unet.parameters(), *unet.buffers()]) as count:
             unet(*inputs, **labels).float().square().mean().backward()
     return count.peak + 3 * tuned_bytes
@@ -53,8 +63,12 @@ def needed_memory(
 
 def without_content(unet: VideoUNet, dtype: torch.dtype, device: torch.device) -> VideoUNet:
     """A copy, as it computes in a dtype on a device, whose weights have no content; made and used under a `FakeTensorMode`."""
-    weights = {id(p): nn.Parameter(torch.empty(p.shape, dtype=torch.float32 if p.requires_grad else dtype, device=device), p.requires_grad)
-               for p in unet.parameters()}  # fmt: skip
+    weights = {
+        id(p): nn.Parameter(
+            torch.empty(p.shape, dtype=torch.float32 if p.requires_grad else dtype, device=device), p.requires_grad
+        )
+        for p in unet.parameters()
+    }
     buffers = {id(x): torch.empty(x.shape, dtype=x.dtype, device=device) for x in unet.buffers()}
     return copy.deepcopy(unet, weights | buffers)
 
@@ -101,7 +115,11 @@ class _Peak(TorchDispatchMode):
 def free_memory(device: torch.device) -> int:
     """Bytes that the device can still give: on CUDA also what PyTorch keeps and doesn't use, elsewhere the system's memory."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
     return psutil.virtual_memory().available
 
 
@@ -111,7 +129,11 @@ def choose(needed: Callable[[str], int], free: int) -> tuple[str, str]:
     for memory in MEMORY:
         wanted = needed(memory) * _MARGIN
         if wanted <= free:
-            why = f"since {unfit} and {_gb(free)} are free" if unfit else f"which needs about {_gb(wanted)} of the {_gb(free)} that are free"
+            why = (
+                f"since {unfit} and {_gb(free)} are free"
+                if unfit
+                else f"which needs about {_gb(wanted)} of the {_gb(free)} that are free"
+            )
             return memory, f"memory: {memory}, {why}"
         unfit = f"{memory} needs about {_gb(wanted)}"
     return memory, f"memory: {memory}, though it needs about {_gb(wanted)} and {_gb(free)} are free"
@@ -129,7 +151,9 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def release(device: torch.device):
     """Gives back what a failed step has left."""
-    torch.zeros((), requires_grad=True).backward()  # until it runs again, autograd's queue on the CPU holds the failed graph
+    torch.zeros(
+        (), requires_grad=True
+    ).backward()  # until it runs again, autograd's queue on the CPU holds the failed graph
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,10 +1,10 @@
 """Tune-A-Video from end to end: a clip and its sentence in, edited clips out.
 
-    source = prepare(checkpoint, frames, prompt)        # latents and text embedding, computed once
-    unet, result = tune_on(checkpoint, source, preset)   # one-shot tuning
-    noise = invert(checkpoint, unet, source, preset)     # DDIM inversion
-    subject = find_subject(checkpoint, unet, source, contrasts, preset)  # optional
-    video = sample(checkpoint, unet, noise, "an edited prompt", preset, source_prompt=prompt, subject=subject)
+source = prepare(checkpoint, frames, prompt)        # latents and text embedding, computed once
+unet, result = tune_on(checkpoint, source, preset)   # one-shot tuning
+noise = invert(checkpoint, unet, source, preset)     # DDIM inversion
+subject = find_subject(checkpoint, unet, source, contrasts, preset)  # optional
+video = sample(checkpoint, unet, noise, "an edited prompt", preset, source_prompt=prompt, subject=subject)
 """
 
 import copy
@@ -65,8 +65,13 @@ PRESETS = {
     # section 4 of the paper and the authors' configuration files
     "paper": Preset(TuneConfig(steps=500, learning_rate=3e-5), sampling_steps=50, guidance_scale=12.5),
     # found with `python -m tav_core.mini benchmark`: the small checkpoint wants to learn fast; a large one doesn't
-    "mini": Preset(TuneConfig(steps=200, learning_rate=2e-3, timestep_sampling="stratified"), sampling_steps=25,
-                   guidance_scale=5.0, attention_injection=0.6, caption_as_negative=0.25),
+    "mini": Preset(
+        TuneConfig(steps=200, learning_rate=2e-3, timestep_sampling="stratified"),
+        sampling_steps=25,
+        guidance_scale=5.0,
+        attention_injection=0.6,
+        caption_as_negative=0.25,
+    ),
 }
 
 
@@ -110,8 +115,9 @@ def check_size(checkpoint: Checkpoint, *, width: int, height: int):
             raise TavError(f"{name} {value} is not a multiple of {multiple}; use {nearest}")
 
 
-def video_unet(checkpoint: Checkpoint, *, attention: str = "sparse-causal", temporal_causal: bool = False,
-               norm: str = "video") -> VideoUNet:  # fmt: skip
+def video_unet(
+    checkpoint: Checkpoint, *, attention: str = "sparse-causal", temporal_causal: bool = False, norm: str = "video"
+) -> VideoUNet:
     """A video U-Net to tune or to load tuned weights into: the checkpoint's inflated, or a copy of it if it is one.
 
     It is on the device of the VAE; the checkpoint's own may wait on the CPU.
@@ -123,18 +129,30 @@ def video_unet(checkpoint: Checkpoint, *, attention: str = "sparse-causal", temp
     if not isinstance(checkpoint.unet, VideoUNet):
         return nn.Module.to(inflate(checkpoint.unet, **options), checkpoint.vae.device)
     if options != checkpoint.unet.inflation:
-        raise TavError(f"--checkpoint {checkpoint.name} is a Tune-A-Video model, inflated with {checkpoint.unet.inflation}, not with "
-                       f"{options}; leave --attention, --temporal-causal and --norm as they are by default")  # fmt: skip
+        raise TavError(
+            f"--checkpoint {checkpoint.name} is a Tune-A-Video model, inflated with {checkpoint.unet.inflation}, not with "
+            f"{options}; leave --attention, --temporal-causal and --norm as they are by default"
+        )
     unet = copy.deepcopy(checkpoint.unet)
     for parameter in trainable_parameters(unet).values():
         parameter.requires_grad_(True)
     return nn.Module.to(unet, checkpoint.vae.device)
 
 
-def tune_on(checkpoint: Checkpoint, source: Source, preset: Preset, *, attention: str = "sparse-causal",
-            temporal_causal: bool = False, norm: str = "video", more_sources: Sequence[Source] = (),
-            state_path: str | Path | None = None, resume: bool = True, callback: Callback | None = None,
-            say: Callable[[str], None] = lambda line: None) -> tuple[VideoUNet, TuneResult]:  # fmt: skip
+def tune_on(
+    checkpoint: Checkpoint,
+    source: Source,
+    preset: Preset,
+    *,
+    attention: str = "sparse-causal",
+    temporal_causal: bool = False,
+    norm: str = "video",
+    more_sources: Sequence[Source] = (),
+    state_path: str | Path | None = None,
+    resume: bool = True,
+    callback: Callback | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[VideoUNet, TuneResult]:
     """Inflates a copy of the checkpoint's U-Net and tunes it on the clip, or on several (see `inflate` and `tune`).
 
     A published Tune-A-Video model is tuned further.
@@ -142,9 +160,20 @@ def tune_on(checkpoint: Checkpoint, source: Source, preset: Preset, *, attention
     more = [Take(other.latents, other.hidden_states, other.latents_std, other.class_labels) for other in more_sources]
     unet = video_unet(checkpoint, attention=attention, temporal_causal=temporal_causal, norm=norm)
     with offloaded(checkpoint.vae, checkpoint.text_encoder):
-        result = tune(unet, checkpoint.scheduler, source.latents, source.hidden_states, preset.tuning,
-                      latents_std=source.latents_std, class_labels=source.class_labels, more_takes=more, state_path=state_path,
-                      resume=resume, callback=callback, say=say)  # fmt: skip
+        result = tune(
+            unet,
+            checkpoint.scheduler,
+            source.latents,
+            source.hidden_states,
+            preset.tuning,
+            latents_std=source.latents_std,
+            class_labels=source.class_labels,
+            more_takes=more,
+            state_path=state_path,
+            resume=resume,
+            callback=callback,
+            say=say,
+        )
     return unet, result
 
 
@@ -161,12 +190,20 @@ def offloaded(*models: nn.Module) -> Iterator[None]:
             nn.Module.to(model, device)
 
 
-def invert(checkpoint: Checkpoint, unet: VideoUNet, source: Source, preset: Preset,
-           callback: Callback | None = None) -> Tensor:  # fmt: skip
+def invert(
+    checkpoint: Checkpoint, unet: VideoUNet, source: Source, preset: Preset, callback: Callback | None = None
+) -> Tensor:
     """The noise `1 c f h w` that carries the clip's structure: DDIM inversion."""
     text = _inversion_text(checkpoint, source.prompt, preset)
-    return ddim_invert(_windowed(unet, preset), source.latents, text, checkpoint.scheduler, preset.sampling_steps,
-                       callback=callback, class_labels=source.class_labels)  # fmt: skip
+    return ddim_invert(
+        _windowed(unet, preset),
+        source.latents,
+        text,
+        checkpoint.scheduler,
+        preset.sampling_steps,
+        callback=callback,
+        class_labels=source.class_labels,
+    )
 
 
 def _windowed(unet: VideoUNet, preset: Preset) -> VideoUNet | WindowedUNet:
@@ -174,8 +211,14 @@ def _windowed(unet: VideoUNet, preset: Preset) -> VideoUNet | WindowedUNet:
     return unet if length is None else WindowedUNet(unet, ContextWindows(length, preset.context_overlap))
 
 
-def find_subject(checkpoint: Checkpoint, unet: VideoUNet, source: Source, contrasts: Sequence[str], preset: Preset,
-                 softness: int = SOFTNESS) -> Tensor:  # fmt: skip
+def find_subject(
+    checkpoint: Checkpoint,
+    unet: VideoUNet,
+    source: Source,
+    contrasts: Sequence[str],
+    preset: Preset,
+    softness: int = SOFTNESS,
+) -> Tensor:
     """Mask of the clip's subject, 0 ... 1, `1 1 f h w` of pixels (see `subject_mask` and `outlined`).
 
     Args:
@@ -187,8 +230,15 @@ def find_subject(checkpoint: Checkpoint, unet: VideoUNet, source: Source, contra
     """
     check_contrasts(source.prompt, contrasts)
     others = torch.cat([encode_prompt(checkpoint, contrast) for contrast in contrasts])
-    mask = subject_mask(_windowed(unet, preset), source.latents, source.hidden_states, others, checkpoint.scheduler,
-                        seed=preset.tuning.seed, class_labels=source.class_labels)  # fmt: skip
+    mask = subject_mask(
+        _windowed(unet, preset),
+        source.latents,
+        source.hidden_states,
+        others,
+        checkpoint.scheduler,
+        seed=preset.tuning.seed,
+        class_labels=source.class_labels,
+    )
     return softened(outlined(mask, source.frames), softness)
 
 
@@ -196,13 +246,27 @@ def check_contrasts(prompt: str, contrasts: Sequence[str]):
     """Raises a TavError for a contrast that is empty or the sentence itself."""
     for contrast in contrasts:
         if not contrast.strip() or contrast == prompt:
-            raise TavError(f"--contrast {contrast!r} says nothing of another subject; change the subject's words in {prompt!r}")
+            raise TavError(
+                f"--contrast {contrast!r} says nothing of another subject; change the subject's words in {prompt!r}"
+            )
 
 
-def sample(checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, preset: Preset, *,
-           source_prompt: str | None = None, negative_prompt: str = "", subject: Tensor | None = None,
-           region: str = "everything", class_labels: Tensor | None = None, negative_class_labels: Tensor | None = None,
-           source_class_labels: Tensor | None = None, callback: Callback | None = None) -> Tensor:  # fmt: skip
+def sample(
+    checkpoint: Checkpoint,
+    unet: VideoUNet,
+    noise: Tensor,
+    prompt: str,
+    preset: Preset,
+    *,
+    source_prompt: str | None = None,
+    negative_prompt: str = "",
+    subject: Tensor | None = None,
+    region: str = "everything",
+    class_labels: Tensor | None = None,
+    negative_class_labels: Tensor | None = None,
+    source_class_labels: Tensor | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
     """The clip of `prompt` from `noise`, uint8 `f h w c`.
 
     Args:
@@ -228,13 +292,26 @@ def sample(checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, 
         if subject is not None:
             mask = pooled(subject, checkpoint.downscale).to(unet.device)
             changeable = editable(region, mask, room=1)
-            settings |= {"anchor": anchor_of(region, mask, changeable), "region": changeable, "return_source": changeable is not None,
-                         "still": still_of(region, mask, room=1) if preset.steady else None}  # fmt: skip
-    latents = ddim_sample(_windowed(unet, preset), noise.to(unet.device), encode_prompt(checkpoint, prompt),
-                          checkpoint.scheduler, preset.sampling_steps, guidance_scale=preset.guidance_scale,
-                          negative_hidden_states=negative, callback=callback, class_labels=class_labels,
-                          negative_class_labels=negative_class_labels, source_class_labels=source_class_labels,
-                          **settings)  # fmt: skip
+            settings |= {
+                "anchor": anchor_of(region, mask, changeable),
+                "region": changeable,
+                "return_source": changeable is not None,
+                "still": still_of(region, mask, room=1) if preset.steady else None,
+            }
+    latents = ddim_sample(
+        _windowed(unet, preset),
+        noise.to(unet.device),
+        encode_prompt(checkpoint, prompt),
+        checkpoint.scheduler,
+        preset.sampling_steps,
+        guidance_scale=preset.guidance_scale,
+        negative_hidden_states=negative,
+        callback=callback,
+        class_labels=class_labels,
+        negative_class_labels=negative_class_labels,
+        source_class_labels=source_class_labels,
+        **settings,
+    )
     if changeable is None:
         return decode_video(checkpoint, latents)
     edit, source = (decode_video(checkpoint, each) for each in latents)
@@ -245,16 +322,33 @@ def _inversion_text(checkpoint: Checkpoint, prompt: str, preset: Preset) -> Tens
     return encode_prompt(checkpoint, prompt if preset.caption_as_negative else "")
 
 
-def with_settings(preset: Preset, *, steps: int | None = None, learning_rate: float | None = None,
-                  seed: int | None = None, dtype: str | None = None, memory: str | None = None,
-                  sampling_steps: int | None = None, guidance_scale: float | None = None,
-                  attention_injection: float | None = None, caption_as_negative: float | None = None, steady: bool | None = None,
-                  context_length: int | None = None, context_overlap: int | None = None) -> Preset:  # fmt: skip
+def with_settings(
+    preset: Preset,
+    *,
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    seed: int | None = None,
+    dtype: str | None = None,
+    memory: str | None = None,
+    sampling_steps: int | None = None,
+    guidance_scale: float | None = None,
+    attention_injection: float | None = None,
+    caption_as_negative: float | None = None,
+    steady: bool | None = None,
+    context_length: int | None = None,
+    context_overlap: int | None = None,
+) -> Preset:
     """A preset with some of its settings replaced; None keeps the preset's own."""
-    tuning = dict(steps=steps, learning_rate=learning_rate, seed=seed, dtype=dtype,
-                  memory=memory, context_length=context_length)  # fmt: skip
-    sampling = dict(sampling_steps=sampling_steps, guidance_scale=guidance_scale,
-                    attention_injection=attention_injection, caption_as_negative=caption_as_negative, steady=steady,
-                    context_overlap=context_overlap)  # fmt: skip
+    tuning = dict(
+        steps=steps, learning_rate=learning_rate, seed=seed, dtype=dtype, memory=memory, context_length=context_length
+    )
+    sampling = dict(
+        sampling_steps=sampling_steps,
+        guidance_scale=guidance_scale,
+        attention_injection=attention_injection,
+        caption_as_negative=caption_as_negative,
+        steady=steady,
+        context_overlap=context_overlap,
+    )
     tuning, sampling = ({k: v for k, v in s.items() if v is not None} for s in (tuning, sampling))
     return replace(preset, tuning=replace(preset.tuning, **tuning), **sampling)

@@ -100,9 +100,7 @@ def read_state(path: Path) -> tuple[TuneState, dict[str, Tensor]]:
     return state, tensors
 
 
-def restore(
-    tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
+def restore(tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """Put stored weights and moments back in place."""
     for name, parameter in parameters.items():
         with torch.no_grad():
@@ -115,9 +113,7 @@ def restore(
             }
 
 
-def check_same_run(
-    path: Path, stored: dict[str, Any], current: dict[str, Any], tensors: dict[str, Tensor]
-) -> None:
+def check_same_run(path: Path, stored: dict[str, Any], current: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Compare fingerprints of the run in the file and of the one about to start.
 
     Raises:

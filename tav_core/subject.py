@@ -72,8 +72,14 @@ def probes(latents: Tensor, scheduler: SchedulerMixin, seed: int) -> list[tuple[
     """Where a model is asked: timestep, cumulative alpha and the noise, as `latents`, of each level."""
     generator = torch.Generator().manual_seed(seed)
     timesteps = [round(level * scheduler.config.num_train_timesteps) for level in _LEVELS]
-    return [(t, scheduler.alphas_cumprod[t].to(latents.device),
-             randn_tensor(latents.shape, generator, latents.device, torch.float32)) for t in timesteps]  # fmt: skip
+    return [
+        (
+            t,
+            scheduler.alphas_cumprod[t].to(latents.device),
+            randn_tensor(latents.shape, generator, latents.device, torch.float32),
+        )
+        for t in timesteps
+    ]
 
 
 def mask_of(predictions: list[Tensor], threshold: float) -> Tensor:
@@ -166,7 +172,9 @@ def mask_of_attention(maps: dict[int, Tensor], height: int, width: int, threshol
     factor = round((height * width / places) ** 0.5)
     grid = rearrange(maps[places], "f (h w) -> f 1 h w", h=math.ceil(height / factor))
     values = F.interpolate(grid, (height, width), mode="bilinear")
-    return _above(threshold, rearrange(values, "f 1 h w -> 1 1 f h w"), "the word is looked at alike everywhere; name another")
+    return _above(
+        threshold, rearrange(values, "f 1 h w -> 1 1 f h w"), "the word is looked at alike everywhere; name another"
+    )
 
 
 def outlined(mask: Tensor, frames: Tensor) -> Tensor:
@@ -188,11 +196,17 @@ def outlined(mask: Tensor, frames: Tensor) -> Tensor:
     coarse = rearrange(mask.cpu(), "1 1 f h w -> f 1 h w").repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     core = 1 - _grown(1 - coarse, scale)
     near = _grown(coarse, scale * 3 // 2)
-    kinds = torch.where(coarse > 0, cv2.GC_PR_FGD, torch.where(near > 0, cv2.GC_PR_BGD, cv2.GC_BGD))[:, 0].to(torch.uint8).numpy()
+    kinds = (
+        torch.where(coarse > 0, cv2.GC_PR_FGD, torch.where(near > 0, cv2.GC_PR_BGD, cv2.GC_BGD))[:, 0]
+        .to(torch.uint8)
+        .numpy()
+    )
     frames, colours = frames.numpy(), (np.zeros((1, 65)), np.zeros((1, 65)))
     step = max(1, min(frames.shape[1:3]) // 128)  # colours are the same at any size
     cv2.setRNGSeed(0)
-    cv2.grabCut(*(np.concatenate(x[:, ::step, ::step]) for x in (frames, kinds)), None, *colours, 2, cv2.GC_INIT_WITH_MASK)
+    cv2.grabCut(
+        *(np.concatenate(x[:, ::step, ::step]) for x in (frames, kinds)), None, *colours, 2, cv2.GC_INIT_WITH_MASK
+    )
     for frame, kind in zip(frames, kinds):
         cv2.grabCut(np.ascontiguousarray(frame), kind, None, *colours, 1, cv2.GC_EVAL_FREEZE_MODEL)
     inside = torch.from_numpy((kinds == cv2.GC_FGD) | (kinds == cv2.GC_PR_FGD))[:, None] | (core > 0)
@@ -250,7 +264,9 @@ def softened(mask: Tensor, softness: int) -> Tensor:
     if softness == 0:
         return mask
     reach = softness // 2
-    box = (softness / 2 + 0.5 - torch.arange(-reach, reach + 1.0).abs()).clamp(max=1) / softness  # an even one has half ends
+    box = (softness / 2 + 0.5 - torch.arange(-reach, reach + 1.0).abs()).clamp(
+        max=1
+    ) / softness  # an even one has half ends
     box = box.to(mask)[None, None, None]
     pixels = F.pad(rearrange(mask, "1 1 f h w -> f 1 h w"), (reach,) * 4, mode="replicate")
     return rearrange(F.conv2d(F.conv2d(pixels, box), box.mT), "f 1 h w -> 1 1 f h w").clamp(0, 1)

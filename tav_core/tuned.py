@@ -64,23 +64,46 @@ def base_fingerprint(unet: nn.Module | Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_tuned(path: str | Path, unet: VideoUNet, *, prompt: str, num_frames: int, width: int, height: int,
-               config: dict[str, Any], base_name: str = "", more_prompts: Sequence[str] = ()):  # fmt: skip
+def save_tuned(
+    path: str | Path,
+    unet: VideoUNet,
+    *,
+    prompt: str,
+    num_frames: int,
+    width: int,
+    height: int,
+    config: dict[str, Any],
+    base_name: str = "",
+    more_prompts: Sequence[str] = (),
+):
     """Writes the tuned parameters (float32) and their metadata atomically.
 
     Raises:
         TavError: the U-Net isn't inflated, or the file can't be written.
     """
     _require_inflated(unet)
-    info = tuned_info(base_fingerprint(unet), unet.inflation, prompt=prompt, num_frames=num_frames, width=width,
-                      height=height, config=config, base_name=base_name, more_prompts=list(more_prompts))  # fmt: skip
+    info = tuned_info(
+        base_fingerprint(unet),
+        unet.inflation,
+        prompt=prompt,
+        num_frames=num_frames,
+        width=width,
+        height=height,
+        config=config,
+        base_name=base_name,
+        more_prompts=list(more_prompts),
+    )
     write_tuned(path, trainable_parameters(unet), info)
 
 
 def tuned_info(base: str, inflation: dict[str, Any], **facts) -> TunedInfo:
     """What there is to say of weights tuned just now; `facts` are the other fields of `TunedInfo`."""
-    return TunedInfo(base=base, inflation=inflation,
-                     versions={"torch": torch.__version__, "diffusers": diffusers.__version__}, **facts)  # fmt: skip
+    return TunedInfo(
+        base=base,
+        inflation=inflation,
+        versions={"torch": torch.__version__, "diffusers": diffusers.__version__},
+        **facts,
+    )
 
 
 def write_tuned(path: str | Path, weights: Mapping[str, Tensor], info: TunedInfo):
@@ -104,9 +127,13 @@ def read_tuned(path: str | Path) -> TunedInfo:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise TavError(f"tuned weights {path} can't be read ({error}); give a .safetensors file made by tune") from error
+        raise TavError(
+            f"tuned weights {path} can't be read ({error}); give a .safetensors file made by tune"
+        ) from error
     if metadata.get("format") != FORMAT:
-        raise TavError(f"{path} holds no tuned weights (its format is {metadata.get('format')!r}); give a file made by tune")
+        raise TavError(
+            f"{path} holds no tuned weights (its format is {metadata.get('format')!r}); give a file made by tune"
+        )
     try:
         metadata = {"more_prompts": "[]", **metadata}  # files of one take may not have it
         return TunedInfo(**{name: json.loads(metadata[name]) for name in TunedInfo.__dataclass_fields__})
@@ -130,8 +157,14 @@ def load_tuned(path: str | Path, unet: VideoUNet) -> TunedInfo:
     return info
 
 
-def check_fit(what: str, info: TunedInfo, weights: Mapping[str, Tensor], base: str, inflation: dict[str, Any],
-              parameters: Mapping[str, Tensor]):  # fmt: skip
+def check_fit(
+    what: str,
+    info: TunedInfo,
+    weights: Mapping[str, Tensor],
+    base: str,
+    inflation: dict[str, Any],
+    parameters: Mapping[str, Tensor],
+):
     """Refuses tuned weights that were made on another model.
 
     Args:
@@ -142,11 +175,14 @@ def check_fit(what: str, info: TunedInfo, weights: Mapping[str, Tensor], base: s
         TavError: another base model, another inflation, or other parameters.
     """
     if info.base != base:
-        raise TavError(f"{what} belong to the base model {info.base_name!r} ({info.base[:12]}), this one is "
-                       f"{base[:12]}; load that checkpoint, or tune on this one")  # fmt: skip
+        raise TavError(
+            f"{what} belong to the base model {info.base_name!r} ({info.base[:12]}), this one is "
+            f"{base[:12]}; load that checkpoint, or tune on this one"
+        )
     if info.inflation != inflation:
-        raise TavError(f"{what} were made with {info.inflation}, the U-Net is inflated with {inflation}; inflate it "
-                       "the same way")  # fmt: skip
+        raise TavError(
+            f"{what} were made with {info.inflation}, the U-Net is inflated with {inflation}; inflate it the same way"
+        )
     if {n: t.shape for n, t in weights.items()} != {n: p.shape for n, p in parameters.items()}:
         raise TavError(f"{what} do not name the parameters of this U-Net; the file is damaged, tune again")
 

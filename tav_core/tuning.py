@@ -67,8 +67,13 @@ class TuneConfig:
 
     def __post_init__(self):
         for name, least in {
-            "steps": 1, "warmup_steps": 0, "seed": 0, "probe_every": 1, "probe_size": 1, "save_every": 1,
-        }.items():  # fmt: skip
+            "steps": 1,
+            "warmup_steps": 0,
+            "seed": 0,
+            "probe_every": 1,
+            "probe_size": 1,
+            "save_every": 1,
+        }.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise TavError(f"{name}={value!r} is out of range; give an integer of at least {least}")
@@ -106,7 +111,9 @@ class Take:
     def at(self, frames: Tensor) -> "Take":
         """Those frames of it."""
         (b, _, f, _, _), std = self.latents.shape, self.latents_std
-        text, labels = (at_frames(name, getattr(self, name), b, f, frames) for name in ("encoder_hidden_states", "class_labels"))
+        text, labels = (
+            at_frames(name, getattr(self, name), b, f, frames) for name in ("encoder_hidden_states", "class_labels")
+        )
         return Take(self.latents[:, :, frames], text, None if std is None else std[:, :, frames], labels)
 
 
@@ -189,7 +196,9 @@ def tune(
         if std is not None and std.shape != shape:
             raise TavError(f"latents_std has shape {tuple(std.shape)}, latents {shape}; give both one shape")
         if shape[1] != latents.shape[1]:
-            raise TavError(f"take {number} has {shape[1]} channels, the first {latents.shape[1]}; encode all with one VAE")
+            raise TavError(
+                f"take {number} has {shape[1]} channels, the first {latents.shape[1]}; encode all with one VAE"
+            )
         if config.context_length is not None:
             check_context_length(config.context_length, shape[2])
     if not isinstance(unet, VideoUNet):
@@ -202,7 +211,16 @@ def tune(
     total, length = len(scheduler.alphas_cumprod), config.context_length
 
     def loss_at(mean_or_sample: Tensor, noise: Tensor, t: Tensor, seen: Take, weighting: str) -> Tensor:
-        return tuning_loss(unet, scheduler, mean_or_sample, noise, t.to(device), seen.encoder_hidden_states, weighting, seen.class_labels)
+        return tuning_loss(
+            unet,
+            scheduler,
+            mean_or_sample,
+            noise,
+            t.to(device),
+            seen.encoder_hidden_states,
+            weighting,
+            seen.class_labels,
+        )
 
     @torch.no_grad()
     def probe() -> float:
@@ -265,7 +283,9 @@ def tune(
             unet.set_memory(memory)
             say(line)
         if config.dtype != "fp32" and device.type == "cpu" and (times := half_precision_cost(DTYPES[config.dtype])) > 2:
-            say(f"dtype: {config.dtype} makes this CPU compute matrix products {times:.0f} times as slowly as fp32 does; use fp32")
+            say(
+                f"dtype: {config.dtype} makes this CPU compute matrix products {times:.0f} times as slowly as fp32 does; use fp32"
+            )
         for step in range(state.step, config.steps):
             seen = takes[draw_take(config.seed, step, len(takes))]
             if length is not None:
@@ -292,8 +312,10 @@ def tune(
                 release(device)
                 save()
                 lower = "" if unet.memory == MEMORY[-1] else f", --memory {MEMORY[-1]}"
-                raise OutOfMemory(f"step {step + 1} ran out of memory, with --memory {unet.memory}; use fewer or smaller frames, "
-                                  f"--context-length (in ComfyUI: Context Windows){lower} or --dtype bf16")  # fmt: skip
+                raise OutOfMemory(
+                    f"step {step + 1} ran out of memory, with --memory {unet.memory}; use fewer or smaller frames, "
+                    f"--context-length (in ComfyUI: Context Windows){lower} or --dtype bf16"
+                )
             if not torch.isfinite(loss):
                 raise fail("loss", step)
             for parameter in parameters.values():
@@ -313,11 +335,18 @@ def tune(
                 state.probe_losses.append((state.step, probe()))
             try:
                 if callback is not None:
-                    callback({
-                        "stage": "tune", "step": state.step, "total": config.steps, "loss": state.losses[-1],
-                        "grad_norm": grad_norm, "probe_loss": state.probe_losses[-1][1], "lr": lr,
-                        "seconds": time.monotonic() - started,
-                    })  # fmt: skip
+                    callback(
+                        {
+                            "stage": "tune",
+                            "step": state.step,
+                            "total": config.steps,
+                            "loss": state.losses[-1],
+                            "grad_norm": grad_norm,
+                            "probe_loss": state.probe_losses[-1][1],
+                            "lr": lr,
+                            "seconds": time.monotonic() - started,
+                        }
+                    )
             except BaseException:
                 save()
                 raise
@@ -331,8 +360,9 @@ def step_memory(unet: VideoUNet, takes: Sequence[Take], config: TuneConfig, memo
     """Bytes that a step of the tuning needs on a device in a memory mode, beyond the weights (see `needed_memory`)."""
     seen = takes if config.context_length is None else [take.at(torch.arange(config.context_length)) for take in takes]
     largest = max(seen, key=lambda take: take.latents.numel())
-    return needed_memory(unet, largest.latents, largest.encoder_hidden_states, largest.class_labels, DTYPES[config.dtype],
-                         memory, device)  # fmt: skip
+    return needed_memory(
+        unet, largest.latents, largest.encoder_hidden_states, largest.class_labels, DTYPES[config.dtype], memory, device
+    )
 
 
 @functools.cache

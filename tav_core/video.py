@@ -32,8 +32,16 @@ class Clip:
     source: str
 
 
-def load_video(path: str | Path, *, start: int = 0, stride: int = 1, count: int | None = None,
-               width: int | None = None, height: int | None = None, fit: str = "crop") -> Clip:  # fmt: skip
+def load_video(
+    path: str | Path,
+    *,
+    start: int = 0,
+    stride: int = 1,
+    count: int | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    fit: str = "crop",
+) -> Clip:
     """Reads frames start, start + stride, ... of an mp4, webm or gif file or of a folder of images.
 
     Args:
@@ -45,8 +53,13 @@ def load_video(path: str | Path, *, start: int = 0, stride: int = 1, count: int 
         TavError: no such file, not a video, fewer frames than asked for, a value out of range.
     """
     path = Path(path)
-    for name, value, least in (("start", start, 0), ("stride", stride, 1), ("frames", count, 1),
-                               ("size", width, 1), ("size", height, 1)):  # fmt: skip
+    for name, value, least in (
+        ("start", start, 0),
+        ("stride", stride, 1),
+        ("frames", count, 1),
+        ("size", width, 1),
+        ("size", height, 1),
+    ):
         if value is not None and value < least:
             raise TavError(f"--{name} {value} is out of range; give {least} or more")
     if fit not in FITS:
@@ -66,8 +79,10 @@ def load_video(path: str | Path, *, start: int = 0, stride: int = 1, count: int 
     if not frames:
         raise TavError(f"--start {start} is past the end of {path}; give a smaller number")
     if count is not None and len(frames) < count:
-        raise TavError(f"--frames {count}: {path} has only {len(frames)} frames from --start {start} with --stride "
-                       f"{stride}; use --frames {len(frames)} or a smaller stride")  # fmt: skip
+        raise TavError(
+            f"--frames {count}: {path} has only {len(frames)} frames from --start {start} with --stride "
+            f"{stride}; use --frames {len(frames)} or a smaller stride"
+        )
     if len({frame.shape for frame in frames}) > 1:
         raise TavError(f"--video {path} holds images of several sizes; give --size to bring them to one")
     return Clip(torch.from_numpy(np.stack(frames)), fps / stride, str(path))
@@ -109,7 +124,9 @@ def _file(path: Path, start: int, stride: int) -> Iterator[float | np.ndarray]:
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise TavError(f"--video {path} has no video stream; give an mp4, webm or gif file or a folder of images")
+                raise TavError(
+                    f"--video {path} has no video stream; give an mp4, webm or gif file or a folder of images"
+                )
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             yield float(stream.average_rate or stream.base_rate or FOLDER_FPS)
@@ -117,7 +134,9 @@ def _file(path: Path, start: int, stride: int) -> Iterator[float | np.ndarray]:
                 if index >= start and (index - start) % stride == 0:
                     turns = round(getattr(frame, "rotation", 0) / 90) % 4
                     yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
-            index = getattr(stream, "index_entries", ())  # of mp4, from PyAV 17 on; the decoder takes a missing rest for the end
+            index = getattr(
+                stream, "index_entries", ()
+            )  # of mp4, from PyAV 17 on; the decoder takes a missing rest for the end
             if len(index) and (last := index[len(index) - 1]).pos + last.size > path.stat().st_size:
                 raise TavError(f"--video {path} is cut off, its last frames are missing; copy it again")
     except (av.FFmpegError, OSError) as error:
@@ -183,7 +202,9 @@ def save_video(frames: Tensor | np.ndarray, path: str | Path, fps: float):
     with atomic_path(path) as temporary:
         if path.suffix.lower() == ".gif":
             images = [Image.fromarray(frame) for frame in frames]
-            images[0].save(temporary, save_all=True, append_images=images[1:], duration=max(20, round(100 / fps) * 10), loop=0)
+            images[0].save(
+                temporary, save_all=True, append_images=images[1:], duration=max(20, round(100 / fps) * 10), loop=0
+            )
             return
         _, h, w, _ = frames.shape
         frames = np.pad(frames, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
@@ -198,7 +219,9 @@ def save_video(frames: Tensor | np.ndarray, path: str | Path, fps: float):
                 stream.codec_context.colorspace = int(Colorspace.ITU601)
                 stream.codec_context.color_range = int(ColorRange.MPEG)
                 for frame in frames:
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+                    container.mux(
+                        stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
+                    )
                 container.mux(stream.encode())
         except av.FFmpegError as error:
             if isinstance(error, OSError):

@@ -69,7 +69,9 @@ def side_by_side(videos: list[Tensor], labels: list[str]) -> Tensor:
     return rearrange(torch.stack(tiles), "(r k) f h w c -> f (r h) (k w) c", k=columns).contiguous()
 
 
-def loss_curve(losses: list[float], probe_losses: list[tuple[int, float]], path: str | Path | None = None) -> Image.Image:
+def loss_curve(
+    losses: list[float], probe_losses: list[tuple[int, float]], path: str | Path | None = None
+) -> Image.Image:
     """The training loss of every step (faint: it is mostly the noise of random timesteps), its running mean, and
     the loss on fixed draws, which shows the progress."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, needed here alone

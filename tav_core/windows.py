@@ -39,8 +39,10 @@ class ContextWindows:
     def __post_init__(self):
         check_context_length(self.context_length)
         if not 2 <= self.context_overlap < self.context_length:
-            raise TavError(f"context_overlap={self.context_overlap} doesn't fit a context_length of "
-                           f"{self.context_length}; give 2 to {self.context_length - 1}")  # fmt: skip
+            raise TavError(
+                f"context_overlap={self.context_overlap} doesn't fit a context_length of "
+                f"{self.context_length}; give 2 to {self.context_length - 1}"
+            )
 
     def __call__(
         self, unet: Callable[..., Tensor], latents: Tensor, timesteps: Tensor | float, text: Tensor, **kwargs
@@ -116,8 +118,10 @@ def check_context_length(context_length: int, num_frames: int | None = None):
     if isinstance(context_length, bool) or not isinstance(context_length, int) or context_length < SHORTEST:
         raise TavError(f"context_length={context_length!r} is out of range; give an integer of at least {SHORTEST}")
     if num_frames is not None and context_length > num_frames:
-        raise TavError(f"context_length={context_length} is more than the {num_frames} frames of the clip; give it at "
-                       f"most {num_frames}, or a longer clip")  # fmt: skip
+        raise TavError(
+            f"context_length={context_length} is more than the {num_frames} frames of the clip; give it at "
+            f"most {num_frames}, or a longer clip"
+        )
 
 
 def random_window(num_frames: int, context_length: int, generator: torch.Generator) -> Tensor:

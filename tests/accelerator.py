@@ -14,7 +14,14 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 NAME = "npu"  # a device that ComfyUI knows, and that no Python package but PyTorch's own plays
 DEVICE = torch.device("cpu")  # until `register`
 CPU = torch.device("cpu")
-MADE = ("empty.memory_format", "empty_strided", "copy_", "arange", "arange.start", "arange.start_step")  # how tensors come there
+MADE = (
+    "empty.memory_format",
+    "empty_strided",
+    "copy_",
+    "arange",
+    "arange.start",
+    "arange.start_step",
+)  # how tensors come there
 aten = torch.ops.aten
 COPIES = (aten._to_copy.default, aten.copy_.default, aten.to.other)
 # a CPU takes long for them in half precision, so they are computed in float32 there and rounded, as a GPU adds up in float32
@@ -29,8 +36,14 @@ class OnDevice(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor):
-        self = Tensor._make_wrapper_subclass(cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(),
-                                             dtype=held.dtype, device=DEVICE)  # fmt: skip
+        self = Tensor._make_wrapper_subclass(
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=DEVICE,
+        )
         self.held = held
         return self
 
@@ -68,7 +81,9 @@ def compute(function, args: tuple, kwargs: dict):
     generator = kwargs.get("generator")
     if generator is not None and there:
         raise RuntimeError(f"{function}: the generator is on {generator.device}, the tensor on {DEVICE}")
-    args, kwargs = each(lambda x: x.held if isinstance(x, OnDevice) else CPU if isinstance(x, torch.device) else x, (args, kwargs))
+    args, kwargs = each(
+        lambda x: x.held if isinstance(x, OnDevice) else CPU if isinstance(x, torch.device) else x, (args, kwargs)
+    )
     dtypes = {x.dtype for x in given}
     if function in PRODUCTS and dtypes in HALF:
         result = cast(function(*cast(args, torch.float32), **kwargs), *dtypes)
@@ -140,7 +155,9 @@ def register(free: int = 16_000_000_000):
     for name in MADE:
         packet, _, overload = name.partition(".")
         operator = getattr(getattr(aten, packet), overload or "default")
-        register.operators.impl(name, lambda *args, operator=operator, **kwargs: compute(operator, args, kwargs), "PrivateUse1")
+        register.operators.impl(
+            name, lambda *args, operator=operator, **kwargs: compute(operator, args, kwargs), "PrivateUse1"
+        )
 
 
 if __name__ == "__main__":

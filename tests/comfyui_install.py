@@ -66,7 +66,9 @@ def enable(home: Path):
         for name in OPERATORS:
             library.define(f"{name}(Tensor a) -> Tensor")
         enable.library = library  # as long as this lives, so do they
-    if importlib.util.find_spec("torchaudio") is None:  # newer cores import it with every text encoder; only audio nodes use it
+    if (
+        importlib.util.find_spec("torchaudio") is None
+    ):  # newer cores import it with every text encoder; only audio nodes use it
         for name in ("torchaudio", "torchaudio.functional", "torchaudio.transforms"):
             module = sys.modules[name] = types.ModuleType(name)
             module.__spec__ = importlib.machinery.ModuleSpec(name, None)

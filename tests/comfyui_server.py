@@ -90,7 +90,9 @@ class Server:
                     raise RuntimeError(f"ComfyUI did not start:\n{self.tail()}") from None
                 time.sleep(0.2)
         self.client = uuid.uuid4().hex
-        self.socket = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={self.client}", timeout=PATIENCE)
+        self.socket = websocket.create_connection(
+            f"ws://127.0.0.1:{self.port}/ws?clientId={self.client}", timeout=PATIENCE
+        )
         self.socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
 
     def stop(self):
@@ -118,7 +120,9 @@ class Server:
             return json.load(answer)
 
     def post(self, path: str, body: dict) -> str:
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             return answer.read().decode()
 
@@ -156,7 +160,9 @@ class Server:
         Raises:
             Failed, Interrupted
         """
-        self.until(lambda m: m["type"] == "executing" and m["data"]["node"] is None and m["data"]["prompt_id"] == prompt_id)
+        self.until(
+            lambda m: m["type"] == "executing" and m["data"]["node"] is None and m["data"]["prompt_id"] == prompt_id
+        )
         history = self.get(f"/history/{prompt_id}")[prompt_id]
         for kind, data in history["status"]["messages"]:
             if kind == "execution_error":
@@ -234,11 +240,15 @@ class Graph(dict):
         return self
 
     def tune(self, **inputs) -> Out:
-        inputs = dict(model=self.inflated, latent=self.latent, positive=self.said, steps=6, learning_rate=1.5e-3) | inputs
+        inputs = (
+            dict(model=self.inflated, latent=self.latent, positive=self.said, steps=6, learning_rate=1.5e-3) | inputs
+        )
         return self("TAVOneShotTune", **inputs)
 
     def invert(self, model, **inputs) -> Out:
-        return self("TAVDDIMInversion", **dict(model=model, latent=self.latent, conditioning=self.empty, steps=STEPS) | inputs)
+        return self(
+            "TAVDDIMInversion", **dict(model=model, latent=self.latent, conditioning=self.empty, steps=STEPS) | inputs
+        )
 
     def sample(self, model, noise, **inputs) -> Out:
         inputs = dict(model=model, noise=noise, positive=self.edit, negative=self.empty, steps=STEPS, cfg=5.0) | inputs

@@ -30,19 +30,40 @@ def make_folder(folder: Path, cross: int = 32, **scheduler) -> Path:
     """A tiny diffusers folder of the layout of Stable Diffusion, random weights."""
     torch.manual_seed(0)
     UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 16, 32, 32), layers_per_block=2, norm_num_groups=8,
-        cross_attention_dim=cross, attention_head_dim=4, use_linear_projection=cross == 1024,
-    ).save_pretrained(folder / "unet")  # fmt: skip
+        sample_size=8,
+        block_out_channels=(16, 16, 32, 32),
+        layers_per_block=2,
+        norm_num_groups=8,
+        cross_attention_dim=cross,
+        attention_head_dim=4,
+        use_linear_projection=cross == 1024,
+    ).save_pretrained(folder / "unet")
     AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, norm_num_groups=4,
-        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, sample_size=64,
-    ).save_pretrained(folder / "vae")  # fmt: skip
-    CLIPTextModel(CLIPTextConfig(
-        vocab_size=49408 if cross == 32 else 64, hidden_size=cross, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-    )).save_pretrained(folder / "text_encoder")  # fmt: skip
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        sample_size=64,
+    ).save_pretrained(folder / "vae")
+    CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=49408 if cross == 32 else 64,
+            hidden_size=cross,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+        )
+    ).save_pretrained(folder / "text_encoder")
     CLIPTokenizer.from_pretrained(CONFIGS / "tokenizer").save_pretrained(folder / "tokenizer")
-    DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, set_alpha_to_one=False,
-                  steps_offset=1, **scheduler).save_pretrained(folder / "scheduler")  # fmt: skip
+    DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        **scheduler,
+    ).save_pretrained(folder / "scheduler")
     return folder
 
 
@@ -82,7 +103,9 @@ def inference_mode():
 def pack(request):
     """The pack as ComfyUI imports it, beside the `tav_core` of the tests."""
     enable(comfyui_path(request.config.cache.mkdir("comfyui")))
-    spec = importlib.util.spec_from_file_location("tune_a_video", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    spec = importlib.util.spec_from_file_location(
+        "tune_a_video", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
     module = sys.modules["tune_a_video"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for node in module.nodes.NODES:
@@ -118,7 +141,9 @@ def mini(pack):
 def without_comfyui(monkeypatch):
     """For processes that take over this one's path: it isn't ComfyUI's, which other tests may have added to it."""
     homes = [Path(path).parent for path in sys.path if Path(path).name == SITE]
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if not {Path(path), Path(path).parent}.intersection(homes)])
+    monkeypatch.setattr(
+        sys, "path", [path for path in sys.path if not {Path(path), Path(path).parent}.intersection(homes)]
+    )
 
 
 @pytest.fixture

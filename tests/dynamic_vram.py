@@ -97,6 +97,8 @@ def play(memory: int):
     vbar.vbar_unpin = lambda place: None
     vbar.vbars_analyze = lambda device: 0
     vbar.vbars_reset_watermark_limits = lambda: None
-    package.torch.aimdo_to_tensor = lambda place, device: OnDevice(torch.frombuffer(place[0].memory[place[1]], dtype=torch.uint8))
+    package.torch.aimdo_to_tensor = lambda place, device: OnDevice(
+        torch.frombuffer(place[0].memory[place[1]], dtype=torch.uint8)
+    )
     package.host_buffer.HostBuffer = HostBuffer
     package.model_mmap.ModelMMAP = ModelMMAP

@@ -38,13 +38,18 @@ def unet_key(name: str) -> str:
 def vae_key(name: str) -> str:
     """Of a VAE with four levels."""
     for pattern, place in (
-        (r"conv_shortcut", "nin_shortcut"), (r"conv_norm_out", "norm_out"),
-        (r"down_blocks\.(\d)\.resnets", r"down.\1.block"), (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
+        (r"conv_shortcut", "nin_shortcut"),
+        (r"conv_norm_out", "norm_out"),
+        (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),
+        (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
         (r"up_blocks\.(\d)\.resnets", lambda m: f"up.{3 - int(m[1])}.block"),
         (r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{3 - int(m[1])}.upsample"),
-        (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"), (r"mid_block\.attentions\.0", "mid.attn_1"),
-        (r"attn_1\.group_norm", "attn_1.norm"), (r"attn_1\.to_([qkv])", r"attn_1.\1"), (r"attn_1\.to_out\.0", "attn_1.proj_out"),
-    ):  # fmt: skip
+        (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
+        (r"mid_block\.attentions\.0", "mid.attn_1"),
+        (r"attn_1\.group_norm", "attn_1.norm"),
+        (r"attn_1\.to_([qkv])", r"attn_1.\1"),
+        (r"attn_1\.to_out\.0", "attn_1.proj_out"),
+    ):
         name = re.sub(pattern, place, name)
     return VAE + name
 
@@ -59,7 +64,9 @@ def unet_and_vae(unet, vae) -> dict:
 
 def clip_text(encoder) -> dict:
     # newer transformers have no text_model in their names
-    return {f"{TEXT}text_model.{name.removeprefix('text_model.')}": value for name, value in encoder.state_dict().items()}
+    return {
+        f"{TEXT}text_model.{name.removeprefix('text_model.')}": value for name, value in encoder.state_dict().items()
+    }
 
 
 def open_clip_text(encoder) -> dict:
@@ -78,7 +85,12 @@ def open_clip_text(encoder) -> dict:
             block = f"transformer.resblocks.{layer}"
             qkv = [plain[f"{source}.self_attn.{p}_proj.{kind}"] for p in "qkv"]
             tensors[f"{block}.attn.in_proj_{kind}"] = torch.cat(qkv)
-            for ours, theirs in (("self_attn.out_proj", "attn.out_proj"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
-                                 ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")):  # fmt: skip
+            for ours, theirs in (
+                ("self_attn.out_proj", "attn.out_proj"),
+                ("layer_norm1", "ln_1"),
+                ("layer_norm2", "ln_2"),
+                ("mlp.fc1", "mlp.c_fc"),
+                ("mlp.fc2", "mlp.c_proj"),
+            ):
                 tensors[f"{block}.{theirs}.{kind}"] = plain[f"{source}.{ours}.{kind}"]
     return {prefix + name: value for name, value in tensors.items()}

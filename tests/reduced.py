@@ -13,19 +13,36 @@ def native(second=False, v_prediction=False, xl=False, **changes):
     import comfy.supported_models
 
     config = dict(
-        image_size=32, in_channels=4, out_channels=4, model_channels=32, num_res_blocks=[2, 2, 2, 2], channel_mult=[1, 2, 4, 4],
-        transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0], transformer_depth_output=[1] * 9 + [0] * 3, transformer_depth_middle=1,
-        use_linear_in_transformer=second, context_dim=TEXT, use_spatial_transformer=True, legacy=False, adm_in_channels=None,
+        image_size=32,
+        in_channels=4,
+        out_channels=4,
+        model_channels=32,
+        num_res_blocks=[2, 2, 2, 2],
+        channel_mult=[1, 2, 4, 4],
+        transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0],
+        transformer_depth_output=[1] * 9 + [0] * 3,
+        transformer_depth_middle=1,
+        use_linear_in_transformer=second,
+        context_dim=TEXT,
+        use_spatial_transformer=True,
+        legacy=False,
+        adm_in_channels=None,
         use_temporal_attention=False,
-    )  # fmt: skip
+    )
     kind, base = comfy.supported_models.SD20 if second else comfy.supported_models.SD15, comfy.model_base.BaseModel
     if xl:
         kind, base = comfy.supported_models.SDXL, comfy.model_base.SDXL
         config |= dict(
-            num_res_blocks=[2, 2, 2], channel_mult=[1, 2, 4], transformer_depth=[0, 0, 1, 1, 2, 2], transformer_depth_middle=2,
-            transformer_depth_output=[0, 0, 0, 1, 1, 1, 2, 2, 2], use_linear_in_transformer=True, num_head_channels=16,
-            num_classes="sequential", adm_in_channels=POOLED + 6 * 256,
-        )  # fmt: skip
+            num_res_blocks=[2, 2, 2],
+            channel_mult=[1, 2, 4],
+            transformer_depth=[0, 0, 1, 1, 2, 2],
+            transformer_depth_middle=2,
+            transformer_depth_output=[0, 0, 0, 1, 1, 1, 2, 2, 2],
+            use_linear_in_transformer=True,
+            num_head_channels=16,
+            num_classes="sequential",
+            adm_in_channels=POOLED + 6 * 256,
+        )
     model_config = kind(config | changes)
     if second:  # 64 channels a head leave none of these
         model_config.unet_config["num_head_channels"] = 16
@@ -53,12 +70,25 @@ def clip(frames=1, seed=9):
     return torch.randn(frames, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def sample(model, frames=1, cfg=4.0, sampler="euler", scheduler="normal", steps=3, positive=None, noise=None, negative=None):
+def sample(
+    model, frames=1, cfg=4.0, sampler="euler", scheduler="normal", steps=3, positive=None, noise=None, negative=None
+):
     import comfy.sample
 
     noise = clip(frames) if noise is None else noise
-    return comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, positive or prompt(1), negative or prompt(2),
-                               torch.zeros_like(noise), disable_pbar=True, seed=3)  # fmt: skip
+    return comfy.sample.sample(
+        model,
+        noise,
+        steps,
+        cfg,
+        sampler,
+        scheduler,
+        positive or prompt(1),
+        negative or prompt(2),
+        torch.zeros_like(noise),
+        disable_pbar=True,
+        seed=3,
+    )
 
 
 def relative(a, b):

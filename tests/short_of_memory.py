@@ -4,7 +4,9 @@ from comfy.patcher_extension import WrappersMP
 
 
 def run_out(executor, *args, **kwargs):
-    raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+    raise RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+    )
 
 
 class ShortOfMemory:

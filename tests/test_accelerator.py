@@ -24,8 +24,10 @@ EDIT = [
     "--edit", "a blue ball is sliding on the grass", "--region", "subject", "--contrast", "a blue star is sliding on the grass",
     "--edit", "a red ball is sliding on the snow", "--region", "background",
 ]  # fmt: skip
-pytestmark = pytest.mark.skipif(not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
-                                reason="this torch has no devices written in Python")  # fmt: skip
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch has no devices written in Python",
+)
 
 
 def python(*arguments) -> subprocess.CompletedProcess:
@@ -40,7 +42,9 @@ def edited(output: Path, *arguments) -> tuple[torch.Tensor, dict[str, torch.Tens
     done = python(*arguments, "--video", clip, "--output", output)
     assert done.returncode == 0, done.stderr
     files = json.loads((output / "summary.json").read_text())["files"]
-    return torch.stack([load_video(output / name).frames.float() for name in files.values()]), load_file(output / "noise.safetensors")
+    return torch.stack([load_video(output / name).frames.float() for name in files.values()]), load_file(
+        output / "noise.safetensors"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +54,43 @@ def expected(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype, memory, error, difference", [("fp32", "fast", 1e-5, 1), ("bf16", "low", 0.02, 2.5)])
 def test_an_edit_stays_on_its_device_and_ends_as_on_the_cpu(expected, dtype, memory, error, difference, tmp_path):
-    videos, found = edited(tmp_path / "edit", ROOT / "tests" / "accelerator.py", *EDIT, "--device", "npu", "--dtype", dtype, "--memory", memory)
+    videos, found = edited(
+        tmp_path / "edit",
+        ROOT / "tests" / "accelerator.py",
+        *EDIT,
+        "--device",
+        "npu",
+        "--dtype",
+        dtype,
+        "--memory",
+        memory,
+    )
     noise = expected[1]["latents"]
     assert (found["latents"] - noise).norm() / noise.norm() < error
     assert (found["subject"] - expected[1]["subject"]).abs().mean() < error
-    assert (videos - expected[0]).abs().mean() < difference  # a level of one pixel makes the codec draw others a little otherwise
+    assert (
+        videos - expected[0]
+    ).abs().mean() < difference  # a level of one pixel makes the codec draw others a little otherwise
 
 
 def test_windows_of_a_long_clip_stay_on_their_device(tmp_path):
-    edited(tmp_path / "edit", ROOT / "tests" / "accelerator.py", *EDIT, "--device", "npu", "--frames", "5", "--context-length", "3",
-           "--context-overlap", "2", "--steps", "1", "--sampling-steps", "2")  # fmt: skip
+    edited(
+        tmp_path / "edit",
+        ROOT / "tests" / "accelerator.py",
+        *EDIT,
+        "--device",
+        "npu",
+        "--frames",
+        "5",
+        "--context-length",
+        "3",
+        "--context-overlap",
+        "2",
+        "--steps",
+        "1",
+        "--sampling-steps",
+        "2",
+    )
 
 
 def test_the_benchmark_stays_on_its_device():
@@ -134,13 +165,27 @@ def test_nodes_work_on_the_gpu_of_comfyui(accelerated, server, request):
     word = graph("TAVWordMask", **found, clip=graph.clip, sentence=SOURCE, word="ball", steps=2)[0]
     hint = graph("MaskToImage", mask=subject)[0]
     net = graph("TAVLoadControlNet", controlnet="mini")[0]
-    positive, negative = graph("ControlNetApplyAdvanced", positive=graph.edit, negative=graph.empty, control_net=net, image=hint, strength=1.0,
-                               start_percent=0.0, end_percent=1.0)[:2]  # fmt: skip
+    positive, negative = graph(
+        "ControlNetApplyAdvanced",
+        positive=graph.edit,
+        negative=graph.empty,
+        control_net=net,
+        image=hint,
+        strength=1.0,
+        start_percent=0.0,
+        end_percent=1.0,
+    )[:2]
     lora = graph("LoraLoaderModelOnly", model=tuned[0], lora_name="mini-neon.safetensors", strength_model=0.5)[0]
-    led = {region: graph("TAVAttentionInjection", model=model, conditioning=graph.empty, share=0.7, region=region, subject=mask)[0]
-           for region, model, mask in (("subject", again, word), ("background", lora, subject))}  # fmt: skip
+    led = {
+        region: graph(
+            "TAVAttentionInjection", model=model, conditioning=graph.empty, share=0.7, region=region, subject=mask
+        )[0]
+        for region, model, mask in (("subject", again, word), ("background", lora, subject))
+    }
     hooks = graph("CreateHookLoraModelOnly", lora_name="mini-neon.safetensors", strength_model=1.0)[0]
-    hooked = graph("ConditioningSetProperties", cond_NEW=graph.edit, strength=1.0, set_cond_area="default", hooks=hooks)[0]
+    hooked = graph(
+        "ConditioningSetProperties", cond_NEW=graph.edit, strength=1.0, set_cond_area="default", hooks=hooks
+    )[0]
     windows = graph("TAVContextWindows", model=graph.inflated, context_length=3, context_overlap=2)[0]
     sampled = [
         graph.sample(led["background"], noise, steps=2),

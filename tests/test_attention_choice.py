@@ -28,6 +28,7 @@ def kept():
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
     """What is measured, in turn: the seconds of PyTorch's and ours, put there by the test, and the shapes that were asked for."""
+
     class Measured:
         seconds, alone, asked = (1.0, 2.0), True, []
 
@@ -79,7 +80,9 @@ def test_a_measurement_knows_whether_it_had_the_processor_alone(monkeypatch):
     looks = 1 + (1 + choice._TURNS) * len(("torch", "blocks")) * 2
     for share, alone in ((1.0, True), (0.5, False)):
         monkeypatch.setattr(choice.time, "perf_counter", partial(next, count()))
-        monkeypatch.setattr(choice.time, "process_time", partial(next, count(0, looks * share * torch.get_num_threads())))
+        monkeypatch.setattr(
+            choice.time, "process_time", partial(next, count(0, looks * share * torch.get_num_threads()))
+        )
         assert choice.measure(2, 64, 77, 8, torch.float32, False)[1] is alone
 
 
@@ -101,17 +104,25 @@ def test_each_kind_of_call_is_measured_on_a_part_of_it(measured):
     choice.choose_attention(*inputs(heads=64, n=1024, m=77, d=40))
     heads = torch.get_num_threads()
     assert measured.asked == [
-        (heads, 1024, 2048, 8, torch.float32, False), (heads, 1024, 2048, 8, torch.float32, True),
-        (heads, 1024, 2048, 8, torch.bfloat16, False), (26, 1024, 77, 40, torch.float32, False),
-    ]  # fmt: skip
+        (heads, 1024, 2048, 8, torch.float32, False),
+        (heads, 1024, 2048, 8, torch.float32, True),
+        (heads, 1024, 2048, 8, torch.bfloat16, False),
+        (26, 1024, 77, 40, torch.float32, False),
+    ]
 
 
-@pytest.mark.parametrize("few", [dict(heads=1, n=64, m=128, d=8), dict(heads=8, n=256, m=512, d=8, dtype=torch.float64)])
+@pytest.mark.parametrize(
+    "few", [dict(heads=1, n=64, m=128, d=8), dict(heads=8, n=256, m=512, d=8, dtype=torch.float64)]
+)
 def test_pytorch_computes_what_is_small_or_double(measured, few):
     assert choice.choose_attention(*inputs(**few)) is F.scaled_dot_product_attention and not measured.asked
 
 
-@pytest.mark.parametrize("content", ["", "{", "\0", "[]", '{"a machine": {"a shape": {"torch": 1.0}}}'], ids=["empty", "cut", "zero", "list", "older"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "\0", "[]", '{"a machine": {"a shape": {"torch": 1.0}}}'],
+    ids=["empty", "cut", "zero", "list", "older"],
+)
 def test_a_damaged_or_older_file_is_written_anew(measured, content):
     measured.seconds = 1.0, 0.5
     choice.cache_file().parent.mkdir(parents=True)

@@ -43,7 +43,9 @@ def computed(subject, off=(), memory="fast", dtype="fp32"):
     with computing(unet, TuneConfig(dtype=dtype, memory=memory)):
         with torch.no_grad():
             out = predict(unet, noise, 500, subject.texts[0])
-        loss = tuning_loss(unet, subject.checkpoint.scheduler, subject.latents, noise, torch.tensor([500]), subject.texts[0])
+        loss = tuning_loss(
+            unet, subject.checkpoint.scheduler, subject.latents, noise, torch.tensor([500]), subject.texts[0]
+        )
         loss.backward()
         gradients = torch.cat([parameter.grad.flatten() for parameter in trainable_parameters(unet).values()])
     return [x.detach().double().flatten() for x in (out, loss, gradients)]
@@ -102,8 +104,27 @@ def run(monkeypatch, *options):
 
 def test_a_table_and_json(monkeypatch, tmp_path, capsys):
     file = tmp_path / "bench.json"
-    run(monkeypatch, "--layout", "small", "--size", 8, "--frames", 2, "--runs", 1, "--threads", 1, "--no-memory",
-        "--dtype", "fp32", "bf16", "--without", "caching", "--json", file)  # fmt: skip
+    run(
+        monkeypatch,
+        "--layout",
+        "small",
+        "--size",
+        8,
+        "--frames",
+        2,
+        "--runs",
+        1,
+        "--threads",
+        1,
+        "--no-memory",
+        "--dtype",
+        "fp32",
+        "bf16",
+        "--without",
+        "caching",
+        "--json",
+        file,
+    )
     figures = json.loads(file.read_text())
     assert figures["layout"] == {"name": "small", "frames": 2, "size": 8}
     assert list(figures["seconds"]) == ["plain", "fp32", "bf16", "fp32, no caching"]
@@ -111,16 +132,40 @@ def test_a_table_and_json(monkeypatch, tmp_path, capsys):
         assert list(of) == list(bench.STAGES)
         assert all(value > 0 for value in of.values())
     assert list(figures["share"]) == list(figures["seconds"])
-    assert all(list(of) == list(bench.COUNTED) and all(value > 0 for value in of.values()) for of in figures["share"].values())
+    assert all(
+        list(of) == list(bench.COUNTED) and all(value > 0 for value in of.values()) for of in figures["share"].values()
+    )
     ratio, told = figures["seconds"]["plain"]["tune"] / figures["seconds"]["bf16"]["tune"], capsys.readouterr().out
-    assert f"({ratio:.2f}x)" in told and f"{figures['share']['plain']['tune']:.3f}" in told and "GFLOP/s in bf16" in told
+    assert (
+        f"({ratio:.2f}x)" in told and f"{figures['share']['plain']['tune']:.3f}" in told and "GFLOP/s in bf16" in told
+    )
 
 
 def test_the_figures_of_a_gpu_run_on_a_cpu_too(monkeypatch, tmp_path, without_comfyui):
     file = tmp_path / "bench.json"
     monkeypatch.setattr(bench.Subject, "edit", lambda self, mode, real=bench.Subject.edit: real(self, mode, 2))
-    run(monkeypatch, "--gpu", "--layout", "small", "--size", 8, "--frames", 2, "--runs", 1, "--threads", 1,
-        "--memory", "checkpointing", "--dtype", "fp32", "--stages", "tune", "--json", file)  # fmt: skip
+    run(
+        monkeypatch,
+        "--gpu",
+        "--layout",
+        "small",
+        "--size",
+        8,
+        "--frames",
+        2,
+        "--runs",
+        1,
+        "--threads",
+        1,
+        "--memory",
+        "checkpointing",
+        "--dtype",
+        "fp32",
+        "--stages",
+        "tune",
+        "--json",
+        file,
+    )
     figures = json.loads(file.read_text())
     assert list(figures["seconds"]) == ["fp32, checkpointing"]
     assert figures["edit"] > 0 and figures["share"]["fp32, checkpointing"]["tune"] > 0
@@ -136,8 +181,25 @@ def test_on_a_small_gpu_only_what_fits_is_measured(monkeypatch, tmp_path, capsys
                "shares": lambda subject, modes, *_: {mode.name: {"tune": 0.1} for mode in modes}}  # fmt: skip
     for name, function in figures.items():  # bf16, its default there, takes a CPU long
         monkeypatch.setattr(bench, name, function)
-    run(monkeypatch, "--gpu", "--layout", "small", "--size", 8, "--frames", 2, "--runs", 1, "--threads", 1, "--no-memory",
-        "--stages", "tune", "--json", file)  # fmt: skip
+    run(
+        monkeypatch,
+        "--gpu",
+        "--layout",
+        "small",
+        "--size",
+        8,
+        "--frames",
+        2,
+        "--runs",
+        1,
+        "--threads",
+        1,
+        "--no-memory",
+        "--stages",
+        "tune",
+        "--json",
+        file,
+    )
     assert list(json.loads(file.read_text())["seconds"]) == ["bf16, low"]
     assert "memory: low, though it needs" in capsys.readouterr().out
 
@@ -156,7 +218,9 @@ def test_a_mode_that_runs_out_of_memory_gets_no_figure_of_another(subject, monke
 def test_it_needs_no_video_library():
     blocked = "import sys; sys.modules.update(dict.fromkeys(['av', 'cv2', 'matplotlib'])); "
     program = blocked + "sys.argv[1:] = ['bench', '--help']; from tav_core.__main__ import main; main()"
-    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "--gpu" in done.stdout, done.stderr
 
 
@@ -166,7 +230,9 @@ def test_exponents_of_growth(monkeypatch):
 
     monkeypatch.setattr(bench, "Subject", lambda layout, device: layout)
     monkeypatch.setattr(bench, "seconds", seconds)
-    monkeypatch.setattr(bench, "memory", lambda layout, *rest: {"peak": 1 + layout.frames * layout.size**2, "before": 1})
+    monkeypatch.setattr(
+        bench, "memory", lambda layout, *rest: {"peak": 1 + layout.frames * layout.size**2, "before": 1}
+    )
     found = bench.growth(bench.LAYOUTS["small"], bench.Mode(), 1, "cpu", {"frames": (2, 4, 8), "size": (16, 32)})
     assert found["frames"]["exponents"] == pytest.approx({"tune": 1, "sample": 0, "tune GB": 1, "sample GB": 1})
     assert found["size"]["exponents"] == pytest.approx({"tune": 0, "sample": 2, "tune GB": 1, "sample GB": 1})
@@ -187,10 +253,10 @@ def test_memory_that_cannot_be_read_is_told_first(monkeypatch, tmp_path, capsys)
     assert "use --no-memory" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options, told", [(["--runs", 0], "--runs 0"), (["--size", 12], "--size 12"), (["--frames", -1], "--frames -1")])
+@pytest.mark.parametrize(
+    "options, told", [(["--runs", 0], "--runs 0"), (["--size", 12], "--size 12"), (["--frames", -1], "--frames -1")]
+)
 def test_what_cannot_be_run_is_refused(monkeypatch, capsys, options, told):
     with pytest.raises(SystemExit):
         run(monkeypatch, *options)
     assert told in capsys.readouterr().err
-
-

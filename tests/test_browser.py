@@ -76,8 +76,10 @@ def results(page, server):
         if name == LOADS:
             run(SAVES)
         if name not in videos:
-            prompt = page.evaluate("async graph => { await app.loadGraphData(graph); return (await app.graphToPrompt()).output }",
-                                   saved(name))  # fmt: skip
+            prompt = page.evaluate(
+                "async graph => { await app.loadGraphData(graph); return (await app.graphToPrompt()).output }",
+                saved(name),
+            )
             for node in prompt.values():
                 node["inputs"].update(FEW.get(node["class_type"], {}))
             (save,) = (id_ for id_, node in prompt.items() if node["class_type"] == "SaveVideo")
@@ -110,7 +112,9 @@ def test_first_workflow_with_the_mouse(browser, server):
             }))""",
             FEW,
         )
-    page.locator("button[data-testid=queue-button], [data-testid=queue-button] button").first.click()  # itself, or what holds it
+    page.locator(
+        "button[data-testid=queue-button], [data-testid=queue-button] button"
+    ).first.click()  # itself, or what holds it
     node = "app.graph.nodes.find(node => node.type == 'TAVOneShotTune')"
     page.wait_for_function(f"() => {node}.progress > 0", timeout=60_000)
     page.wait_for_function(
@@ -122,7 +126,9 @@ def test_first_workflow_with_the_mouse(browser, server):
     page.wait_for_function("name => document.querySelector(`video[src*='${name}']`).videoWidth == 272", arg=FIRST)
     page.wait_for_function(f"() => {node}.imgs?.[0]?.naturalHeight == 432")  # the loss curve, in place of the preview
     if PICTURES:
-        page.evaluate("() => app.extensionManager.setting.set('Comfy.Minimap.Visible', false)")  # it lies on the last node
+        page.evaluate(
+            "() => app.extensionManager.setting.set('Comfy.Minimap.Visible', false)"
+        )  # it lies on the last node
         page.wait_for_timeout(3000)
         picture(page, ".github/comfyui-workflow.jpg")
     if is_newer(server):
@@ -215,11 +221,16 @@ def test_layout(browser, server, renderer):
                 }""",
                 [saved(name), vue],
             )
-            boxes = [(kind, x, y, x + w, y + h + (0 if kind in SHOWS or kind == "MarkdownNote" else 30)) for kind, x, y, w, h in boxes]
+            boxes = [
+                (kind, x, y, x + w, y + h + (0 if kind in SHOWS or kind == "MarkdownNote" else 30))
+                for kind, x, y, w, h in boxes
+            ]
             for (a, left, top, right, bottom), (b, x, y, end, low) in combinations(boxes, 2):
                 assert right <= x or end <= left or bottom <= y or low <= top, f"{name}: {a} and {b} overlap"
             for kind, left, top, right, bottom in boxes:
-                around = [x - 1 <= left and y <= top and right <= x + w + 1 and bottom <= y + h for x, y, w, h in groups]
+                around = [
+                    x - 1 <= left and y <= top and right <= x + w + 1 and bottom <= y + h for x, y, w, h in groups
+                ]
                 assert sum(around) == 1, f"{name}: {kind} is in {sum(around)} groups"
     finally:
         server.post("/settings", {"Comfy.VueNodes.Enabled": False})
@@ -229,7 +240,9 @@ def test_thumbnails_differ():
     """Squares, as the cards of the template browser are."""
     pictures = {name: Image.open(ROOT / "workflows" / f"{name}.jpg") for name in WORKFLOWS}
     assert {picture.size for picture in pictures.values()} == {(480, 480)}
-    small = {name: np.asarray(picture.convert("RGB").resize((32, 32))).astype(float) for name, picture in pictures.items()}
+    small = {
+        name: np.asarray(picture.convert("RGB").resize((32, 32))).astype(float) for name, picture in pictures.items()
+    }
     for a, b in combinations(WORKFLOWS, 2):
         assert np.abs(small[a] - small[b]).mean() > 10, (a, b)
 
@@ -241,8 +254,11 @@ def test_result(results, name):
     f, h, w, _ = video.shape
     assert f == 8 and w == columns * (size + 8)
     tall, wide = h // rows, w // columns
-    tiles = [video[:, y + tall - 4 - size : y + tall - 4, x + 4 : x + 4 + size]
-             for y in range(0, h, tall) for x in range(0, w, wide)]  # fmt: skip
+    tiles = [
+        video[:, y + tall - 4 - size : y + tall - 4, x + 4 : x + 4 + size]
+        for y in range(0, h, tall)
+        for x in range(0, w, wide)
+    ]
     source, *edits = tiles[:5]
     for edit in edits:
         assert edit.std() > 20, "black, or of one colour"

@@ -60,8 +60,13 @@ def test_prediction_type(tmp_path, folder):
 
 @pytest.mark.parametrize("kind", [PNDMScheduler, EulerDiscreteScheduler])
 def test_other_schedulers_become_ddim_of_the_same_noise(checkpoint, copied, kind):
-    kind(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
-         prediction_type="v_prediction").save_pretrained(copied / "scheduler")  # fmt: skip
+    kind(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    ).save_pretrained(copied / "scheduler")
     scheduler = load_checkpoint(copied).scheduler
     assert type(scheduler) is DDIMScheduler and scheduler.config.prediction_type == "v_prediction"
     assert torch.equal(scheduler.betas, checkpoint.scheduler.betas)
@@ -116,6 +121,7 @@ def test_pickled_weights_are_read_as_nothing_but_weights(checkpoint, copied, mon
 
 # ------------------------------------------------------------------------------------------------ single files
 
+
 def same_weights(a, b):
     for part in ("unet", "vae", "text_encoder"):
         ours, theirs = getattr(a, part).state_dict(), getattr(b, part).state_dict()
@@ -123,8 +129,10 @@ def same_weights(a, b):
 
 
 def test_single_file_of_sd1(checkpoint, folder, tmp_path):
-    path = write(tmp_path / "model-768-v.safetensors",  # a name of no meaning for SD 1
-                 unet_and_vae(checkpoint.unet, checkpoint.vae) | clip_text(checkpoint.text_encoder))  # fmt: skip
+    path = write(
+        tmp_path / "model-768-v.safetensors",  # a name of no meaning for SD 1
+        unet_and_vae(checkpoint.unet, checkpoint.vae) | clip_text(checkpoint.text_encoder),
+    )
     loaded = load_checkpoint(path, config=folder)
     same_weights(checkpoint, loaded)
     assert (loaded.name, loaded.size, loaded.scheduler.config.prediction_type) == ("model-768-v", 64, "epsilon")
@@ -173,8 +181,9 @@ def test_single_file_of_sd2(tmp_path):
     ("sd1", (859_520_964, 83_653_863, 123_060_480)), ("sd2", (865_910_724, 83_653_863, 340_387_840)),
 ])  # fmt: skip
 def test_every_key_of_the_full_models_is_resolved(family, sizes):
-    unet, vae, text = (json.loads((CONFIGS / family / part / "config.json").read_text())
-                       for part in ("unet", "vae", "text_encoder"))  # fmt: skip
+    unet, vae, text = (
+        json.loads((CONFIGS / family / part / "config.json").read_text()) for part in ("unet", "vae", "text_encoder")
+    )
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel.from_config(unet), AutoencoderKL.from_config(vae)
         text = CLIPTextModel(CLIPTextConfig.from_dict(text))
@@ -211,8 +220,9 @@ def test_files_that_are_no_safetensors(tmp_path):
 
 
 def test_loading_says_nothing(checkpoint, folder, tmp_path):
-    path = write(tmp_path / "a.safetensors",
-                 unet_and_vae(checkpoint.unet, checkpoint.vae) | clip_text(checkpoint.text_encoder))  # fmt: skip
+    path = write(
+        tmp_path / "a.safetensors", unet_and_vae(checkpoint.unet, checkpoint.vae) | clip_text(checkpoint.text_encoder)
+    )
     said, handler = [], logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())
     for library in ("diffusers", "transformers"):
@@ -261,7 +271,9 @@ def test_large_frames_go_through_a_few_at_a_time(checkpoint, monkeypatch, pixels
     together = {"encode": [], "decode": []}
     for name, batches in together.items():
         real = getattr(checkpoint.vae, name)
-        monkeypatch.setattr(checkpoint.vae, name, lambda x, real=real, batches=batches: batches.append(len(x)) or real(x))
+        monkeypatch.setattr(
+            checkpoint.vae, name, lambda x, real=real, batches=batches: batches.append(len(x)) or real(x)
+        )
     monkeypatch.setattr("tav_core.checkpoint._VAE_PIXELS", pixels)
     mean, _ = encode_video(checkpoint, torch.zeros(1, 3, 5, 32, 48))
     decode_video(checkpoint, mean)
@@ -285,7 +297,9 @@ def test_folders_that_lack_a_part(copied, part):
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler"])
-@pytest.mark.parametrize("content", [b"{", b"[]", b"", b"\xff\xfe", b'{"block_out_channels": 3, "hidden_size": "x", "beta_schedule": "x"}'])
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b"", b"\xff\xfe", b'{"block_out_channels": 3, "hidden_size": "x", "beta_schedule": "x"}']
+)
 def test_folders_of_damaged_configurations(copied, part, content):
     (copied / part / ("scheduler_config.json" if part == "scheduler" else "config.json")).write_bytes(content)
     refused(re.escape(str(copied)), copied)
@@ -322,16 +336,22 @@ def test_single_files_that_lack_weights(checkpoint, folder, tmp_path):
     tensors = unet_and_vae(checkpoint.unet, checkpoint.vae) | clip_text(checkpoint.text_encoder)
     more = {f"{TEXT}text_model.embeddings.position_ids": torch.arange(77)[None], "model_ema.decay": torch.zeros(99)}
     for lost, told in (
-        (f"{UNET}time_embed.0.weight", "unet"), (f"{VAE}decoder.conv_in.weight", "vae"),
-        (f"{TEXT}text_model.final_layer_norm.weight", "text_encoder"), (VAE, "vae"), ("cond_stage_model.", "text_encoder"),
-    ):  # fmt: skip
+        (f"{UNET}time_embed.0.weight", "unet"),
+        (f"{VAE}decoder.conv_in.weight", "vae"),
+        (f"{TEXT}text_model.final_layer_norm.weight", "text_encoder"),
+        (VAE, "vae"),
+        ("cond_stage_model.", "text_encoder"),
+    ):
         rest = {name: value for name, value in tensors.items() if not name.startswith(lost)}
-        refused(told, write(tmp_path / "a.safetensors", rest | more if lost != "cond_stage_model." else rest), config=folder)
+        refused(
+            told, write(tmp_path / "a.safetensors", rest | more if lost != "cond_stage_model." else rest), config=folder
+        )
 
 
 def test_single_file_with_a_tokenizer_of_its_own(checkpoint, copied, tmp_path):
-    path = write(tmp_path / "a.safetensors",
-                 unet_and_vae(checkpoint.unet, checkpoint.vae) | clip_text(checkpoint.text_encoder))  # fmt: skip
+    path = write(
+        tmp_path / "a.safetensors", unet_and_vae(checkpoint.unet, checkpoint.vae) | clip_text(checkpoint.text_encoder)
+    )
     CLIPTokenizer.from_pretrained(CONFIGS / "tokenizer", model_max_length=20).save_pretrained(copied / "tokenizer")
     assert encode_prompt(load_checkpoint(path, config=copied), "a red star").shape == (1, 20, 32)
 

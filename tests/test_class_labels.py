@@ -90,10 +90,17 @@ def test_tuning_learns_under_the_label_and_goes_on_with_no_other(tmp_path):
     with pytest.raises(Cancelled):
         tuned(fresh(), label(2), state_path=path, callback=stop_at(3))
     refused(r"another run \(class_labels changed", fresh(), label(3), state_path=path, call=tuned)
-    assert tuned(parts := fresh(), label(2), state_path=path).losses == result.losses and equal(weights(whole), weights(parts))
+    assert tuned(parts := fresh(), label(2), state_path=path).losses == result.losses and equal(
+        weights(whole), weights(parts)
+    )
     latents, _, text = inputs()
     windows = replace(CONFIG, context_length=3)
-    several = tuned(fresh(), label(2), config=windows, more_takes=[Take(latents.repeat(1, 1, 2, 1, 1), text, class_labels=label(0, 1, 2, 3, 4, 0))])
+    several = tuned(
+        fresh(),
+        label(2),
+        config=windows,
+        more_takes=[Take(latents.repeat(1, 1, 2, 1, 1), text, class_labels=label(0, 1, 2, 3, 4, 0))],
+    )
     assert len(several.losses) == 6
 
 
@@ -108,7 +115,9 @@ def test_inversion_and_sampling_take_labels(unet):
     free = ddim_sample(unet, noise[1], text, SCHEDULER, 4, **settings, negative_class_labels=label(0))
     alone = ddim_sample(unet, noise[1], text, SCHEDULER, 4, guidance_scale=1, class_labels=label(3))
     same = ddim_sample(unet, noise[1], text, SCHEDULER, 4, **settings)
-    assert difference(same, alone) < 1e-3 < 1e-2 < difference(free, same)  # without labels of its own, nothing to be led away from
+    assert (
+        difference(same, alone) < 1e-3 < 1e-2 < difference(free, same)
+    )  # without labels of its own, nothing to be led away from
 
 
 def test_the_leading_clip_keeps_its_label(unet):
@@ -149,7 +158,14 @@ def test_labels_that_do_not_fit(unet, labels, told):
 
 def test_labels_for_a_model_without_classes():
     latents, t, text = inputs()
-    refused("class_labels are given, but this unet knows no classes", latents, t, text, class_labels=label(1), call=inflate(make_unet()))
+    refused(
+        "class_labels are given, but this unet knows no classes",
+        latents,
+        t,
+        text,
+        class_labels=label(1),
+        call=inflate(make_unet()),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -169,13 +185,27 @@ def test_an_edit_from_end_to_end(classes):
     source = prepare(checkpoint, frames, "a dog runs", class_labels=label(1))
     unet, _ = tune_on(checkpoint, source, preset)
     noise = invert(checkpoint, unet, source, preset)
-    dog, cat = (sample(checkpoint, unet, noise, "a dog runs", preset, source_prompt="a dog runs", class_labels=label(n),
-                       negative_class_labels=label(0), source_class_labels=label(1)) for n in (1, 2))  # fmt: skip
+    dog, cat = (
+        sample(
+            checkpoint,
+            unet,
+            noise,
+            "a dog runs",
+            preset,
+            source_prompt="a dog runs",
+            class_labels=label(n),
+            negative_class_labels=label(0),
+            source_class_labels=label(1),
+        )
+        for n in (1, 2)
+    )
     assert dog.shape == frames.shape and not torch.equal(dog, cat)
     refused("got none; pass class_labels", checkpoint, prepare(checkpoint, frames, "a dog runs"), preset, call=tune_on)
 
 
 def test_nodes_refuse_what_conditioning_cannot_say(pack, classes):
     checkpoint = load_checkpoint(classes)
-    with pytest.raises(ValueError, match="checkpoint 'classes' is conditioned on class labels, which CONDITIONING doesn't hold"):
+    with pytest.raises(
+        ValueError, match="checkpoint 'classes' is conditioned on class labels, which CONDITIONING doesn't hold"
+    ):
         pack.nodes.load_checkpoint.native_unet(checkpoint, classes)

@@ -29,7 +29,9 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def tav(*args, module="tav_core", check=True, **kwargs) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, "-m", module, *map(str, args)], capture_output=True, text=True, env=environment(), **kwargs)
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, args)], capture_output=True, text=True, env=environment(), **kwargs
+    )
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -61,19 +63,44 @@ def clip(tmp_path_factory) -> Path:
 def edited(clip, tmp_path_factory) -> Path:
     """The output folder of a short edit."""
     output = tmp_path_factory.mktemp("edit")
-    tav("edit", "--video", clip, "--prompt", "a red ball is sliding on the grass", "--frames", 4,
-        "--edit", "a blue ball is sliding on the grass", "--edit", "a red star, on the snow!", "--output", output,
-        "--region", "subject", "--region", "everything", *CONTRAST, *FAST)  # fmt: skip
+    tav(
+        "edit",
+        "--video",
+        clip,
+        "--prompt",
+        "a red ball is sliding on the grass",
+        "--frames",
+        4,
+        "--edit",
+        "a blue ball is sliding on the grass",
+        "--edit",
+        "a red star, on the snow!",
+        "--output",
+        output,
+        "--region",
+        "subject",
+        "--region",
+        "everything",
+        *CONTRAST,
+        *FAST,
+    )
     return output
 
 
 def test_edit_writes_videos_pictures_weights_and_a_summary(edited):
     names = {p.name for p in edited.iterdir()}
     assert names == {
-        "source.mp4", "reconstruction.mp4", "edit-1-a-blue-ball-is-sliding-on-the-grass.mp4",
-        "edit-2-a-red-star-on-the-snow.mp4", "comparison.mp4", "strip.png", "loss.png", "tuned.safetensors",
-        "noise.safetensors", "summary.json",
-    }  # fmt: skip
+        "source.mp4",
+        "reconstruction.mp4",
+        "edit-1-a-blue-ball-is-sliding-on-the-grass.mp4",
+        "edit-2-a-red-star-on-the-snow.mp4",
+        "comparison.mp4",
+        "strip.png",
+        "loss.png",
+        "tuned.safetensors",
+        "noise.safetensors",
+        "summary.json",
+    }
     for name in names:
         if name.endswith(".mp4"):
             with av.open(str(edited / name)) as container:
@@ -94,7 +121,21 @@ def test_edit_writes_videos_pictures_weights_and_a_summary(edited):
 def test_invert_and_sample_alone_give_the_edit_again(clip, edited, here, tmp_path):
     tuned, noise = ["--tuned", edited / "tuned.safetensors", *FAST], tmp_path / "n.safetensors"
     assert here("invert", "--video", clip, *tuned, "--output", noise, *CONTRAST)[0] == 0
-    assert here("sample", *tuned, "--noise", noise, "--output", tmp_path, "--edit", "a blue ball is sliding on the grass", "--region", "subject")[0] == 0
+    assert (
+        here(
+            "sample",
+            *tuned,
+            "--noise",
+            noise,
+            "--output",
+            tmp_path,
+            "--edit",
+            "a blue ball is sliding on the grass",
+            "--region",
+            "subject",
+        )[0]
+        == 0
+    )
     name = "edit-1-a-blue-ball-is-sliding-on-the-grass.mp4"
     again, before = load_video(tmp_path / name).frames.float(), load_video(edited / name).frames.float()
     assert (again - before).abs().mean() < 0.5
@@ -105,8 +146,12 @@ def test_an_interrupted_tuning_is_kept_and_resumed_to_the_same_weights(clip, her
     common = ["tune", "--video", clip, "--prompt", "a red ball", "--frames", "2", "--steps", "60", "--memory", "fast"]
     assert here(*common, "--output", tmp_path / "whole")[0] == 0
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen([sys.executable, "-m", "tav_core", *map(str, common), "--output", tmp_path / "parts"],
-                                   env=environment(PYTHONUNBUFFERED="1"), stderr=log, stdout=log)  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tav_core", *map(str, common), "--output", tmp_path / "parts"],
+            env=environment(PYTHONUNBUFFERED="1"),
+            stderr=log,
+            stdout=log,
+        )
         while "tuning" not in (tmp_path / "log").read_text() and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
@@ -126,7 +171,13 @@ def test_an_interrupted_tuning_is_kept_and_resumed_to_the_same_weights(clip, her
 def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, here, tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(clip.read_bytes()[:700])
-    base = {"--video": clip, "--prompt": "a red ball", "--edit": "a blue ball", "--output": tmp_path / "out", "--frames": 2}
+    base = {
+        "--video": clip,
+        "--prompt": "a red ball",
+        "--edit": "a blue ball",
+        "--output": tmp_path / "out",
+        "--frames": 2,
+    }
     cases = [
         ({"--video": tmp_path / "none.mp4"}, "none.mp4"),
         ({"--video": broken}, "broken.mp4"),
@@ -151,7 +202,18 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, here, t
         assert not (tmp_path / "out").exists(), change
     code, told = here("invert", "--softness", "-1")
     assert code == 2 and told.strip().endswith("'-1' is no width; give a number of pixels, 0 for a hard edge")
-    tuned = ["sample", "--tuned", edited / "tuned.safetensors", "--noise", edited / "noise.safetensors", "--edit", "x", "--output", tmp_path, *FAST]
+    tuned = [
+        "sample",
+        "--tuned",
+        edited / "tuned.safetensors",
+        "--noise",
+        edited / "noise.safetensors",
+        "--edit",
+        "x",
+        "--output",
+        tmp_path,
+        *FAST,
+    ]
     code, told = here(*tuned, "--region", "subject", "--region", "background")
     assert code == 2 and "there are 2 --region for 1 --edit" in told
     code, told = here("sample", "--tuned", edited / "noise.safetensors", "--edit", "x", "--output", tmp_path)
@@ -175,7 +237,11 @@ def test_out_of_memory_gives_one_line_on_every_device(error, monkeypatch, capsys
     with pytest.raises(SystemExit) as end:
         cli.run(parser)
     told = capsys.readouterr().err
-    assert end.value.code == 2 and told.startswith("error: the device ran out of memory; try fewer --frames") and told.count("\n") == 1
+    assert (
+        end.value.code == 2
+        and told.startswith("error: the device ran out of memory; try fewer --frames")
+        and told.count("\n") == 1
+    )
 
 
 def test_other_errors_keep_their_traceback(monkeypatch):
@@ -187,7 +253,9 @@ def test_other_errors_keep_their_traceback(monkeypatch):
 
 
 def test_render_makes_the_clip_of_the_world(tmp_path):
-    done = tav("render", "--shape", "star", "--motion", "bounce", "--output", tmp_path / "a.mp4", module="tav_core.mini")
+    done = tav(
+        "render", "--shape", "star", "--motion", "bounce", "--output", tmp_path / "a.mp4", module="tav_core.mini"
+    )
     assert done.stdout.strip().endswith("a red star is bouncing on the grass")
     truth = world.render_clip(world.clip_scenes(world.Scene("star"), "bounce", 8))
     assert np.abs(load_video(tmp_path / "a.mp4").frames.numpy().astype(int) - truth).mean() < 4

@@ -15,9 +15,15 @@ def control_net(seed, model=None):
     config = (model or native()).model.model_config.unet_config
     with torch.inference_mode(False):
         torch.manual_seed(seed)
-        net = comfy.cldm.cldm.ControlNet(hint_channels=3, dtype=torch.float32, **{
-            key: value for key, value in config.items() if key not in ("dtype", "out_channels", "transformer_depth_output")
-        })  # fmt: skip
+        net = comfy.cldm.cldm.ControlNet(
+            hint_channels=3,
+            dtype=torch.float32,
+            **{
+                key: value
+                for key, value in config.items()
+                if key not in ("dtype", "out_channels", "transformer_depth_output")
+            },
+        )
         for parameter in net.parameters():
             fan = parameter[0].numel() if parameter.ndim > 1 else 1
             torch.nn.init.normal_(parameter, std=fan**-0.5 if parameter.ndim > 1 else 0.1)
@@ -53,7 +59,9 @@ def controlled(positive, *applied, negative=None):
 def steered(model, prompts, noise, cfg=4.0):
     import comfy.sample
 
-    return comfy.sample.sample(model, noise, 4, cfg, "euler", "normal", *prompts, torch.zeros_like(noise), disable_pbar=True, seed=3)
+    return comfy.sample.sample(
+        model, noise, 4, cfg, "euler", "normal", *prompts, torch.zeros_like(noise), disable_pbar=True, seed=3
+    )
 
 
 @pytest.mark.parametrize("nets", [
@@ -92,10 +100,15 @@ def test_a_controlnet_and_attention_injection_together(pack):
     model, net, noise = inflated(pack, native()), control_net(1), clip(3)
     led = pack.nodes.AttentionInjection.execute(model, prompt(2), 0.5).args[0]
     prompts = controlled(prompt(1), (net, hints(3), 1.0, 0.0, 1.0))
-    runs = {name: steered(*run, noise) for name, run in {
-        "plain": (model, prompts), "led": (led, prompts), "led freely": (led, (prompt(1), prompt(2))),
-        "off": (led, controlled(prompt(1), (net, hints(3), 0.0, 0.0, 1.0))),
-    }.items()}  # fmt: skip
+    runs = {
+        name: steered(*run, noise)
+        for name, run in {
+            "plain": (model, prompts),
+            "led": (led, prompts),
+            "led freely": (led, (prompt(1), prompt(2))),
+            "off": (led, controlled(prompt(1), (net, hints(3), 0.0, 0.0, 1.0))),
+        }.items()
+    }
     assert all(torch.isfinite(run).all() for run in runs.values())
     assert relative(runs["off"], runs["led freely"]) < 1e-5
     assert min(relative(runs["led"], runs[name]) for name in ("plain", "led freely")) > 1e-2
@@ -107,12 +120,16 @@ def test_hints_that_fit_nothing_are_refused(pack, make):
     wrapped = inflated(pack, model)
     for count in (2, 4):
         prompts = controlled(prompt(1), (net, hints(count), 1.0, 0.0, 1.0))
-        with pytest.raises(ValueError, match=f"has {count} hints, LATENT has 3 frames; give it 1 image for all frames, or 3"):
+        with pytest.raises(
+            ValueError, match=f"has {count} hints, LATENT has 3 frames; give it 1 image for all frames, or 3"
+        ):
             steered(wrapped, prompts, clip(3))
     assert torch.isfinite(steered(model, prompts, clip(3))).all()  # a batch of single pictures takes them in turn
 
 
 def test_an_adapter_of_another_family_is_refused(pack):
     adapter = t2i_adapter(1, cin=3 * 256, xl=True)
-    with pytest.raises(ValueError, match="T2I-Adapter is for another family of models; use one for the family of MODEL"):
+    with pytest.raises(
+        ValueError, match="T2I-Adapter is for another family of models; use one for the family of MODEL"
+    ):
         steered(inflated(pack, native()), controlled(prompt(1), (adapter, hints(), 1.0, 0.0, 1.0)), clip())

@@ -59,9 +59,7 @@ def test_timesteps_are_those_of_diffusers(spacing, steps):
     assert torch.equal(scheduler.timesteps, before) and scheduler.num_inference_steps is None
 
 
-@pytest.mark.parametrize(
-    "cls", [DDPMScheduler, PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler]
-)
+@pytest.mark.parametrize("cls", [DDPMScheduler, PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
 def test_other_schedulers_give_a_ddim_schedule(cls):
     names = {name: value for name, value in SD.items() if name != "steps_offset" or cls is not DDPMScheduler}
     timesteps = ddim_timesteps(cls(**names, timestep_spacing="leading"), 10)
@@ -82,9 +80,7 @@ def test_conversions(prediction_type):
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_sampling_is_that_of_diffusers(prediction_type, eta):
-    scheduler = DDIMScheduler(
-        **SD, clip_sample=False, set_alpha_to_one=False, prediction_type=prediction_type
-    )
+    scheduler = DDIMScheduler(**SD, clip_sample=False, set_alpha_to_one=False, prediction_type=prediction_type)
     reference, model, x = copy.deepcopy(scheduler), Model(scheduler, prediction_type), latents()
     reference.set_timesteps(10)
     generator = torch.Generator().manual_seed(3)
@@ -110,9 +106,7 @@ def test_a_step_there_and_back(spacing):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 def test_inversion_comes_back(prediction_type, spacing):
-    scheduler = DDIMScheduler(
-        **SD, set_alpha_to_one=False, prediction_type=prediction_type, timestep_spacing=spacing
-    )
+    scheduler = DDIMScheduler(**SD, set_alpha_to_one=False, prediction_type=prediction_type, timestep_spacing=spacing)
     model, errors = Model(scheduler, prediction_type), []
     for steps in (20, 200):
         noise = ddim_invert(model, latents(), TEXT, scheduler, steps)

@@ -42,15 +42,38 @@ def test_the_layouts_of_the_real_models(pack, family):
     xl, second = family == "SDXL", family == "SD20"
     kind = getattr(comfy.supported_models, family)
     config = dict(
-        image_size=32, in_channels=4, out_channels=4, use_spatial_transformer=True, legacy=False, use_temporal_attention=False,
-        model_channels=320, use_linear_in_transformer=xl or second, num_classes="sequential" if xl else None,
-        **(dict(num_res_blocks=[2] * 3, channel_mult=[1, 2, 4], transformer_depth=[0, 0, 2, 2, 10, 10], context_dim=2048,
-                transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10], transformer_depth_middle=10, adm_in_channels=2816,
-                num_head_channels=64)
-           if xl else
-           dict(num_res_blocks=[2] * 4, channel_mult=[1, 2, 4, 4], transformer_depth=[1] * 6 + [0] * 2, adm_in_channels=None,
-                transformer_depth_output=[1] * 9 + [0] * 3, transformer_depth_middle=1, context_dim=1024 if second else 768)),
-    )  # fmt: skip
+        image_size=32,
+        in_channels=4,
+        out_channels=4,
+        use_spatial_transformer=True,
+        legacy=False,
+        use_temporal_attention=False,
+        model_channels=320,
+        use_linear_in_transformer=xl or second,
+        num_classes="sequential" if xl else None,
+        **(
+            dict(
+                num_res_blocks=[2] * 3,
+                channel_mult=[1, 2, 4],
+                transformer_depth=[0, 0, 2, 2, 10, 10],
+                context_dim=2048,
+                transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10],
+                transformer_depth_middle=10,
+                adm_in_channels=2816,
+                num_head_channels=64,
+            )
+            if xl
+            else dict(
+                num_res_blocks=[2] * 4,
+                channel_mult=[1, 2, 4, 4],
+                transformer_depth=[1] * 6 + [0] * 2,
+                adm_in_channels=None,
+                transformer_depth_output=[1] * 9 + [0] * 3,
+                transformer_depth_middle=1,
+                context_dim=1024 if second else 768,
+            )
+        ),
+    )
     model_config = kind(config)
     unet = UNetModel(**model_config.unet_config, device="meta")
 
@@ -124,11 +147,15 @@ def test_tuning_and_inversion(pack, tmp_path, monkeypatch):
 
     monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
     model = native(xl=True)
-    model.model.diffusion_model.out[2].weight.data *= 0.5  # random weights lead over rough ground, where no step is small enough
+    model.model.diffusion_model.out[
+        2
+    ].weight.data *= 0.5  # random weights lead over rough ground, where no step is small enough
     wrapped, nodes, latent = inflated(pack, model), pack.nodes, {"samples": clip(2) * 5}
 
     def tune(positive, steps):
-        return nodes.OneShotTune.execute(wrapped, latent, positive, steps, 1e-2, 0, "fp32", "checkpointing", "stratified", 0).args
+        return nodes.OneShotTune.execute(
+            wrapped, latent, positive, steps, 1e-2, 0, "fp32", "checkpointing", "stratified", 0
+        ).args
 
     tuned, weights, _, losses = tune(prompt(1), 12)
     (_, first), *_, (_, last) = json.loads(losses)["probe_losses"]
@@ -142,9 +169,13 @@ def test_tuning_and_inversion(pack, tmp_path, monkeypatch):
 
     noise, sigmas, error = nodes.DDIMInversion.execute(tuned, latent, prompt(1), 20, "ddim_uniform", True).args
     assert error < 0.3 < 0.6 < (latent["samples"] * 0.13025).square().mean().sqrt()
-    edited = nodes.VideoSampler.execute(tuned, prompt(3), prompt(2), noise, 20, 3.0, "ddim_uniform", 0.0, False, 0).args[0]["samples"]
+    edited = nodes.VideoSampler.execute(
+        tuned, prompt(3), prompt(2), noise, 20, 3.0, "ddim_uniform", 0.0, False, 0
+    ).args[0]["samples"]
     led = nodes.AttentionInjection.execute(tuned, prompt(1), 0.5).args[0]
-    kept = nodes.VideoSampler.execute(led, prompt(3), prompt(2), noise, 20, 3.0, "ddim_uniform", 0.0, False, 0).args[0]["samples"]
+    kept = nodes.VideoSampler.execute(led, prompt(3), prompt(2), noise, 20, 3.0, "ddim_uniform", 0.0, False, 0).args[0][
+        "samples"
+    ]
     assert relative(kept, edited) > 1e-2
     assert torch.isfinite(kept).all() and torch.isfinite(edited).all()
 
@@ -154,9 +185,17 @@ def test_a_clip_that_leads_its_like_changes_nothing(pack, models):
     wrapped, noise = inflated(pack, models[0], norm="frame"), clip(2)
     wide = with_sizes(prompt(1), width=1024)
     led = pack.nodes.AttentionInjection.execute(wrapped, wide, 1.0).args[0]
-    assert relative(sample(led, noise=noise, cfg=1.0, positive=wide), sample(wrapped, noise=noise, cfg=1.0, positive=wide)) < 1e-4
+    assert (
+        relative(sample(led, noise=noise, cfg=1.0, positive=wide), sample(wrapped, noise=noise, cfg=1.0, positive=wide))
+        < 1e-4
+    )
     other = pack.nodes.AttentionInjection.execute(wrapped, prompt(1), 1.0).args[0]
-    assert relative(sample(other, noise=noise, cfg=1.0, positive=wide), sample(wrapped, noise=noise, cfg=1.0, positive=wide)) > 1e-4
+    assert (
+        relative(
+            sample(other, noise=noise, cfg=1.0, positive=wide), sample(wrapped, noise=noise, cfg=1.0, positive=wide)
+        )
+        > 1e-4
+    )
 
 
 def test_the_copy_that_is_tuned_predicts_what_the_model_does(pack, models):
@@ -164,8 +203,13 @@ def test_the_copy_that_is_tuned_predicts_what_the_model_does(pack, models):
     text, noise = prompt(1), clip(3)
     vector = xl.vector_of(wrapped, text, noise)
     assert vector.shape == (1, POOLED + 6 * 256)
-    expected = wrapped.model.diffusion_model(noise, torch.full((3,), 500.0), text[0][0].expand(3, -1, -1), vector.expand(3, -1),
-                                             transformer_options={"cond_or_uncond": [0]})  # fmt: skip
+    expected = wrapped.model.diffusion_model(
+        noise,
+        torch.full((3,), 500.0),
+        text[0][0].expand(3, -1, -1),
+        vector.expand(3, -1),
+        transformer_options={"cond_or_uncond": [0]},
+    )
     packed = xl.packed(text[0][0], vector)
     assert packed.shape == (1, 77 + 33, TEXT)
     out = bridge.trainable_copy(wrapped)(noise.movedim(0, 1)[None], 500, packed)
@@ -187,7 +231,9 @@ def test_foreign_conditioning_is_refused(pack, models):
         with pytest.raises(ValueError, match=told):
             sample(wrapped, positive=conditioning)
         with pytest.raises(ValueError, match=told):
-            nodes.OneShotTune.execute(wrapped, {"samples": clip(2)}, conditioning, 1, 1e-3, 0, "fp32", "fast", "uniform", 0)
+            nodes.OneShotTune.execute(
+                wrapped, {"samples": clip(2)}, conditioning, 1, 1e-3, 0, "fp32", "fast", "uniform", 0
+            )
 
 
 def test_loras_of_another_family_are_refused(pack, models):
@@ -206,8 +252,10 @@ def test_loras_of_another_family_are_refused(pack, models):
 
 def test_controlnets(pack, models):
     model, wrapped = models
-    for applied in ([(control_net(1, model), hints(), 0.8, 0.0, 1.0)], [(t2i_adapter(1, cin=3 * 256, channels=[32, 64, 128, 128], xl=True),
-                                                                         hints(), 0.8, 0.0, 1.0)]):  # fmt: skip
+    for applied in (
+        [(control_net(1, model), hints(), 0.8, 0.0, 1.0)],
+        [(t2i_adapter(1, cin=3 * 256, channels=[32, 64, 128, 128], xl=True), hints(), 0.8, 0.0, 1.0)],
+    ):
         prompts = controlled(prompt(1), *applied)
         expected = steered(model, prompts, clip())
         assert relative(expected, steered(model, (prompt(1), prompt(2)), clip())) > 1e-2
@@ -219,7 +267,10 @@ def test_controlnets_of_another_family_are_refused(pack, models):
 
     first = native(context_dim=32)
     text = [[torch.randn(1, 77, 32), {}]]
-    for net, foreign, prompts in ((control_net(1, models[0]), first, (text, text)), (control_net(1, first), models[0], (prompt(1), prompt(2)))):
+    for net, foreign, prompts in (
+        (control_net(1, models[0]), first, (text, text)),
+        (control_net(1, first), models[0], (prompt(1), prompt(2))),
+    ):
         positive, negative = controlled(prompts[0], (net, hints(), 0.8, 0.0, 1.0), negative=prompts[1])
         with pytest.raises(ValueError, match="the ControlNet is for another family of models"):
             steered(inflated(pack, foreign), (positive, negative), clip())

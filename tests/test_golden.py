@@ -91,12 +91,8 @@ def test_sparse_causal_attention():
 @pytest.mark.parametrize("steps", [10, 50])
 def test_inversion(unet, scheduler, steps):
     vectors = load("ddim_inversion")
-    assert (
-        ddim_timesteps(scheduler, steps).tolist() == sorted(vectors[f"steps{steps}.timesteps"].tolist())[::-1]
-    )
-    trajectory = ddim_invert(
-        unet, vectors["latent"], vectors["text_emb"], scheduler, steps, return_trajectory=True
-    )
+    assert ddim_timesteps(scheduler, steps).tolist() == sorted(vectors[f"steps{steps}.timesteps"].tolist())[::-1]
+    trajectory = ddim_invert(unet, vectors["latent"], vectors["text_emb"], scheduler, steps, return_trajectory=True)
     assert trajectory.shape == (steps + 1, 1, 4, 6, 8, 8)
     if steps == 10:
         close(trajectory[:, 0], vectors["steps10.trajectory"], 1e-5)

@@ -39,8 +39,7 @@ LAYOUTS = {
     ),
     "only cross-attention": dict(only_cross_attention=(True, False)),
     "resnet resampling": dict(
-        down_block_types=(CROSS_DOWN, "ResnetDownsampleBlock2D"),
-        up_block_types=("ResnetUpsampleBlock2D", CROSS_UP),
+        down_block_types=(CROSS_DOWN, "ResnetDownsampleBlock2D"), up_block_types=("ResnetUpsampleBlock2D", CROSS_UP)
     ),
     "class labels": dict(num_class_embeds=5),
 }
@@ -95,10 +94,7 @@ def test_names_and_trainables(layout):
     before = copy.deepcopy(base.state_dict())
     unet = inflate(base)
     blocks = [name for name, module in base.named_modules() if isinstance(module, BasicTransformerBlock)]
-    new = [
-        f"attn_temp.{p}"
-        for p in ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias")
-    ]
+    new = [f"attn_temp.{p}" for p in ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias")]
     new += ["norm_temp.weight", "norm_temp.bias"]
     assert set(unet.state_dict()) == set(before) | {f"{block}.{name}" for block in blocks for name in new}
     assert set(dict(unet.named_parameters())) == set(unet.state_dict())
@@ -146,18 +142,10 @@ def test_frame_attention_modes():
     torch.manual_seed(0)
     attn = make_unet().down_blocks[0].attentions[0].transformer_blocks[0].attn1
     x = torch.randn(2 * 4, 9, 16)
-    q, k, v = (
-        rearrange(p(x), "(b f) n (h d) -> b f h n d", b=2, h=4) for p in (attn.to_q, attn.to_k, attn.to_v)
-    )
-    looked_at = {
-        "sparse-causal": lambda i: [0, max(i - 1, 0)],
-        "first": lambda i: [0],
-        "full": lambda i: range(4),
-    }
+    q, k, v = (rearrange(p(x), "(b f) n (h d) -> b f h n d", b=2, h=4) for p in (attn.to_q, attn.to_k, attn.to_v))
+    looked_at = {"sparse-causal": lambda i: [0, max(i - 1, 0)], "first": lambda i: [0], "full": lambda i: range(4)}
     for mode, frames in looked_at.items():
-        out = [
-            sdpa(q[:, i], *(torch.cat([y[:, j] for j in frames(i)], dim=2) for y in (k, v))) for i in range(4)
-        ]
+        out = [sdpa(q[:, i], *(torch.cat([y[:, j] for j in frames(i)], dim=2) for y in (k, v))) for i in range(4)]
         expected = attn.to_out[0](rearrange(torch.stack(out, 1), "b f h n d -> (b f) n (h d)"))
         assert difference(FrameAttnProcessor(FrameContext(frames=4), mode)(attn, x), expected) <= 1e-6
 
@@ -171,10 +159,7 @@ def test_causal_temporal_attention_sees_no_later_frame():
     assert difference(unet(x, t, text)[:, :, :3], unet(changed, t, text)[:, :, :3]) <= 1e-6
     attn = unet.mid_block.attentions[0].transformer_blocks[0].attn_temp
     y = torch.randn(2, 4, 32)
-    assert (
-        difference(temporal_attention(attn, y, causal=True)[:, -1], temporal_attention(attn, y)[:, -1])
-        <= 1e-6
-    )
+    assert difference(temporal_attention(attn, y, causal=True)[:, -1], temporal_attention(attn, y)[:, -1]) <= 1e-6
 
 
 @torch.no_grad()
@@ -182,7 +167,10 @@ def test_causal_temporal_attention_sees_no_later_frame():
 @pytest.mark.parametrize("mode", ["sparse-causal", "first", "full"])
 def test_the_source_leads_the_attention(layout, mode):
     unet = stir(inflate(make_unet(**LAYOUTS[layout]), attention=mode))
-    (source, _, text), labels = inputs(), {"class_labels": torch.zeros(1, dtype=torch.long)} if layout == "class labels" else {}
+    (source, _, text), labels = (
+        inputs(),
+        {"class_labels": torch.zeros(1, dtype=torch.long)} if layout == "class labels" else {},
+    )
     other, wish = source.flip(2), text.flip(1)
     alone = [unet(x, 10, y, **labels) for x, y in ((source, text), (other, wish))]
     with unet.frame_context.led_by(1):
@@ -251,9 +239,7 @@ def test_timesteps_and_text_come_in_many_forms():
 @torch.no_grad()
 def test_conditioning_and_residuals_go_through():
     conditioned = dict(
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=12 + 6 * 8,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=12 + 6 * 8
     )
     base = make_unet(**conditioned)
     unet = inflate(base)
@@ -269,9 +255,7 @@ def test_conditioning_and_residuals_go_through():
         expected = base(x[:, :, 0], t, text, added_cond_kwargs=added, **lists).sample
         assert difference(unet(x, t, text, added_cond_kwargs=added, **residuals)[:, :, 0], expected) <= 5e-6
         repeated = {
-            k: [r.repeat_interleave(3, 0) for r in v]
-            if isinstance(v, (list, tuple))
-            else v.repeat_interleave(3, 0)
+            k: [r.repeat_interleave(3, 0) for r in v] if isinstance(v, (list, tuple)) else v.repeat_interleave(3, 0)
             for k, v in residuals.items()
         }
         still = unet(x.expand(-1, -1, 3, -1, -1), t, text, added_cond_kwargs=added, **repeated)
@@ -302,7 +286,9 @@ def test_attention_can_be_replaced_and_copies_are_independent():
     twin.frame_context.attention_fn = counted
     assert torch.equal(unet(x, t, text), expected) and not calls
     assert torch.equal(twin(x, t, text), expected)
-    assert len(calls) == 4 * 4  # spatial attention (of frames 0 and 1, and of the others), text and temporal, of four blocks
+    assert (
+        len(calls) == 4 * 4
+    )  # spatial attention (of frames 0 and 1, and of the others), text and temporal, of four blocks
 
 
 def gradients(unet, out):
@@ -314,7 +300,10 @@ def gradients(unet, out):
 
 def distance(found, exact):
     """Relative to all of the exact gradient."""
-    return sum((found[name] - exact[name]).square().sum() for name in exact).sqrt() / sum(g.square().sum() for g in exact.values()).sqrt()
+    return (
+        sum((found[name] - exact[name]).square().sum() for name in exact).sqrt()
+        / sum(g.square().sum() for g in exact.values()).sqrt()
+    )
 
 
 @pytest.mark.parametrize("memory", MEMORY[1:])
@@ -361,14 +350,16 @@ def test_mistakes_are_named():
         (lambda: inflate(base, norm="layer"), "norm='layer'"),
         (lambda: inflate(unet), "inflated already"),
         (lambda: inflate(torch.nn.Linear(1, 1)), "Linear"),
-        (lambda: inflate(make_unet(down_block_types=(DOWN, DOWN), up_block_types=(UP, UP), mid_block_type=None)),
-         "no transformer block"),
+        (
+            lambda: inflate(make_unet(down_block_types=(DOWN, DOWN), up_block_types=(UP, UP), mid_block_type=None)),
+            "no transformer block",
+        ),
         (lambda: unet(x[:, :, 0], t, text), "latents must be b c f h w"),
         (lambda: unet(x, torch.arange(3), text), "timesteps"),
         (lambda: unet(x, t, text[0]), "encoder_hidden_states must be b n d"),
         (lambda: unet(x, t, text.repeat(2, 1, 1)), "encoder_hidden_states has a batch of 4"),
         (lambda: unet(x, t, text, attention_mask=torch.ones(2, 64)), "attention_mask"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(TavError, match=message) as caught:
             call()
         assert "\n" not in str(caught.value)

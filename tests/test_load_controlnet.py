@@ -28,7 +28,9 @@ def make_controlnet(folder: Path, second=False, **changes) -> Path:
     layout = dict(attention_head_dim=[2, 4, 8, 8], use_linear_projection=True) if second else dict(attention_head_dim=8)
     with torch.inference_mode(False):
         torch.manual_seed(3)
-        net = ControlNetModel(**dict(block_out_channels=(32, 64, 128, 128), cross_attention_dim=TEXT) | layout | changes)
+        net = ControlNetModel(
+            **dict(block_out_channels=(32, 64, 128, 128), cross_attention_dim=TEXT) | layout | changes
+        )
         for name, parameter in net.named_parameters():
             fan = parameter[0].numel() if parameter.ndim > 1 else 1
             torch.nn.init.normal_(parameter, std=fan**-0.5 if parameter.ndim > 1 else 0.1)
@@ -70,10 +72,14 @@ def test_a_folder_steers_as_the_net_that_the_core_converts(pack, models, monkeyp
     monkeypatch.setattr(comfy.model_detection, "unet_config_from_diffusers_unet", lambda state: config)
     converted = comfy.controlnet.load_controlnet(str(folder / "diffusion_pytorch_model.safetensors"))
     with torch.inference_mode():
-        expected, ours = (steered(model, controlled(prompt(1), (which, hints(), *ALL)), clip()) for which in (converted, net))
+        expected, ours = (
+            steered(model, controlled(prompt(1), (which, hints(), *ALL)), clip()) for which in (converted, net)
+        )
         assert relative(expected, sample(model, steps=4)) > 1e-2
         assert relative(ours, expected) < 1e-4
-        in_video = steered(inflated(pack, model), controlled(prompt(1), (net, hints(), *ALL)), clip().expand(3, -1, -1, -1))
+        in_video = steered(
+            inflated(pack, model), controlled(prompt(1), (net, hints(), *ALL)), clip().expand(3, -1, -1, -1)
+        )
         assert relative(in_video, expected.expand(3, -1, -1, -1)) < 1e-4
 
 
@@ -96,7 +102,9 @@ def test_half_precision_files(tmp_path):
     net = ControlNetModel.from_pretrained(make_controlnet(tmp_path / "whole"))
     net.half().save_pretrained(tmp_path / "half", variant="fp16")
     loaded = load_controlnet(tmp_path / "half")
-    assert loaded.dtype == torch.float32 and not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert (
+        loaded.dtype == torch.float32 and not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    )
     assert torch.equal(loaded.conv_in.weight, net.conv_in.weight.float())
 
 
@@ -105,13 +113,23 @@ def test_folders_that_are_refused(tmp_path):
     config, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
     fine = json.loads(config.read_text())
     refused("can't be read .*download or save it again", tmp_path / "gone", call=load_controlnet)
-    for change, told in ((dict(_class_name="FluxControlNetModel"), "is a FluxControlNetModel; give a folder with a ControlNetModel"),
-                         (dict(addition_embed_type="text_time"), "conditioned on more than text, as those of SDXL")):  # fmt: skip
+    for change, told in (
+        (dict(_class_name="FluxControlNetModel"), "is a FluxControlNetModel; give a folder with a ControlNetModel"),
+        (dict(addition_embed_type="text_time"), "conditioned on more than text, as those of SDXL"),
+    ):
         config.write_text(json.dumps(fine | change))
         refused(told, folder, call=load_controlnet)
     config.write_text(json.dumps(fine))
-    write(weights, {name: value for name, value in load_file(weights).items() if "mid_block" not in name}, {"format": "pt"})
-    refused(r"lacks [0-9]+ of its weights \(controlnet_mid_block.bias, ...\); download it again", folder, call=load_controlnet)
+    write(
+        weights,
+        {name: value for name, value in load_file(weights).items() if "mid_block" not in name},
+        {"format": "pt"},
+    )
+    refused(
+        r"lacks [0-9]+ of its weights \(controlnet_mid_block.bias, ...\); download it again",
+        folder,
+        call=load_controlnet,
+    )
     weights.write_bytes(weights.read_bytes()[:5000])
     refused("can't be read", folder, call=load_controlnet)
     weights.rename(folder / "diffusion_pytorch_model.bin")
@@ -127,8 +145,10 @@ def test_hints_that_fit_nothing_and_other_families(pack, models):
             told = f"ControlNet reduced has {count} hints, LATENT has 3 frames; give it 1 image for all frames, or 3"
             with pytest.raises(ValueError, match=told):
                 steered(model, controlled(prompt(1), (net, hints(count), *ALL)), clip(3))
-    for model in (native(num_res_blocks=[1] * 4, transformer_depth=[1, 1, 1, 0], transformer_depth_output=[1] * 6 + [0] * 2),
-                  native(channel_mult=[1, 2, 2, 4])):  # fmt: skip
+    for model in (
+        native(num_res_blocks=[1] * 4, transformer_depth=[1, 1, 1, 0], transformer_depth_output=[1] * 6 + [0] * 2),
+        native(channel_mult=[1, 2, 2, 4]),
+    ):
         told = r"ControlNet reduced is for another family of models \(text of width 48, .*MODEL: text of width 48, .*use one for"
         with pytest.raises(ValueError, match=told):
             steered(model, controlled(prompt(1), (net, hints(), *ALL)), clip())
@@ -161,8 +181,17 @@ def sampled(pack, mini, model, noise, steps, hint=None):
     if hint is not None:
         applied = (load(pack, "mini"), hint.movedim(1, -1), 1.0, 0.0, 1.0)
         prompts = controlled(prompts[0], applied, negative=prompts[1])
-    out = comfy.sample.sample_custom(model, torch.zeros_like(start), 4.0, comfy.samplers.sampler_object("euler"), sigmas, *prompts,
-                                     start, disable_pbar=True, seed=0)  # fmt: skip
+    out = comfy.sample.sample_custom(
+        model,
+        torch.zeros_like(start),
+        4.0,
+        comfy.samplers.sampler_object("euler"),
+        sigmas,
+        *prompts,
+        start,
+        disable_pbar=True,
+        seed=0,
+    )
     return model.model.process_latent_in(out).movedim(0, 1)[None]
 
 
@@ -189,7 +218,9 @@ def test_it_steers_as_in_diffusers(pack, mini):
     x, texts, hint = noise(1)[:, :, 0], torch.cat([empty, words]), hint[:1]
     for t in scheduler.timesteps:
         down, middle = net(torch.cat([x, x]), t, texts, torch.cat([hint, hint]), return_dict=False)
-        out = unet(torch.cat([x, x]), t, texts, down_block_additional_residuals=down, mid_block_additional_residual=middle).sample
+        out = unet(
+            torch.cat([x, x]), t, texts, down_block_additional_residuals=down, mid_block_additional_residual=middle
+        ).sample
         x = scheduler.step(out[:1] + 4.0 * (out[1:] - out[:1]), t, x).prev_sample
     assert relative(sampled(pack, mini, mini.model, noise(1), 5, hint)[:, :, 0], x) < 1e-4
 

@@ -23,7 +23,9 @@ def load(pack):
     """The stock node, with the LoRA of the pack or another file."""
     import nodes
 
-    return lambda model, strength, name=LORA.name: nodes.LoraLoaderModelOnly().load_lora_model_only(model, name, strength)[0]
+    return lambda model, strength, name=LORA.name: nodes.LoraLoaderModelOnly().load_lora_model_only(
+        model, name, strength
+    )[0]
 
 
 def drawn(model, mini, frames=1):
@@ -102,8 +104,10 @@ def test_a_clip_is_drawn_in_its_style_with_its_motion(mini):
     unet = inflate(mini.checkpoint.unet)
     noise = invert(mini.checkpoint, unet, source, preset)
     wanted = torch.from_numpy(world.render_clip([replace(scene, style="neon") for scene in scenes])) / 255
-    none, half, whole = ((sample(styled, styled.unet, noise, PROMPT, preset, source_prompt=PROMPT) / 255 - wanted).abs().mean()
-                         for styled in (with_lora(replace(mini.checkpoint, unet=unet), load_lora(), s) for s in (0, 0.5, 1)))  # fmt: skip
+    none, half, whole = (
+        (sample(styled, styled.unet, noise, PROMPT, preset, source_prompt=PROMPT) / 255 - wanted).abs().mean()
+        for styled in (with_lora(replace(mini.checkpoint, unet=unet), load_lora(), s) for s in (0, 0.5, 1))
+    )
     assert whole < 0.12 < 0.25 < half < none
 
 
@@ -115,8 +119,16 @@ def test_tuned_weights_belong_to_their_lora_and_strength(pack, load, mini, infer
 
     styled = upstream(1.0)
     base = nodes.tuned_weights.base_fingerprint(nodes.native.weights(styled))
-    info = nodes.tune.tuned_info(base, styled.model.diffusion_model.inflation, prompt="", num_frames=3, width=128, height=128, config={},
-                                 base_name="")  # fmt: skip
+    info = nodes.tune.tuned_info(
+        base,
+        styled.model.diffusion_model.inflation,
+        prompt="",
+        num_frames=3,
+        width=128,
+        height=128,
+        config={},
+        base_name="",
+    )
     tensors = {name: weight + 0.02 for name, weight in nodes.native.trainable_names(styled).items()}
     weights = nodes.common.TunedWeights(tensors, info)
     tuned = nodes.ApplyTunedWeights.execute(upstream(1.0), weights).args[0]
@@ -135,8 +147,10 @@ def test_a_lora_on_a_tuned_model_adds_to_what_was_tuned(pack, load, mini, infere
     key = "lora_unet_" + name.replace(".", "_")
     change = tensors[f"{key}.lora_up.weight"].float() @ tensors[f"{key}.lora_down.weight"].float()
     assert relative(styled[f"{name}.weight"], learned[f"{name}.weight"] + 0.5 * change) < 1e-4
-    assert torch.equal(styled["mid_block.attentions.0.transformer_blocks.0.attn_temp.to_q.weight"],
-                       learned["mid_block.attentions.0.transformer_blocks.0.attn_temp.to_q.weight"])  # fmt: skip
+    assert torch.equal(
+        styled["mid_block.attentions.0.transformer_blocks.0.attn_temp.to_q.weight"],
+        learned["mid_block.attentions.0.transformer_blocks.0.attn_temp.to_q.weight"],
+    )
     assert relative(drawn(load(tuned, 0.5), mini, 3), drawn(tuned, mini, 3)) > 1e-2
 
 
@@ -161,8 +175,17 @@ def test_the_stock_node_trains_one_on_an_inflated_model(pack, mini, inference_mo
     inflated = pack.nodes.Inflate.execute(mini.model, "sparse-causal", False, "video").args[0]
     given = {each.id: [getattr(each, "default", None)] for each in TrainLoraNode.define_schema().inputs}
     frames = [{"samples": frame[None]} for frame in mini.latent["samples"]]
-    given |= dict(model=[inflated], latents=frames, positive=[mini.encode(PROMPT)], steps=[2], learning_rate=[1e-3], rank=[2],
-                  lora_dtype=["fp32"], training_dtype=["fp32"], existing_lora=["[None]"])  # fmt: skip
+    given |= dict(
+        model=[inflated],
+        latents=frames,
+        positive=[mini.encode(PROMPT)],
+        steps=[2],
+        learning_rate=[1e-3],
+        rank=[2],
+        lora_dtype=["fp32"],
+        training_dtype=["fp32"],
+        existing_lora=["[None]"],
+    )
     *_, lora, losses, steps = TrainLoraNode.execute(**given).args
     assert steps == len(losses["loss"]) == 2 and all(0 < loss < 10 for loss in losses["loss"])
     layers = {key for key in inflated.model.state_dict() if key.endswith(".attn_temp.to_q.weight")}

@@ -15,7 +15,9 @@ from tav_core.tuning import tuning_loss
 
 GB = 10**9
 NEEDED = {"fast": 10 * GB, "selective": 7 * GB, "checkpointing": 5 * GB, "low": 2 * GB}
-OUT_OF_MEMORY = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+OUT_OF_MEMORY = (
+    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,10 @@ def check_same(of_each, result, tuned):
     """
     expected, learned = of_each["fast"], weights(make_unet())
     assert result.losses == pytest.approx(expected[0].losses, rel=1e-5)
-    error, size = (sum((a[name] - b[name]).square().sum().item() for name in learned) for a, b in ((tuned, expected[1]), (expected[1], learned)))
+    error, size = (
+        sum((a[name] - b[name]).square().sum().item() for name in learned)
+        for a, b in ((tuned, expected[1]), (expected[1], learned))
+    )
     assert tuned.keys() == learned.keys() and error < 1e-6 * size
 
 
@@ -78,14 +83,28 @@ def test_each_mode_keeps_less_than_the_one_before(subject):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            tuning_loss(unet, subject.checkpoint.scheduler, subject.latents, subject.latents, torch.tensor([500]), subject.texts[0])
-        kept.append(sum(tensor.untyped_storage().nbytes() for pointer, tensor in storages.items() if pointer not in given))
+            tuning_loss(
+                unet,
+                subject.checkpoint.scheduler,
+                subject.latents,
+                subject.latents,
+                torch.tensor([500]),
+                subject.texts[0],
+            )
+        kept.append(
+            sum(tensor.untyped_storage().nbytes() for pointer, tensor in storages.items() if pointer not in given)
+        )
     subject.unet.set_memory("fast")
     assert kept[0] > 1.4 * kept[1] and kept[1] > 2 * kept[2] and kept[2] > 1.5 * kept[3]
 
 
 def estimate(subject, memory, **changes):
-    inputs = {"latents": subject.latents, "encoder_hidden_states": subject.texts[0], "class_labels": None, "dtype": torch.float32}
+    inputs = {
+        "latents": subject.latents,
+        "encoder_hidden_states": subject.texts[0],
+        "class_labels": None,
+        "dtype": torch.float32,
+    }
     return needed_memory(subject.unet, **inputs | changes, memory=memory, device=torch.device("cpu"))
 
 
@@ -222,7 +241,9 @@ def test_other_errors_are_not_taken_for_it(monkeypatch):
     run_out(monkeypatch, 2, MEMORY, error="a mistake")
     with pytest.raises(RuntimeError, match="a mistake"):
         trained("fast")
-    assert is_out_of_memory(torch.cuda.OutOfMemoryError("CUDA out of memory.")) and not is_out_of_memory(RuntimeError("a mistake"))
+    assert is_out_of_memory(torch.cuda.OutOfMemoryError("CUDA out of memory.")) and not is_out_of_memory(
+        RuntimeError("a mistake")
+    )
 
 
 def test_a_run_goes_on_in_another_mode(of_each, tmp_path):

@@ -55,8 +55,11 @@ def test_batched_and_split_guidance_agree(pack, monkeypatch):
     wrapped = inflated(pack, native())
     calls = []
     forward = type(wrapped.model.diffusion_model).forward
-    monkeypatch.setattr(type(wrapped.model.diffusion_model), "forward",
-                        lambda self, x, *args, **kwargs: calls.append(len(x)) or forward(self, x, *args, **kwargs))  # fmt: skip
+    monkeypatch.setattr(
+        type(wrapped.model.diffusion_model),
+        "forward",
+        lambda self, x, *args, **kwargs: calls.append(len(x)) or forward(self, x, *args, **kwargs),
+    )
     together = sample(wrapped, 3)
     assert set(calls) == {6}
     calls.clear()
@@ -68,7 +71,12 @@ def test_batched_and_split_guidance_agree(pack, monkeypatch):
 def test_each_frame_may_have_its_prompt_and_several_prompts_combine(pack):
     wrapped = inflated(pack, native())
     one = prompt(1)
-    assert relative(sample(wrapped, 3, positive=prompt(1, 1)), sample(wrapped, 3, positive=[[one[0][0].expand(3, -1, -1), {}]])) < 1e-5
+    assert (
+        relative(
+            sample(wrapped, 3, positive=prompt(1, 1)), sample(wrapped, 3, positive=[[one[0][0].expand(3, -1, -1), {}]])
+        )
+        < 1e-5
+    )
     assert torch.isfinite(sample(wrapped, 3, positive=prompt(4, 3))).all()
     assert torch.isfinite(sample(wrapped, 3, positive=[*prompt(1), *prompt(5)])).all()
 
@@ -133,10 +141,14 @@ def test_partly_loaded_models_compute_the_same(pack):
     assert len(casting) > 50
     assert all(hasattr(m, "comfy_cast_weights") for m in leaves)
     noise, context = clip(3), prompt(1)[0][0]
-    partly = tuned.model.diffusion_model(noise, torch.full((3,), 500.0), context, transformer_options={"cond_or_uncond": [0]})
+    partly = tuned.model.diffusion_model(
+        noise, torch.full((3,), 500.0), context, transformer_options={"cond_or_uncond": [0]}
+    )
     tuned.detach()
     tuned.load(torch.device("cpu"), full_load=True)
-    fully = tuned.model.diffusion_model(noise, torch.full((3,), 500.0), context, transformer_options={"cond_or_uncond": [0]})
+    fully = tuned.model.diffusion_model(
+        noise, torch.full((3,), 500.0), context, transformer_options={"cond_or_uncond": [0]}
+    )
     assert relative(partly, fully) < 1e-5
     assert relative(sample(tuned, 3), whole) < 1e-6
 
@@ -172,7 +184,10 @@ def test_transformers_are_refused(pack, family):
 
     model = native()
     model.model.__class__, model.model.diffusion_model = getattr(comfy.model_base, family), torch.nn.Linear(1, 1)
-    with pytest.raises(ValueError, match=rf"MODEL is of another family \({family}\); give a Stable Diffusion 1.x, 2.x or SDXL checkpoint"):
+    with pytest.raises(
+        ValueError,
+        match=rf"MODEL is of another family \({family}\); give a Stable Diffusion 1.x, 2.x or SDXL checkpoint",
+    ):
         pack.nodes.Inflate.execute(model, "sparse-causal", False, "video")
 
 
@@ -189,22 +204,45 @@ def each_node(pack):
     """Every node that looks at a clip, as a function of MODEL, samples and CONDITIONING."""
     nodes = pack.nodes
     return {
-        "tune": lambda m, x, c: nodes.OneShotTune.execute(m, {"samples": x}, c, 1, 1e-3, 0, "fp32", "fast", "uniform", 0),
-        "take": lambda m, x, c: nodes.OneShotTune.execute(m, {"samples": clip(2)}, prompt(1), 1, 1e-3, 0, "fp32", "fast", "uniform", 0,
-                                                          takes=nodes.Take.execute({"samples": x}, c).args[0]),
+        "tune": lambda m, x, c: nodes.OneShotTune.execute(
+            m, {"samples": x}, c, 1, 1e-3, 0, "fp32", "fast", "uniform", 0
+        ),
+        "take": lambda m, x, c: nodes.OneShotTune.execute(
+            m,
+            {"samples": clip(2)},
+            prompt(1),
+            1,
+            1e-3,
+            0,
+            "fp32",
+            "fast",
+            "uniform",
+            0,
+            takes=nodes.Take.execute({"samples": x}, c).args[0],
+        ),
         "invert": lambda m, x, c: nodes.DDIMInversion.execute(m, {"samples": x}, c, 2, "ddim_uniform", False),
-        "sample": lambda m, x, c: nodes.VideoSampler.execute(m, c, c, {"samples": x}, 2, 4.0, "ddim_uniform", 0.0, False, 0),
-        "mask": lambda m, x, c: nodes.SubjectMask.execute(m, {"samples": x}, torch.zeros(len(x), 128, 128, 3), c, c, 0.15, 0, 0),
+        "sample": lambda m, x, c: nodes.VideoSampler.execute(
+            m, c, c, {"samples": x}, 2, 4.0, "ddim_uniform", 0.0, False, 0
+        ),
+        "mask": lambda m, x, c: nodes.SubjectMask.execute(
+            m, {"samples": x}, torch.zeros(len(x), 128, 128, 3), c, c, 0.15, 0, 0
+        ),
         "stock": lambda m, x, c: sample(m, noise=x, positive=c),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("node", ["tune", "take", "invert", "sample", "mask", "stock"])
 def test_text_and_latents_of_another_family_are_refused(pack, each_node, node):
     wrapped = inflated(pack, native())
-    with pytest.raises(ValueError, match="CONDITIONING has width 2048, this MODEL takes 48; use the CLIP of the same checkpoint"):
+    with pytest.raises(
+        ValueError, match="CONDITIONING has width 2048, this MODEL takes 48; use the CLIP of the same checkpoint"
+    ):
         each_node[node](wrapped, clip(2), [[torch.randn(1, 77, 2048), {"pooled_output": torch.randn(1, 1280)}]])
-    told = "LATENT has 16 channels, this MODEL takes 4" if node == "stock" else r"LATENT has shape \(2, 16, 16, 16\); give frames as a batch"
+    told = (
+        "LATENT has 16 channels, this MODEL takes 4"
+        if node == "stock"
+        else r"LATENT has shape \(2, 16, 16, 16\); give frames as a batch"
+    )
     with pytest.raises(ValueError, match=told):
         each_node[node](wrapped, clip(2).repeat(1, 4, 1, 1), prompt(1))
 
@@ -285,12 +323,25 @@ def test_the_2d_checkpoint_is_a_native_model(mini):
 def plain(model, noise, mini):
     import comfy.sample
 
-    return comfy.sample.sample(model, noise, 3, 4.0, "euler", "normal", mini.encode("a red ball"), mini.encode(""),
-                               torch.zeros_like(noise), disable_pbar=True, seed=3)  # fmt: skip
+    return comfy.sample.sample(
+        model,
+        noise,
+        3,
+        4.0,
+        "euler",
+        "normal",
+        mini.encode("a red ball"),
+        mini.encode(""),
+        torch.zeros_like(noise),
+        disable_pbar=True,
+        seed=3,
+    )
 
 
 def test_inversion_and_sampling_are_those_of_the_core(pack, mini):
-    latent, sigmas, error = pack.nodes.DDIMInversion.execute(mini.inflated, mini.latent, mini.encode(""), 10, "ddim_uniform", True).args
+    latent, sigmas, error = pack.nodes.DDIMInversion.execute(
+        mini.inflated, mini.latent, mini.encode(""), 10, "ddim_uniform", True
+    ).args
     unet, empty = inflate(mini.checkpoint.unet), encode_prompt(mini.checkpoint, "")
     scheduler = DDIMScheduler.from_config(mini.checkpoint.scheduler.config, set_alpha_to_one=True)
     wanted = ddim_invert(unet, mini.latents, empty, scheduler, 10)
@@ -302,8 +353,15 @@ def test_inversion_and_sampling_are_those_of_the_core(pack, mini):
     edit = "a blue star is sliding on the snow"
     arguments = (mini.inflated, mini.encode(edit), mini.encode(""), latent, 10, 5.0, "ddim_uniform", 0.0, False, 0)
     edited = pack.nodes.VideoSampler.execute(*arguments).args[0]
-    wanted = ddim_sample(unet, wanted, encode_prompt(mini.checkpoint, edit), scheduler, 10, guidance_scale=5.0,
-                         negative_hidden_states=empty)  # fmt: skip
+    wanted = ddim_sample(
+        unet,
+        wanted,
+        encode_prompt(mini.checkpoint, edit),
+        scheduler,
+        10,
+        guidance_scale=5.0,
+        negative_hidden_states=empty,
+    )
     assert (mini.model.model.process_latent_in(edited["samples"]).movedim(0, 1)[None] - wanted).abs().max() < 1e-3
 
 
@@ -314,19 +372,28 @@ def test_attention_injection_is_that_of_the_core(pack, mini, monkeypatch, split)
     nodes, caption, edit = pack.nodes, "a red ball is sliding on the grass", "a blue star is sliding on the snow"
     model = nodes.AttentionInjection.execute(mini.inflated, mini.encode(caption), 0.5).args[0]
     noise = nodes.DDIMInversion.execute(model, mini.latent, mini.encode(caption), 10, "ddim_uniform", False).args[0]
-    plain = nodes.DDIMInversion.execute(mini.inflated, mini.latent, mini.encode(caption), 10, "ddim_uniform", False).args[0]
+    plain = nodes.DDIMInversion.execute(
+        mini.inflated, mini.latent, mini.encode(caption), 10, "ddim_uniform", False
+    ).args[0]
     assert torch.equal(noise["samples"], plain["samples"])  # inversion is never led
 
-    unet, scheduler = inflate(mini.checkpoint.unet), DDIMScheduler.from_config(mini.checkpoint.scheduler.config, set_alpha_to_one=True)
+    unet, scheduler = (
+        inflate(mini.checkpoint.unet),
+        DDIMScheduler.from_config(mini.checkpoint.scheduler.config, set_alpha_to_one=True),
+    )
     said, wish, empty = (encode_prompt(mini.checkpoint, words) for words in (caption, edit, ""))
     start = ddim_invert(unet, mini.latents, said, scheduler, 10)
     outs = []
     for _ in range(2):  # nothing of a walk is left for the next one
-        edited = nodes.VideoSampler.execute(model, mini.encode(edit), mini.encode(""), noise, 10, 5.0, "ddim_uniform", 0.0, False, 0)
+        edited = nodes.VideoSampler.execute(
+            model, mini.encode(edit), mini.encode(""), noise, 10, 5.0, "ddim_uniform", 0.0, False, 0
+        )
         outs.append(mini.model.model.process_latent_in(edited.args[0]["samples"]).movedim(0, 1)[None])
     assert torch.equal(*outs)
     settings = dict(guidance_scale=5.0, negative_hidden_states=empty, source_hidden_states=said)
-    wanted, without = (ddim_sample(unet, start, wish, scheduler, 10, attention_injection=share, **settings) for share in (0.5, 0.0))
+    wanted, without = (
+        ddim_sample(unet, start, wish, scheduler, 10, attention_injection=share, **settings) for share in (0.5, 0.0)
+    )
     assert (outs[0] - wanted).abs().max() < 1e-3 < 0.1 < (wanted - without).abs().max()
 
 
@@ -335,8 +402,13 @@ def test_subject_and_region_are_those_of_the_core(pack, mini, region):
     nodes, caption, edit = pack.nodes, "a red ball is sliding on the grass", "a blue star is sliding on the snow"
     others = ["a green heart is sliding on the grass", "a purple ring is sliding on the grass"]
     contrast = [entry for other in others for entry in mini.encode(other)]
-    mask = nodes.SubjectMask.execute(mini.inflated, mini.latent, mini.images, mini.encode(caption), contrast, 0.15, 3, 0).args[0]
-    unet, scheduler = inflate(mini.checkpoint.unet), DDIMScheduler.from_config(mini.checkpoint.scheduler.config, set_alpha_to_one=True)
+    mask = nodes.SubjectMask.execute(
+        mini.inflated, mini.latent, mini.images, mini.encode(caption), contrast, 0.15, 3, 0
+    ).args[0]
+    unet, scheduler = (
+        inflate(mini.checkpoint.unet),
+        DDIMScheduler.from_config(mini.checkpoint.scheduler.config, set_alpha_to_one=True),
+    )
     said, wish, empty, *told = (encode_prompt(mini.checkpoint, words) for words in (caption, edit, "", *others))
     found = subject_mask(unet, mini.latents, said, torch.cat(told), scheduler)
     subject = softened(outlined(found, (mini.images * 255).round().to(torch.uint8)), 3)
@@ -345,18 +417,26 @@ def test_subject_and_region_are_those_of_the_core(pack, mini, region):
 
     model = nodes.AttentionInjection.execute(mini.inflated, mini.encode(caption), 0.5, region, True, mask).args[0]
     noise = nodes.DDIMInversion.execute(model, mini.latent, mini.encode(caption), 10, "ddim_uniform", False).args[0]
-    edited = nodes.VideoSampler.execute(model, mini.encode(edit), mini.encode(""), noise, 10, 5.0, "ddim_uniform", 0.0, False, 0).args[0]
+    edited = nodes.VideoSampler.execute(
+        model, mini.encode(edit), mini.encode(""), noise, 10, 5.0, "ddim_uniform", 0.0, False, 0
+    ).args[0]
     edited = mini.model.model.process_latent_in(edited["samples"]).movedim(0, 1)[None]
     start, subject = ddim_invert(unet, mini.latents, said, scheduler, 10), F.avg_pool2d(mask, 8)[None, None]
-    settings = dict(guidance_scale=5.0, negative_hidden_states=empty, source_hidden_states=said, attention_injection=0.5)
+    settings = dict(
+        guidance_scale=5.0, negative_hidden_states=empty, source_hidden_states=said, attention_injection=0.5
+    )
     changeable = editable(region, subject, room=1)
     anchor, still = anchor_of(region, subject, changeable), still_of(region, subject, room=1)
     wanted = ddim_sample(unet, start, wish, scheduler, 10, anchor=anchor, region=changeable, still=still, **settings)
     free = ddim_sample(unet, start, wish, scheduler, 10, anchor=anchor, **settings)
     assert (edited - wanted).abs().max() < 1e-3 < 0.1 < (wanted - free).abs().max()
     with pytest.raises(ValueError, match="subject has 3 masks for 4 frames"):
-        model = nodes.AttentionInjection.execute(mini.inflated, mini.encode(caption), 0.5, region, True, mask[:3]).args[0]
-        nodes.VideoSampler.execute(model, mini.encode(edit), mini.encode(""), noise, 10, 5.0, "ddim_uniform", 0.0, False, 0)
+        model = nodes.AttentionInjection.execute(mini.inflated, mini.encode(caption), 0.5, region, True, mask[:3]).args[
+            0
+        ]
+        nodes.VideoSampler.execute(
+            model, mini.encode(edit), mini.encode(""), noise, 10, 5.0, "ddim_uniform", 0.0, False, 0
+        )
     with pytest.raises(ValueError, match="there is no mask; connect subject to Subject Mask"):
         nodes.AttentionInjection.execute(mini.inflated, mini.encode(caption), 0.5, "subject")
 
@@ -364,14 +444,20 @@ def test_subject_and_region_are_those_of_the_core(pack, mini, region):
 def test_the_mask_of_a_word_is_that_of_the_core(pack, mini):
     caption = "a red ball is sliding on the grass"
     clip = pack.nodes.LoadCheckpoint.execute("mini").args[1]
-    mask = pack.nodes.WordMask.execute(mini.inflated, clip, mini.latent, mini.images, caption, "ball", 5, 0.3, 0).args[0]
+    mask = pack.nodes.WordMask.execute(mini.inflated, clip, mini.latent, mini.images, caption, "ball", 5, 0.3, 0).args[
+        0
+    ]
     unet, ids = inflate(mini.checkpoint.unet), mini.checkpoint.tokenizer(caption).input_ids
     scheduler = DDIMScheduler.from_config(mini.checkpoint.scheduler.config, set_alpha_to_one=True)
-    wanted = word_mask(unet, mini.latents, encode_prompt(mini.checkpoint, caption), [3], scheduler, steps=5, threshold=0.3)
+    wanted = word_mask(
+        unet, mini.latents, encode_prompt(mini.checkpoint, caption), [3], scheduler, steps=5, threshold=0.3
+    )
     assert ids[3] == mini.checkpoint.tokenizer("ball", add_special_tokens=False).input_ids[0]
     outline = outlined(wanted, (mini.images * 255).round().to(torch.uint8))[0, 0]
     assert mask.shape == (4, 128, 128) and (mask - outline).abs().mean() < 0.01 < outline.mean() < 0.99
-    with pytest.raises(ValueError, match="images are 3 of 128 x 128, latent is of 4 of 128 x 128; give the frames that were encoded"):
+    with pytest.raises(
+        ValueError, match="images are 3 of 128 x 128, latent is of 4 of 128 x 128; give the frames that were encoded"
+    ):
         pack.nodes.WordMask.execute(mini.inflated, clip, mini.latent, mini.images[1:], caption, "ball", 5, 0.3, 0)
     with pytest.raises(ValueError, match="word 'star' is not in the sentence"):
         pack.nodes.WordMask.execute(mini.inflated, clip, mini.latent, mini.images, caption, "star", 5, 0.3, 0)
@@ -389,7 +475,9 @@ def test_inversion_is_exact_on_any_sigmas_where_the_noise_is_constant(pack, mini
     monkeypatch.setattr(type(mini.inflated.model.diffusion_model), "forward", lambda self, x, *args, **kwargs: noise)
     for scheduler in ("karras", "normal", "sgm_uniform"):
         sigmas = comfy.samplers.calculate_sigmas(mini.inflated.get_model_object("model_sampling"), scheduler, 7)
-        latent, same, error = pack.nodes.DDIMInversion.execute(mini.inflated, mini.latent, mini.encode(""), 1, "normal", True, sigmas).args
+        latent, same, error = pack.nodes.DDIMInversion.execute(
+            mini.inflated, mini.latent, mini.encode(""), 1, "normal", True, sigmas
+        ).args
         assert torch.equal(same, sigmas)
         assert error < 1e-5
         x = mini.model.model.process_latent_in(latent["samples"])
@@ -400,8 +488,18 @@ def test_inversion_is_exact_on_any_sigmas_where_the_noise_is_constant(pack, mini
 
 def test_eta_and_random_noise(pack, mini):
     def run(eta, add_noise, seed):
-        return pack.nodes.VideoSampler.execute(mini.inflated, mini.encode("a ball"), mini.encode(""), mini.latent, 4, 2.0,
-                                               "ddim_uniform", eta, add_noise, seed).args[0]["samples"]  # fmt: skip
+        return pack.nodes.VideoSampler.execute(
+            mini.inflated,
+            mini.encode("a ball"),
+            mini.encode(""),
+            mini.latent,
+            4,
+            2.0,
+            "ddim_uniform",
+            eta,
+            add_noise,
+            seed,
+        ).args[0]["samples"]
 
     assert torch.equal(run(0.0, False, 1), run(0.0, False, 2))  # nothing random in DDIM
     assert not torch.equal(run(0.5, False, 1), run(0.5, False, 2))
@@ -417,15 +515,21 @@ def test_tuning_is_that_of_the_core(pack, mini, tmp_path, monkeypatch):
     caption = "a red ball is sliding on the grass"
 
     def run(steps):
-        return pack.nodes.OneShotTune.execute(mini.inflated, mini.latent, mini.encode(caption), steps, 1e-3, 0, "fp32", "auto",
-                                              "stratified", 0).args  # fmt: skip
+        return pack.nodes.OneShotTune.execute(
+            mini.inflated, mini.latent, mini.encode(caption), steps, 1e-3, 0, "fp32", "auto", "stratified", 0
+        ).args
 
     before = plain(mini.inflated, mini.latent["samples"], mini)
     tuned, weights, curve, losses = run(5)
     with torch.inference_mode(False):
         unet = inflate(mini.checkpoint.unet)
-        wanted = tune(unet, mini.checkpoint.scheduler, mini.latents.clone(), encode_prompt(mini.checkpoint, caption).clone(),
-                      TuneConfig(steps=5, learning_rate=1e-3, timestep_sampling="stratified"))  # fmt: skip
+        wanted = tune(
+            unet,
+            mini.checkpoint.scheduler,
+            mini.latents.clone(),
+            encode_prompt(mini.checkpoint, caption).clone(),
+            TuneConfig(steps=5, learning_rate=1e-3, timestep_sampling="stratified"),
+        )
     assert json.loads(losses)["losses"] == pytest.approx(wanted.losses, abs=1e-6)
     for name, weight in wanted.weights.items():
         assert (weights.tensors[name] - weight).abs().max() < 1e-4, name
@@ -447,8 +551,12 @@ def test_tuning_is_that_of_the_core(pack, mini, tmp_path, monkeypatch):
 
 OUT_OF_MEMORY = (
     torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB, other allocations: 1.00 GB, max allowed: 10.00 GB)."),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    RuntimeError(
+        "MPS backend out of memory (MPS allocated: 9.00 GB, other allocations: 1.00 GB, max allowed: 10.00 GB)."
+    ),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."
+    ),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 )
 
@@ -458,12 +566,21 @@ def test_out_of_memory_is_told_plainly_and_the_core_sees_it(pack):
 
     common, tuning = pack.nodes.common, pack.tav_core.tuning
     for cause in OUT_OF_MEMORY:
-        with pytest.raises(OOM_EXCEPTION, match="^out of memory; use fewer .*, memory low, or dtype bf16$") as error, common.plain_errors():
+        with (
+            pytest.raises(OOM_EXCEPTION, match="^out of memory; use fewer .*, memory low, or dtype bf16$") as error,
+            common.plain_errors(),
+        ):
             raise cause
         assert isinstance(error.value, ValueError) and error.value.__cause__ is cause
-    with pytest.raises(OOM_EXCEPTION, match="step 3 ran out of memory, with memory low") as error, common.plain_errors():
+    with (
+        pytest.raises(OOM_EXCEPTION, match="step 3 ran out of memory, with memory low") as error,
+        common.plain_errors(),
+    ):
         raise tuning.OutOfMemory("step 3 ran out of memory, with --memory low")
-    for other in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), common.TavError("steps=0 is out of range")):
+    for other in (
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        common.TavError("steps=0 is out of range"),
+    ):
         with pytest.raises(type(other), match=re.escape(str(other))) as error, common.plain_errors():
             raise other
         assert not isinstance(error.value, OOM_EXCEPTION)

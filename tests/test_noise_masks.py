@@ -26,7 +26,9 @@ def middle(mini):
 @pytest.fixture(scope="module")
 def inverted(pack, mini, middle):
     """Its noise, inverted with the caption."""
-    return pack.nodes.DDIMInversion.execute(mini.inflated, middle, mini.encode(CAPTION), MASKED_STEPS, "ddim_uniform", False).args[0]
+    return pack.nodes.DDIMInversion.execute(
+        mini.inflated, middle, mini.encode(CAPTION), MASKED_STEPS, "ddim_uniform", False
+    ).args[0]
 
 
 def edited(pack, mini, noise, model=None, words=EDIT, cfg=5.0, eta=0.0, add_noise=False):
@@ -40,8 +42,20 @@ def stock(mini, model, noise, sampler="euler", fresh=None, **changes):
 
     latent = {**noise, **changes}
     still = torch.zeros_like(latent["samples"])
-    return comfy.sample.sample(model, still if fresh is None else fresh, MASKED_STEPS, 5.0, sampler, "ddim_uniform", mini.encode(EDIT),
-                               mini.encode(""), latent["samples"], noise_mask=latent.get("noise_mask"), disable_pbar=True, seed=3)  # fmt: skip
+    return comfy.sample.sample(
+        model,
+        still if fresh is None else fresh,
+        MASKED_STEPS,
+        5.0,
+        sampler,
+        "ddim_uniform",
+        mini.encode(EDIT),
+        mini.encode(""),
+        latent["samples"],
+        noise_mask=latent.get("noise_mask"),
+        disable_pbar=True,
+        seed=3,
+    )
 
 
 def with_mask(latent, mask):
@@ -72,20 +86,27 @@ def test_outside_of_a_noise_mask_the_clip_stays_as_the_noise_reconstructs_it(pac
 def test_a_soft_noise_mask_blends_as_in_the_core(pack, mini, middle, inverted):
     mask = torch.linspace(0, 1, 8).expand(4, 8, 8)
     ours = mini.model.model.process_latent_in(edited(pack, mini, with_mask(inverted, mask))).movedim(0, 1)[None]
-    unet, scheduler = inflate(mini.checkpoint.unet), DDIMScheduler.from_config(mini.checkpoint.scheduler.config, set_alpha_to_one=True)
+    unet, scheduler = (
+        inflate(mini.checkpoint.unet),
+        DDIMScheduler.from_config(mini.checkpoint.scheduler.config, set_alpha_to_one=True),
+    )
     said, wish, empty = (encode_prompt(mini.checkpoint, words) for words in (CAPTION, EDIT, ""))
     clip = mini.model.model.process_latent_in(middle["samples"]).movedim(0, 1)[None]
     start = ddim_invert(unet, clip, said, scheduler, MASKED_STEPS)
     settings = dict(guidance_scale=5.0, negative_hidden_states=empty, source_hidden_states=said)
-    wanted, hard = (ddim_sample(unet, start, wish, scheduler, MASKED_STEPS, region=region, **settings)
-                    for region in (mask[None, None], mask[None, None].round()))  # fmt: skip
+    wanted, hard = (
+        ddim_sample(unet, start, wish, scheduler, MASKED_STEPS, region=region, **settings)
+        for region in (mask[None, None], mask[None, None].round())
+    )
     assert (ours - wanted).abs().max() < 1e-3 < 0.1 < (ours - hard).abs().max()
 
 
 def test_a_noise_mask_and_a_region_allow_what_both_allow(pack, mini, inverted):
     subject = torch.zeros(1, 64, 64)
     subject[:, 16:40, 16:40] = 1
-    model = pack.nodes.AttentionInjection.execute(mini.inflated, mini.encode(CAPTION), 0.0, "background", True, subject).args[0]
+    model = pack.nodes.AttentionInjection.execute(
+        mini.inflated, mini.encode(CAPTION), 0.0, "background", True, subject
+    ).args[0]
     again = edited(pack, mini, inverted, words=CAPTION, cfg=1.0)
     background = (edited(pack, mini, inverted, model) - again).abs().amax((0, 1)) > 1e-3
     left = masks(1)[0, ::8, ::8] > 0
@@ -105,7 +126,9 @@ def test_noise_masks_on_fresh_noise_are_those_of_stock_samplers(pack, mini, midd
 
 def test_noise_masks_that_cannot_be_honoured_are_refused(pack, mini, inverted):
     led = pack.nodes.AttentionInjection.execute(mini.inflated, mini.encode(CAPTION), 0.0).args[0]
-    with pytest.raises(ValueError, match="noise_mask has 3 masks for 4 frames; give one for all, or one for each frame"):
+    with pytest.raises(
+        ValueError, match="noise_mask has 3 masks for 4 frames; give one for all, or one for each frame"
+    ):
         edited(pack, mini, with_mask(inverted, masks(3)))
     with pytest.raises(ValueError, match="noise_mask has 8 masks for 4 frames"):
         stock(mini, led, with_mask(inverted, masks(8)))

@@ -46,5 +46,7 @@ def test_the_python_that_is_needed():
 
 @pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
 def test_requirements_are_lowest_versions_that_were_tried(requirement):
-    assert {bound.operator for bound in requirement.specifier} <= {">="}  # nothing is held back in the user's environment
+    assert {bound.operator for bound in requirement.specifier} <= {
+        ">="
+    }  # nothing is held back in the user's environment
     assert version(requirement.name) in requirement.specifier

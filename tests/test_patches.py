@@ -22,7 +22,9 @@ def strength(options, like):
     if "n_heads" in options:
         place += 0.01 * options["n_heads"] + 0.001 * options["dim_head"]
         place *= options["activations_shape"][1] / 32 * options["activations_shape"][2] / options["original_shape"][2]
-    each = torch.tensor(options["cond_or_uncond"]).repeat_interleave(options["original_shape"][0] // len(options["cond_or_uncond"]))
+    each = torch.tensor(options["cond_or_uncond"]).repeat_interleave(
+        options["original_shape"][0] // len(options["cond_or_uncond"])
+    )
     factor = 1 + 0.3 * place * (1 + each) + 0.01 * options["sigmas"][0]
     return factor.view(-1, *[1] * (like.ndim - 1)).to(like.dtype)
 
@@ -34,7 +36,9 @@ def attention(q, k, v, options):
 
 
 def on_attn1_inputs(model):
-    model.set_model_attn1_patch(lambda n, k, v, o: (n * strength(o, n), k * strength(o, k), torch.roll(v, 1, 1) * strength(o, v)))
+    model.set_model_attn1_patch(
+        lambda n, k, v, o: (n * strength(o, n), k * strength(o, k), torch.roll(v, 1, 1) * strength(o, v))
+    )
 
 
 def on_attn2_inputs(model):
@@ -85,13 +89,19 @@ def instead_of_attn2(model):
     generator = torch.Generator().manual_seed(0)
 
     def ip_adapter(width):
-        tokens, to_k, to_v = (torch.randn(*shape, generator=generator) / 5 for shape in ((1, 4, TEXT), (TEXT, width), (TEXT, width)))
+        tokens, to_k, to_v = (
+            torch.randn(*shape, generator=generator) / 5 for shape in ((1, 4, TEXT), (TEXT, width), (TEXT, width))
+        )
 
         def patch(q, k, v, options):
             chunk = len(q) // len(options["cond_or_uncond"])
-            on = torch.tensor([1.0 - kind for kind in options["cond_or_uncond"]]).repeat_interleave(chunk).view(-1, 1, 1)
+            on = (
+                torch.tensor([1.0 - kind for kind in options["cond_or_uncond"]]).repeat_interleave(chunk).view(-1, 1, 1)
+            )
             pictures = tokens.expand(len(q), -1, -1)
-            return attention(q, k, v, options) + on * attention(q, pictures @ to_k, pictures @ to_v, options) * strength(options, q)
+            return attention(q, k, v, options) + on * attention(
+                q, pictures @ to_k, pictures @ to_v, options
+            ) * strength(options, q)
 
         return patch
 
@@ -152,10 +162,16 @@ def hypernetwork(model, folder, monkeypatch):
 
     generator = torch.Generator().manual_seed(0)
     weights = {
-        width: [{f"linear.{i}.{name}": torch.randn(*shape, generator=generator) * width**-0.5 for i, into, out in ((0, width, 2 * width), (1, 2 * width, width))
-                 for name, shape in (("weight", (out, into)), ("bias", (out,)))} for _ in range(2)]
+        width: [
+            {
+                f"linear.{i}.{name}": torch.randn(*shape, generator=generator) * width**-0.5
+                for i, into, out in ((0, width, 2 * width), (1, 2 * width, width))
+                for name, shape in (("weight", (out, into)), ("bias", (out,)))
+            }
+            for _ in range(2)
+        ]
         for width in (32, TEXT, 64, 128)
-    }  # fmt: skip
+    }
     torch.save({**weights, "activation_func": "relu"}, folder / "hypernetwork.pt")
     monkeypatch.setattr(folder_paths, "get_full_path_or_raise", lambda kind, name: str(folder / name))
     return HypernetworkLoader.execute(model, "hypernetwork.pt", 0.7).args[0]
@@ -167,8 +183,15 @@ def stock(name, *args):
     def apply(model):
         import importlib
 
-        module = {"FreeU": "freelunch", "FreeU_V2": "freelunch", "PerturbedAttentionGuidance": "pag", "SelfAttentionGuidance": "sag",
-                  "HyperTile": "hypertile", "TomePatchModel": "tomesd", "PatchModelAddDownscale": "model_downscale"}[name]  # fmt: skip
+        module = {
+            "FreeU": "freelunch",
+            "FreeU_V2": "freelunch",
+            "PerturbedAttentionGuidance": "pag",
+            "SelfAttentionGuidance": "sag",
+            "HyperTile": "hypertile",
+            "TomePatchModel": "tomesd",
+            "PatchModelAddDownscale": "model_downscale",
+        }[name]
         node = getattr(importlib.import_module(f"comfy_extras.nodes_{module}"), name)
         out = node().patch(model, *args) if hasattr(node, "patch") else node.execute(model, *args)
         return getattr(out, "args", out)[0]
@@ -237,7 +260,10 @@ def test_the_2d_diffusers_model_as_well(pack, second):
         wrapped = bridge.to_native(unet, config, model.model.model_type)
     assert type(wrapped.model.diffusion_model) is bridge.NativeUNet
     said = wrapped.model.model_config.unet_config
-    assert said == {key: told.get(key) for key in said} and told.keys() - said.keys() == {"num_res_blocks", "image_size"}
+    assert said == {key: told.get(key) for key in said} and told.keys() - said.keys() == {
+        "num_res_blocks",
+        "image_size",
+    }
     for patch in (several, STOCK["FreeU"], STOCK["Deep Shrink"], instead_of_the_backend):
         agrees((model, wrapped, without), patch)
 
@@ -245,7 +271,13 @@ def test_the_2d_diffusers_model_as_well(pack, second):
 @pytest.mark.parametrize("name", ["FreeU", "FreeU V2"])
 def test_freeu_on_a_diffusers_folder_and_inflated(mini, name):
     def drawn(model, noise):
-        return sample(model, noise=noise, steps=3, positive=mini.encode("a red ball is sliding on the grass"), negative=mini.encode(""))
+        return sample(
+            model,
+            noise=noise,
+            steps=3,
+            positive=mini.encode("a red ball is sliding on the grass"),
+            negative=mini.encode(""),
+        )
 
     changed = drawn(STOCK[name](mini.model), clip())
     assert relative(changed, drawn(mini.model, clip())) > 1e-2

@@ -23,8 +23,11 @@ SMALL = (16, 16)
 @pytest.fixture(scope="module")
 def renders():
     """Scenes of each colour on each background, and their pictures."""
-    scenes = [world.Scene(colour=colour, background=place, shape=shape, radius=0.28, layout=3)
-              for colour in world.COLOURS for place, shape in zip(world.BACKGROUNDS, world.SHAPES)]  # fmt: skip
+    scenes = [
+        world.Scene(colour=colour, background=place, shape=shape, radius=0.28, layout=3)
+        for colour in world.COLOURS
+        for place, shape in zip(world.BACKGROUNDS, world.SHAPES)
+    ]
     return scenes, np.stack([world.render(scene) for scene in scenes])
 
 
@@ -38,7 +41,10 @@ def latents(renders):
 def subjects(scenes: list[world.Scene], colour: str) -> tuple[list[int], torch.Tensor]:
     """The numbers of the scenes of a colour, and where their subjects are, `n h w`."""
     numbers = [i for i, scene in enumerate(scenes) if scene.colour == colour]
-    masks = [downscaled((255 * world.subject_mask(scenes[i]))[None, ..., None].repeat(3, -1).astype(np.uint8), SMALL) for i in numbers]
+    masks = [
+        downscaled((255 * world.subject_mask(scenes[i]))[None, ..., None].repeat(3, -1).astype(np.uint8), SMALL)
+        for i in numbers
+    ]
     return numbers, torch.cat(masks)[:, 0] > 0.95
 
 
@@ -71,7 +77,9 @@ def test_previews_in_comfyui(mini):
     from latent_preview import Latent2RGBPreviewer
 
     format = mini.inflated.model.latent_format
-    previewer = Latent2RGBPreviewer(format.latent_rgb_factors, format.latent_rgb_factors_bias, format.latent_rgb_factors_reshape)
+    previewer = Latent2RGBPreviewer(
+        format.latent_rgb_factors, format.latent_rgb_factors_bias, format.latent_rgb_factors_reshape
+    )
     latents = mini.inflated.model.process_latent_in(mini.latent["samples"])
     picture = np.asarray(previewer.decode_latent_to_preview(latents)).astype(float)
     assert picture.shape == (*SMALL, 3)

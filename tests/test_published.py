@@ -20,10 +20,11 @@ from tav_core.__main__ import _load_tuned_unet
 from tav_core.checkpoint import load_checkpoint
 
 CONFIG = json.loads((GOLDEN / "unet" / "config.json").read_text()) | {
-    "_class_name": "UNet3DConditionModel", "mid_block_type": "UNetMidBlock3DCrossAttn",
+    "_class_name": "UNet3DConditionModel",
+    "mid_block_type": "UNetMidBlock3DCrossAttn",
     "down_block_types": ["CrossAttnDownBlock3D"] * 3 + ["DownBlock3D"],
     "up_block_types": ["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 3,
-}  # fmt: skip
+}
 OLD_VAE = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
@@ -43,7 +44,9 @@ def pickled(path):
     if path.parent.name == "text_encoder":
         tensors = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in tensors.items()}
         tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
-    torch.save(tensors, path.with_name("pytorch_model.bin" if path.parent.name == "text_encoder" else f"{path.stem}.bin"))
+    torch.save(
+        tensors, path.with_name("pytorch_model.bin" if path.parent.name == "text_encoder" else f"{path.stem}.bin")
+    )
     path.unlink()
 
 
@@ -51,11 +54,19 @@ def pickled(path):
 def published(folder, tmp_path_factory):
     """The folder of a TuneAVideoPipeline, as safetensors."""
     path = shutil.copytree(folder, tmp_path_factory.mktemp("published") / "a-man-is-surfing")
-    (path / "model_index.json").write_text(json.dumps({
-        "_class_name": "TuneAVideoPipeline", "_diffusers_version": "0.11.1", "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["tuneavideo.models.unet", "UNet3DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-    }))  # fmt: skip
+    (path / "model_index.json").write_text(
+        json.dumps(
+            {
+                "_class_name": "TuneAVideoPipeline",
+                "_diffusers_version": "0.11.1",
+                "scheduler": ["diffusers", "DDIMScheduler"],
+                "text_encoder": ["transformers", "CLIPTextModel"],
+                "tokenizer": ["transformers", "CLIPTokenizer"],
+                "unet": ["tuneavideo.models.unet", "UNet3DConditionModel"],
+                "vae": ["diffusers", "AutoencoderKL"],
+            }
+        )
+    )
     shutil.copytree(GOLDEN / "scheduler", path / "scheduler", dirs_exist_ok=True)
     (path / "unet" / "config.json").write_text(json.dumps(CONFIG, indent=2))
     write(path / "unet" / "diffusion_pytorch_model.safetensors", parameters(), {"format": "pt"})
@@ -114,15 +125,23 @@ def test_what_is_no_such_model_is_refused(copied):
 def test_a_unet_alone_is_refused(copied):
     for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
         shutil.rmtree(copied / part)
-    refused("lacks vae, text_encoder, tokenizer, scheduler; .* or copy them from the model that its unet was tuned from", copied)
+    refused(
+        "lacks vae, text_encoder, tokenizer, scheduler; .* or copy them from the model that its unet was tuned from",
+        copied,
+    )
 
 
 def test_tuned_weights_can_be_taken_out_of_it(published, copied, tmp_path):
     unet = load_checkpoint(published).unet
     base = inflate(UNet2DConditionModel.from_pretrained(GOLDEN / "unet"))
-    path, facts = tmp_path / "tuned.safetensors", dict(prompt="a man is surfing", num_frames=6, width=64, height=64, config={})
+    path, facts = (
+        tmp_path / "tuned.safetensors",
+        dict(prompt="a man is surfing", num_frames=6, width=64, height=64, config={}),
+    )
     save_tuned(path, unet, **facts)
-    refused("belong to the base model", path, base, call=load_tuned)  # these vectors have a norm_temp that tuning never makes
+    refused(
+        "belong to the base model", path, base, call=load_tuned
+    )  # these vectors have a norm_temp that tuning never makes
     weights = copied / "unet" / "diffusion_pytorch_model.safetensors"
     write(weights, parameters() | {name: value for name, value in base.state_dict().items() if "norm_temp" in name})
     unet = load_checkpoint(copied).unet
@@ -143,8 +162,14 @@ def test_tuning_goes_on_from_its_weights(published):
     after, name = unet.state_dict(), "mid_block.attentions.0.transformer_blocks.0.attn_temp.to_v.weight"
     assert 0 < (after[name] - before[name]).abs().max() < 2e-4
     assert all(torch.equal(value, checkpoint.unet.state_dict()[key]) for key, value in before.items())
-    refused("is a Tune-A-Video model, inflated with .*leave --attention", checkpoint, source, preset, attention="full",
-            call=pipeline.tune_on)  # fmt: skip
+    refused(
+        "is a Tune-A-Video model, inflated with .*leave --attention",
+        checkpoint,
+        source,
+        preset,
+        attention="full",
+        call=pipeline.tune_on,
+    )
 
 
 def test_commands_need_no_tuned_weights(published, tmp_path):
@@ -154,8 +179,12 @@ def test_commands_need_no_tuned_weights(published, tmp_path):
     assert load_file(noise)["latents"].shape == (1, 4, 3, 8, 8)
     tav("sample", "--noise", noise, "--edit", "a star", "--output", tmp_path, *common)
     assert (tmp_path / "edit-1-a-star.mp4").exists()
-    refused("--tuned is missing; give a file of `tune` or `edit`, or a --checkpoint that is a Tune-A-Video model",
-            SimpleNamespace(tuned=None), load_checkpoint("mini"), call=_load_tuned_unet)  # fmt: skip
+    refused(
+        "--tuned is missing; give a file of `tune` or `edit`, or a --checkpoint that is a Tune-A-Video model",
+        SimpleNamespace(tuned=None),
+        load_checkpoint("mini"),
+        call=_load_tuned_unet,
+    )
 
 
 @pytest.mark.usefixtures("inference_mode")
@@ -170,9 +199,11 @@ def test_it_is_an_inflated_model_in_comfyui(pack, published, tmp_path, monkeypat
         sample, timestep, context, expected = inputs(case)
         b, _, f, *_ = sample.shape
         out = model.model.diffusion_model(
-            rearrange(sample, "b c f h w -> (b f) c h w"), timestep.reshape(-1).expand(b).repeat_interleave(f),
-            context.expand(b, -1, -1).repeat_interleave(f, 0), transformer_options={"cond_or_uncond": list(range(b))},
-        )  # fmt: skip
+            rearrange(sample, "b c f h w -> (b f) c h w"),
+            timestep.reshape(-1).expand(b).repeat_interleave(f),
+            context.expand(b, -1, -1).repeat_interleave(f, 0),
+            transformer_options={"cond_or_uncond": list(range(b))},
+        )
         assert relative(rearrange(out, "(b f) c h w -> b c f h w", f=f), expected) < 1e-4
 
     vectors, steps = load("ddim_inversion"), 10
@@ -180,17 +211,25 @@ def test_it_is_an_inflated_model_in_comfyui(pack, published, tmp_path, monkeypat
     empty = [[vectors["text_emb"], {}]]
     noise, sigmas, _ = nodes.DDIMInversion.execute(model, latent, empty, steps, "ddim_uniform", False).args
     z = model.model.process_latent_in(noise["samples"]) / (1 + sigmas[0] ** 2).sqrt()
-    scheduler = DDIMScheduler.from_pretrained(GOLDEN / "scheduler", set_alpha_to_one=True)  # which ComfyUI's levels end at
+    scheduler = DDIMScheduler.from_pretrained(
+        GOLDEN / "scheduler", set_alpha_to_one=True
+    )  # which ComfyUI's levels end at
     expected = ddim_invert(load_checkpoint(published).unet, vectors["latent"], vectors["text_emb"], scheduler, steps)
     assert relative(z.movedim(0, 1)[None], expected) < 1e-4
-    edited = nodes.VideoSampler.execute(model, empty, empty, noise, steps, 1.0, "ddim_uniform", 0.0, False, 0).args[0]["samples"]
+    edited = nodes.VideoSampler.execute(model, empty, empty, noise, steps, 1.0, "ddim_uniform", 0.0, False, 0).args[0][
+        "samples"
+    ]
     assert torch.isfinite(edited).all()
 
     caption = text.encode_from_tokens_scheduled(text.tokenize("a man is surfing"))
-    tuned, weights, *_ = nodes.OneShotTune.execute(model, latent, caption, 1, 1e-4, 0, "fp32", "fast", "uniform", 0).args
+    tuned, weights, *_ = nodes.OneShotTune.execute(
+        model, latent, caption, 1, 1e-4, 0, "fp32", "fast", "uniform", 0
+    ).args
     name = "mid_block.attentions.0.transformer_blocks.0.attn_temp.to_v.weight"
     assert 0 < (weights.tensors[name] - parameters()[name]).abs().max() < 2e-4
     applied = nodes.ApplyTunedWeights.execute(model, weights).args[0]
     assert applied.patches.keys() == tuned.patches.keys()
-    with pytest.raises(ValueError, match="MODEL is inflated already; connect it to One-Shot Tune or a sampler as it is"):
+    with pytest.raises(
+        ValueError, match="MODEL is inflated already; connect it to One-Shot Tune or a sampler as it is"
+    ):
         nodes.Inflate.execute(model, "sparse-causal", False, "video")

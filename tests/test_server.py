@@ -106,8 +106,10 @@ def test_clip_becomes_an_edited_video_once(server, info):
     sampled = graph.sample(tuned[0], noise[0])
     images = graph("VAEDecode", samples=sampled[0], vae=graph.vae)
     compared = graph("TAVCompare", images_1=graph.video[0], images_2=images[0])
-    files = [graph("SaveVideo", video=graph("CreateVideo", images=frames, fps=graph.video[1])[0])
-             for frames in (images[0], compared[0])]  # fmt: skip
+    files = [
+        graph("SaveVideo", video=graph("CreateVideo", images=frames, fps=graph.video[1])[0])
+        for frames in (images[0], compared[0])
+    ]
     graph("SaveImage", images=compared[1])
     error = graph("PreviewAny", source=noise[2])
     outputs = server.run(graph)
@@ -137,7 +139,11 @@ def test_progress_previews_and_loss(server, graph):
     losses = graph("PreviewAny", source=tuned[3])
     outputs = server.run(graph)
     assert ran(server, tuned, 1, 6)
-    shown = [m["data"]["output"]["images"] for m in server.messages if m["type"] == "executed" and m["data"]["node"] == tuned.id]
+    shown = [
+        m["data"]["output"]["images"]
+        for m in server.messages
+        if m["type"] == "executed" and m["data"]["node"] == tuned.id
+    ]
     *previews, curve = (Image.open(server.file(file)) for (file,) in shown)
     assert len(previews) == 2  # steps 4 and 6
     for picture in previews:
@@ -268,9 +274,21 @@ def test_stock_sampler_equals_video_sampler(server, graph):
     assert len(noise) == 3
     ours = graph("SaveLatent", samples=graph.sample(tuned[0], noise[0])[0])
     on_sigmas = graph("SaveLatent", samples=graph.sample(tuned[0], noise[0], steps=9, sigmas=noise[1])[0])
-    stock = graph("SaveLatent", samples=graph(
-        "KSamplerAdvanced", model=tuned[0], add_noise="disable", steps=STEPS, cfg=5.0, sampler_name="euler",
-        scheduler="ddim_uniform", positive=graph.edit, negative=graph.empty, latent_image=noise[0])[0])  # fmt: skip
+    stock = graph(
+        "SaveLatent",
+        samples=graph(
+            "KSamplerAdvanced",
+            model=tuned[0],
+            add_noise="disable",
+            steps=STEPS,
+            cfg=5.0,
+            sampler_name="euler",
+            scheduler="ddim_uniform",
+            positive=graph.edit,
+            negative=graph.empty,
+            latent_image=noise[0],
+        )[0],
+    )
     outputs = server.run(graph)
     expected = latents(server, outputs, ours)
     assert expected.shape == (FRAMES, 4, SIZE // 8, SIZE // 8) and expected.std() > 0.1
@@ -282,13 +300,23 @@ def test_set_latent_noise_mask_restricts_an_edit(server, graph):
     """Left half white, by stock nodes; the rest is what the noise gives without guidance."""
     tuned = graph.tune()
     noise = graph.invert(tuned[0])[0]
-    black, white = (graph("SolidMask", value=value, width=width, height=SIZE)[0] for value, width in ((0.0, SIZE), (1.0, SIZE // 2)))
+    black, white = (
+        graph("SolidMask", value=value, width=width, height=SIZE)[0] for value, width in ((0.0, SIZE), (1.0, SIZE // 2))
+    )
     half = graph("MaskComposite", destination=black, source=white, x=0, y=0, operation="add")[0]
     masked = graph("SetLatentNoiseMask", samples=noise, mask=half)[0]
     again = graph("SaveLatent", samples=graph.sample(tuned[0], noise, positive=graph.empty, cfg=1.0)[0])
     ours = graph("SaveLatent", samples=graph.sample(tuned[0], masked)[0])
-    settings = dict(add_noise="disable", steps=STEPS, cfg=5.0, sampler_name="euler", scheduler="ddim_uniform", positive=graph.edit,
-                    negative=graph.empty, latent_image=masked)  # fmt: skip
+    settings = dict(
+        add_noise="disable",
+        steps=STEPS,
+        cfg=5.0,
+        sampler_name="euler",
+        scheduler="ddim_uniform",
+        positive=graph.edit,
+        negative=graph.empty,
+        latent_image=masked,
+    )
     led = graph("TAVAttentionInjection", model=tuned[0], conditioning=graph.empty, share=0.0)[0]
     stock = graph("SaveLatent", samples=graph("KSamplerAdvanced", model=led, **settings)[0])
     outputs = server.run(graph)
@@ -298,7 +326,12 @@ def test_set_latent_noise_mask_restricts_an_edit(server, graph):
     assert (stock - ours).abs().max() < 1e-3
 
     graph("SaveLatent", samples=graph("KSamplerAdvanced", model=tuned[0], **settings)[0])
-    fails(server, graph, "KSamplerAdvanced", "connect MODEL through Attention Injection (share 0 will do), or use Video Sampler")
+    fails(
+        server,
+        graph,
+        "KSamplerAdvanced",
+        "connect MODEL through Attention Injection (share 0 will do), or use Video Sampler",
+    )
 
 
 @pytest.mark.parametrize("led", [False, True])
@@ -310,13 +343,25 @@ def test_every_stock_sampler_runs(server, info, graph, led):
     assert len(names) > 30
     saved = {}
     for name in names:
-        sampled = graph("KSampler", model=model, seed=1, steps=2, cfg=5.0, sampler_name=name, scheduler="normal",
-                        positive=graph.edit, negative=graph.empty, latent_image=graph.latent)  # fmt: skip
+        sampled = graph(
+            "KSampler",
+            model=model,
+            seed=1,
+            steps=2,
+            cfg=5.0,
+            sampler_name=name,
+            scheduler="normal",
+            positive=graph.edit,
+            negative=graph.empty,
+            latent_image=graph.latent,
+        )
         saved[name] = graph("SaveLatent", samples=sampled[0])
     outputs = server.run(graph)
     for name, node in saved.items():
         result = latents(server, outputs, node)
-        assert result.shape == (FRAMES, 4, SIZE // 8, SIZE // 8) and torch.isfinite(result).all() and result.std() > 0.1, name
+        assert (
+            result.shape == (FRAMES, 4, SIZE // 8, SIZE // 8) and torch.isfinite(result).all() and result.std() > 0.1
+        ), name
 
 
 def test_stock_video_and_tiled_nodes(server, info):
@@ -343,8 +388,11 @@ def test_stock_video_and_tiled_nodes(server, info):
 
 @pytest.mark.parametrize("node", ["TAVOneShotTune", "TAVDDIMInversion", "TAVVideoSampler"])
 def test_model_that_is_not_inflated(server, graph, node):
-    made = {"TAVOneShotTune": graph.tune, "TAVDDIMInversion": graph.invert,
-            "TAVVideoSampler": lambda model: graph.sample(model, graph.latent)}[node](model=graph.model)  # fmt: skip
+    made = {
+        "TAVOneShotTune": graph.tune,
+        "TAVDDIMInversion": graph.invert,
+        "TAVVideoSampler": lambda model: graph.sample(model, graph.latent),
+    }[node](model=graph.model)
     graph("PreviewAny", source=made[0])
     fails(server, graph, node, "MODEL is not inflated; connect it through the node Inflate first")
 
@@ -387,9 +435,21 @@ def test_a_long_clip_through_context_windows(server, info):
     graph("TAVSaveTunedWeights", tuned_weights=tuned[1], name="window", prompt=SOURCE)
     noise = graph.invert(tuned[0])
     ours = graph("SaveLatent", samples=graph.sample(tuned[0], noise[0])[0])
-    stock = graph("SaveLatent", samples=graph(
-        "KSamplerAdvanced", model=tuned[0], add_noise="disable", steps=STEPS, cfg=5.0, sampler_name="euler",
-        scheduler="ddim_uniform", positive=graph.edit, negative=graph.empty, latent_image=noise[0])[0])  # fmt: skip
+    stock = graph(
+        "SaveLatent",
+        samples=graph(
+            "KSamplerAdvanced",
+            model=tuned[0],
+            add_noise="disable",
+            steps=STEPS,
+            cfg=5.0,
+            sampler_name="euler",
+            scheduler="ddim_uniform",
+            positive=graph.edit,
+            negative=graph.empty,
+            latent_image=noise[0],
+        )[0],
+    )
     outputs = server.run(graph)
     expected = latents(server, outputs, ours)
     assert expected.shape == (8, 4, SIZE // 8, SIZE // 8) and expected.std() > 0.1
@@ -399,7 +459,12 @@ def test_a_long_clip_through_context_windows(server, info):
 def test_windows_of_an_untuned_model(server, graph):
     windowed = graph("TAVContextWindows", model=graph.inflated)[0]
     graph("SaveLatent", samples=graph.sample(windowed, graph.latent)[0])
-    fails(server, graph, "TAVVideoSampler", "context_length is 0, the tuned length, and MODEL isn't tuned; give it a number")
+    fails(
+        server,
+        graph,
+        "TAVVideoSampler",
+        "context_length is 0, the tuned length, and MODEL isn't tuned; give it a number",
+    )
 
 
 def test_clip_of_another_family(server, graph):
@@ -407,7 +472,12 @@ def test_clip_of_another_family(server, graph):
     text = graph("CLIPTextEncode", clip=other[1], text=SOURCE)[0]
     tuned = graph.tune(positive=text)
     graph("PreviewImage", images=tuned[2])
-    fails(server, graph, "TAVOneShotTune", "CONDITIONING has width 32, this MODEL takes 96; use the CLIP of the same checkpoint")
+    fails(
+        server,
+        graph,
+        "TAVOneShotTune",
+        "CONDITIONING has width 32, this MODEL takes 96; use the CLIP of the same checkpoint",
+    )
 
 
 @pytest.mark.parametrize("kind", ["TAVVideoSampler", "KSampler"])
@@ -426,7 +496,9 @@ def test_samplers_name_the_clip_of_another_family(server, graph, kind):
 def test_videos_outside_of_the_input_folder(server, info, file):
     graph = Graph(info).source(file=file)
     graph("PreviewImage", images=graph.video[0])
-    refused(server, graph, ["file", "is not in ComfyUI's input folder" if file == "nothing.mp4" else "leads out of input"])
+    refused(
+        server, graph, ["file", "is not in ComfyUI's input folder" if file == "nothing.mp4" else "leads out of input"]
+    )
 
 
 @pytest.mark.parametrize("name, told", [
@@ -441,7 +513,9 @@ def test_weights_are_saved_in_their_folder_alone(server, graph, name, told):
     assert set(server.home.rglob("*.safetensors")) - before <= set(states(server))
 
 
-@pytest.mark.parametrize("file", ["../../x.safetensors", "../whole.safetensors", "/etc/hostname", "missing.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["../../x.safetensors", "../whole.safetensors", "/etc/hostname", "missing.safetensors"]
+)
 def test_weights_are_loaded_from_their_folder_alone(server, graph, file):
     loaded = graph("TAVLoadTunedWeights", file=file)
     graph("PreviewAny", source=loaded[1])

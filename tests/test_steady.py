@@ -65,8 +65,19 @@ def test_an_edited_background_flickers_less(region):
     unet = inflate(mini.unet)
     noise, subject = invert(mini, unet, source, PRESET), find_subject(mini, unet, source, CLIP.contrasts(), PRESET)
     edit = CLIP.caption(background="grass", style="sketch")
-    moving, steady = (sample(mini, unet, noise, edit, replace(PRESET, steady=on), source_prompt=source.prompt, subject=subject,
-                             region=region).float() for on in (False, True))  # fmt: skip
+    moving, steady = (
+        sample(
+            mini,
+            unet,
+            noise,
+            edit,
+            replace(PRESET, steady=on),
+            source_prompt=source.prompt,
+            subject=subject,
+            region=region,
+        ).float()
+        for on in (False, True)
+    )
     stage = subject[0, 0].amax(0) == 0  # where the subject never is
 
     def flicker(video: torch.Tensor) -> float:
@@ -79,12 +90,25 @@ def test_an_edited_background_flickers_less(region):
 def test_a_walk_back_to_the_clip_is_needed():
     mini = load_checkpoint("mini")
     text = torch.zeros(1, 16, mini.unet.config.cross_attention_dim)
-    refused("still needs source_hidden_states", inflate(mini.unet), some(1, 4, 2, 16, 16), text, mini.scheduler, 2,
-            guidance_scale=1, still=torch.ones(1, 1, 2, 16, 16), call=ddim_sample)  # fmt: skip
+    refused(
+        "still needs source_hidden_states",
+        inflate(mini.unet),
+        some(1, 4, 2, 16, 16),
+        text,
+        mini.scheduler,
+        2,
+        guidance_scale=1,
+        still=torch.ones(1, 1, 2, 16, 16),
+        call=ddim_sample,
+    )
 
 
 def test_it_is_on_and_can_be_turned_off():
     parser = argparse.ArgumentParser()
     parser.add_argument("--checkpoint", default="mini")
     add_preset_arguments(parser)
-    assert [preset_of(parser.parse_args(args)).steady for args in ([], ["--steady"], ["--no-steady"])] == [True, True, False]
+    assert [preset_of(parser.parse_args(args)).steady for args in ([], ["--steady"], ["--no-steady"])] == [
+        True,
+        True,
+        False,
+    ]

@@ -75,8 +75,17 @@ def test_an_edit_of_a_region_leaves_the_rest_as_the_noise_reconstructs_it(mini, 
     for region in ("subject", "background"):
         changeable = editable(region, subject, room=1)
         for injection in (0.0, 0.6):
-            edited = ddim_sample(unet, noise, edit, mini.scheduler, steps, region=changeable, anchor=subject,
-                                 attention_injection=injection, **settings)  # fmt: skip
+            edited = ddim_sample(
+                unet,
+                noise,
+                edit,
+                mini.scheduler,
+                steps,
+                region=changeable,
+                anchor=subject,
+                attention_injection=injection,
+                **settings,
+            )
             difference = (edited - again).abs()
             assert (difference * (changeable == 0)).max() < 1e-4
             assert (difference * changeable).max() > 0.1
@@ -90,8 +99,10 @@ def test_the_anchor_is_felt_where_it_is(mini, found):
     text, edit, empty = (encode_prompt(mini, words) for words in (source.prompt, EDIT, ""))
     noise = torch.randn(source.latents.shape, generator=torch.Generator().manual_seed(1))
     settings = dict(negative_hidden_states=empty, source_hidden_states=text, attention_injection=1.0)
-    none, off, on = (ddim_sample(unet, noise, edit, mini.scheduler, 3, anchor=anchor, **settings)
-                     for anchor in (None, torch.zeros_like(subject), subject))  # fmt: skip
+    none, off, on = (
+        ddim_sample(unet, noise, edit, mini.scheduler, 3, anchor=anchor, **settings)
+        for anchor in (None, torch.zeros_like(subject), subject)
+    )
     assert (off - none).abs().max() < 1e-5 < 1e-2 < (on - none).abs().max()
 
 
@@ -109,7 +120,10 @@ def test_mask_of_known_differences():
 def test_the_outline_is_found_in_the_clip():
     """From squares of 8 pixels, some of the subject missing and much around it covered."""
     scenes = BenchmarkClip(world.Scene("star", "yellow", "night", layout=1), "bounce", {}, num_frames=3).scenes()
-    frames, truth = torch.from_numpy(world.render_clip(scenes)), torch.from_numpy(np.stack([world.subject_mask(s) for s in scenes])) > 0.5
+    frames, truth = (
+        torch.from_numpy(world.render_clip(scenes)),
+        torch.from_numpy(np.stack([world.subject_mask(s) for s in scenes])) > 0.5,
+    )
     squares = F.max_pool2d(truth[:, None].float(), 8)
     squares[0, 0, truth[0].any(1).nonzero().min() // 8] = 0  # the tip
     coarse = squares.repeat_interleave(8, 2).repeat_interleave(8, 3)[:, 0] > 0
@@ -140,7 +154,12 @@ def test_pixels_outside_of_a_region_are_those_of_the_source():
     region[:, :, 0, :, 4:], region[:, :, 1] = 0.25, 1.0
     edit, source = torch.full((2, 8, 8, 3), 200, dtype=torch.uint8), torch.full((2, 8, 8, 3), 100, dtype=torch.uint8)
     mixed = put_back(edit, source, region)
-    assert mixed.dtype == torch.uint8 and (mixed[0, :, :4] == 100).all() and (mixed[0, :, 4:] == 125).all() and (mixed[1] == 200).all()
+    assert (
+        mixed.dtype == torch.uint8
+        and (mixed[0, :, :4] == 100).all()
+        and (mixed[0, :, 4:] == 125).all()
+        and (mixed[1] == 200).all()
+    )
 
 
 def test_refusals(mini, found):
@@ -152,7 +171,15 @@ def test_refusals(mini, found):
         with pytest.raises(TavError, match="says nothing of another subject"):
             find_subject(mini, unet, source, [contrast], PRESETS["mini"])
     with pytest.raises(TavError, match="--region subject needs to know where the subject is"):
-        sample(mini, unet, torch.zeros_like(source.latents), EDIT, PRESETS["mini"], source_prompt=source.prompt, region="subject")
+        sample(
+            mini,
+            unet,
+            torch.zeros_like(source.latents),
+            EDIT,
+            PRESETS["mini"],
+            source_prompt=source.prompt,
+            region="subject",
+        )
     with pytest.raises(TavError, match="region needs source_hidden_states"):
         text = encode_prompt(mini, EDIT)
         ddim_sample(unet, torch.zeros_like(source.latents), text, mini.scheduler, 2, guidance_scale=1, region=subject)
@@ -242,7 +269,11 @@ def test_attention_to_a_word_is_that_of_the_softmax(checkpoint):
         weights = (torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5).softmax(-1)
         wanted[x.shape[1]] = wanted.get(x.shape[1], 0) + (weights[..., 2] + weights[..., 5]).mean(1)
 
-    hooks = [module.register_forward_pre_hook(explicit, with_kwargs=True) for name, module in unet.named_modules() if name.endswith("attn2")]
+    hooks = [
+        module.register_forward_pre_hook(explicit, with_kwargs=True)
+        for name, module in unet.named_modules()
+        if name.endswith("attn2")
+    ]
     with torch.no_grad(), word_attention(unet, places) as maps:
         for t in (500, 900):
             unet(latents, t, text)
@@ -268,5 +299,7 @@ def test_mask_of_known_attention():
 def test_a_word_is_found_during_inversion(mini, found):
     source, unet, _ = found
     ids = mini.tokenizer(source.prompt).input_ids
-    mask = word_mask(unet, source.latents, source.hidden_states, word_places(ids, ids[3:4], "heart"), mini.scheduler, steps=2)
+    mask = word_mask(
+        unet, source.latents, source.hidden_states, word_places(ids, ids[3:4], "heart"), mini.scheduler, steps=2
+    )
     assert mask.shape == (1, 1, 4, 16, 16) and 0 < mask.mean() < 1 and set(mask.unique().tolist()) == {0, 1}

@@ -19,7 +19,9 @@ from tav_core.tuning import Take
 def take(seed, frames=3, height=4, tokens=5, channels=4, std=0.1):
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(1, channels, frames, height, 4, generator=generator)
-    return Take(latents, torch.randn(1, tokens, 24, generator=generator), None if std is None else torch.full_like(latents, std))
+    return Take(
+        latents, torch.randn(1, tokens, 24, generator=generator), None if std is None else torch.full_like(latents, std)
+    )
 
 
 OTHERS = [take(1), take(2, frames=5, height=8, tokens=7, std=None)]  # of another length, size and number of tokens
@@ -67,8 +69,12 @@ def test_each_step_sees_one_take_with_its_own_sentence(monkeypatch):
 def test_all_takes_are_learned():
     def losses(unet):
         nothing = replace(CONFIG, steps=1, learning_rate=1e-7, probe_size=8)
-        return [run(unet, nothing, latents=t.latents, encoder_hidden_states=t.encoder_hidden_states, latents_std=None)
-                .probe_losses[0][1] for t in (Take(**clip()), *OTHERS)]  # fmt: skip
+        return [
+            run(
+                unet, nothing, latents=t.latents, encoder_hidden_states=t.encoder_hidden_states, latents_std=None
+            ).probe_losses[0][1]
+            for t in (Take(**clip()), *OTHERS)
+        ]
 
     before = losses(unet := make_unet())
     run(unet, replace(CONFIG, steps=90, learning_rate=2e-2), more_takes=OTHERS)
@@ -83,8 +89,15 @@ def test_takes_that_do_not_fit():
         (replace(take(1), latents_std=torch.ones(1)), "latents_std has shape"),
     ):
         refused(told, unet, more_takes=[other], call=run)
-    refused("context_length=4 is more than the 3 frames", unet, replace(CONFIG, context_length=4), call=run,
-            latents=take(1, frames=6).latents, latents_std=None, more_takes=[take(2)])  # fmt: skip
+    refused(
+        "context_length=4 is more than the 3 frames",
+        unet,
+        replace(CONFIG, context_length=4),
+        call=run,
+        latents=take(1, frames=6).latents,
+        latents_std=None,
+        more_takes=[take(2)],
+    )
 
 
 # --------------------------------------------------------------------------------------------- the command line
@@ -94,14 +107,38 @@ def test_commands_with_several_takes(tav, tmp_path):  # noqa: F811
     other, out = tmp_path / "flipped.mp4", tmp_path / "out"
     save_video(load_video(CLIP).frames.flip(2), other, 8)
     fast = ["--steps", 2, "--sampling-steps", 2]
-    tune = ["tune", "--video", CLIP, "--prompt", "a red ball", "--video", other, "--frames", 4, "--size", 64, "--output", out, *fast]
+    tune = [
+        "tune",
+        "--video",
+        CLIP,
+        "--prompt",
+        "a red ball",
+        "--video",
+        other,
+        "--frames",
+        4,
+        "--size",
+        64,
+        "--output",
+        out,
+        *fast,
+    ]
     assert "there are 2 --video and 1 --prompt; give each --video its own --prompt" in tav(*tune, fails=True)
     assert not out.exists()
     tav(*tune, "--prompt", "a red ball rolls back")
     info = read_tuned(out / "tuned.safetensors")
     assert (info.prompt, info.more_prompts, info.num_frames) == ("a red ball", ["a red ball rolls back"], 4)
 
-    invert = ["invert", "--tuned", out / "tuned.safetensors", "--video", other, "--output", tmp_path / "noise.safetensors", *fast]
+    invert = [
+        "invert",
+        "--tuned",
+        out / "tuned.safetensors",
+        "--video",
+        other,
+        "--output",
+        tmp_path / "noise.safetensors",
+        *fast,
+    ]
     told = tav(*invert, fails=True)
     assert "several clips ('a red ball', 'a red ball rolls back'); say with --prompt what --video shows" in told
     tav(*invert, "--prompt", "a red ball rolls back")
@@ -110,7 +147,21 @@ def test_commands_with_several_takes(tav, tmp_path):  # noqa: F811
 
 
 def test_files_from_before_there_were_takes(tav, tmp_path):  # noqa: F811
-    tav("tune", "--video", CLIP, "--prompt", "a red ball", "--frames", 2, "--size", 32, "--steps", 1, "--output", tmp_path)
+    tav(
+        "tune",
+        "--video",
+        CLIP,
+        "--prompt",
+        "a red ball",
+        "--frames",
+        2,
+        "--size",
+        32,
+        "--steps",
+        1,
+        "--output",
+        tmp_path,
+    )
     path = tmp_path / "tuned.safetensors"
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
@@ -127,22 +178,33 @@ def test_one_shot_tune_learns_takes_as_the_core_does(pack, mini, inference_mode,
 
     monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
     nodes, said = pack.nodes, ["a red ball is sliding on the grass", "a red ball slides back", "a still red ball"]
-    clips = [mini.latent, {"samples": mini.vae.encode(mini.images.flip(2))}, {"samples": mini.vae.encode(mini.images[:2, :64])}]
+    clips = [
+        mini.latent,
+        {"samples": mini.vae.encode(mini.images.flip(2))},
+        {"samples": mini.vae.encode(mini.images[:2, :64])},
+    ]
     takes = ()
     for latent, words in zip(clips[1:], said[1:]):
         takes = nodes.Take.execute(latent, mini.encode(words), takes).args[0]
 
     def tuned(takes):
-        return nodes.OneShotTune.execute(mini.inflated, mini.latent, mini.encode(said[0]), 4, 1e-3, 0, "fp32", "fast", "uniform",
-                                         0, takes=takes).args[1]  # fmt: skip
+        return nodes.OneShotTune.execute(
+            mini.inflated, mini.latent, mini.encode(said[0]), 4, 1e-3, 0, "fp32", "fast", "uniform", 0, takes=takes
+        ).args[1]
 
     learned = tuned(takes)
     assert learned.info.num_frames == 4
     with torch.inference_mode(False):
         latents = [mini.model.model.process_latent_in(c["samples"]).movedim(0, 1)[None].clone() for c in clips]
         first, *others = [Take(x, encode_prompt(mini.checkpoint, words).clone()) for x, words in zip(latents, said)]
-        wanted = tune(inflate(mini.checkpoint.unet), mini.checkpoint.scheduler, first.latents, first.encoder_hidden_states,
-                      TuneConfig(steps=4, learning_rate=1e-3), more_takes=others)  # fmt: skip
+        wanted = tune(
+            inflate(mini.checkpoint.unet),
+            mini.checkpoint.scheduler,
+            first.latents,
+            first.encoder_hidden_states,
+            TuneConfig(steps=4, learning_rate=1e-3),
+            more_takes=others,
+        )
     assert max((learned.tensors[name] - weight).abs().max() for name, weight in wanted.weights.items()) < 1e-4
     assert not all(torch.equal(learned.tensors[name], weight) for name, weight in tuned(takes[:1]).tensors.items())
     with pytest.raises(ValueError, match="positive of take 2 holds 2 prompts"):

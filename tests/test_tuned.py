@@ -20,8 +20,16 @@ def tuned(checkpoint, tmp_path):
         for parameter in trainable_parameters(unet).values():
             parameter += 0.01
     path = tmp_path / "tuned.safetensors"
-    save_tuned(path, unet, prompt='a "red" star\n', num_frames=4, width=64, height=48, config={"steps": 3, "lr": 1e-5},
-               base_name="tiny")  # fmt: skip
+    save_tuned(
+        path,
+        unet,
+        prompt='a "red" star\n',
+        num_frames=4,
+        width=64,
+        height=48,
+        config={"steps": 3, "lr": 1e-5},
+        base_name="tiny",
+    )
     return unet, path
 
 
@@ -68,9 +76,11 @@ def test_damaged_tuned_weights(checkpoint, tuned, tmp_path):
     first = next(iter(tensors))
     bad = tmp_path / "bad.safetensors"
     for changed, tags in (
-        ({n: t for n, t in tensors.items() if n != first}, metadata), (tensors | {"more": torch.zeros(1)}, metadata),
-        (tensors, None), (tensors, metadata | {"format": "another"}),
-    ):  # fmt: skip
+        ({n: t for n, t in tensors.items() if n != first}, metadata),
+        (tensors | {"more": torch.zeros(1)}, metadata),
+        (tensors, None),
+        (tensors, metadata | {"format": "another"}),
+    ):
         refused("bad.safetensors", write(bad, changed, tags), unet, call=load_tuned)
     for damaged in (content[:-10], b"", b"plain text"):
         bad.write_bytes(damaged)
@@ -99,9 +109,10 @@ def test_damaged_metadata_and_shapes(checkpoint, tuned, tmp_path):
     last = list(tensors)[-1]
     bad = tmp_path / "bad.safetensors"
     for changed, tags in (
-        (tensors | {last: torch.zeros(2)}, metadata), (tensors, {n: v for n, v in metadata.items() if n != "prompt"}),
+        (tensors | {last: torch.zeros(2)}, metadata),
+        (tensors, {n: v for n, v in metadata.items() if n != "prompt"}),
         (tensors, metadata | {"config": "{"}),
-    ):  # fmt: skip
+    ):
         refused("bad.safetensors", write(bad, changed, tags), unet, call=load_tuned)
 
 

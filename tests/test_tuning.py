@@ -84,18 +84,14 @@ def test_result_and_progress(uninterrupted):
     assert again.losses == result.losses and equal(weights(unet), tuned) and equal(again.weights, tuned)
     assert not any(torch.equal(start[name], tuned[name]) for name in start)
     assert all(torch.equal(p, frozen[n]) for n, p in unet.named_parameters() if n in frozen)
-    assert [step for step, _ in result.probe_losses] == [0, 2, 4, 6] and result.steps == len(
-        result.losses
-    ) == 6
+    assert [step for step, _ in result.probe_losses] == [0, 2, 4, 6] and result.steps == len(result.losses) == 6
     assert [p["step"] for p in seen] == [1, 2, 3, 4, 5, 6] and [p["loss"] for p in seen] == result.losses
     assert seen[0].keys() == {"stage", "step", "total", "loss", "grad_norm", "probe_loss", "lr", "seconds"}
     assert all(parameter.grad is None for parameter in unet.parameters())
 
 
 def test_tuning_lowers_the_probe_loss():
-    losses = [
-        value for _, value in run(make_unet(), replace(CONFIG, steps=60, learning_rate=2e-2)).probe_losses
-    ]
+    losses = [value for _, value in run(make_unet(), replace(CONFIG, steps=60, learning_rate=2e-2)).probe_losses]
     assert losses[-1] < 0.9 * losses[0]
 
 
@@ -246,9 +242,7 @@ def test_loss_of_each_prediction_type():
     for prediction_type in ("epsilon", "v_prediction", "sample"):
         scheduler = DDIMScheduler(**SD, prediction_type=prediction_type)
         noisy = scheduler.add_noise(x0, noise, t)
-        target = {
-            "epsilon": noise, "v_prediction": scheduler.get_velocity(x0, noise, t), "sample": x0
-        }[prediction_type]  # fmt: skip
+        target = {"epsilon": noise, "v_prediction": scheduler.get_velocity(x0, noise, t), "sample": x0}[prediction_type]
         asked = []
 
         def unet(*args, asked=asked):
@@ -269,9 +263,7 @@ def test_loss_of_each_prediction_type():
 
 def test_v_prediction_tunes():
     scheduler = DDIMScheduler(**SD, prediction_type="v_prediction")
-    config = replace(
-        CONFIG, steps=40, probe_every=40, loss_weighting="min_snr", timestep_sampling="stratified"
-    )
+    config = replace(CONFIG, steps=40, probe_every=40, loss_weighting="min_snr", timestep_sampling="stratified")
     losses = [value for _, value in run(make_unet(), config, scheduler).probe_losses]
     assert losses[-1] < losses[0]
 
@@ -281,15 +273,19 @@ def test_timesteps_cover_the_range():
         return torch.cat([draw_timesteps(sampling, seed, step, 1, 1600) for step in range(64)])
 
     for sampling in ("uniform", "stratified"):
-        assert torch.equal(draw(sampling), draw(sampling)) and not torch.equal(
-            draw(sampling), draw(sampling, 1)
-        )
+        assert torch.equal(draw(sampling), draw(sampling)) and not torch.equal(draw(sampling), draw(sampling, 1))
         assert draw(sampling).min() >= 0 and draw(sampling).max() < 1600
     for block in draw("stratified").reshape(4, 16):
         assert (block // 100).sort().values.tolist() == list(range(16))
 
 
-@pytest.mark.parametrize("times, told", [(1.9, []), (40.2, ["dtype: bf16 makes this CPU compute matrix products 40 times as slowly as fp32 does; use fp32"])])
+@pytest.mark.parametrize(
+    "times, told",
+    [
+        (1.9, []),
+        (40.2, ["dtype: bf16 makes this CPU compute matrix products 40 times as slowly as fp32 does; use fp32"]),
+    ],
+)
 def test_a_dtype_that_the_cpu_has_no_arithmetic_for_is_told(monkeypatch, times, told):
     assert half_precision_cost(torch.bfloat16) > 0
     lines = []
@@ -304,9 +300,7 @@ def test_a_dtype_that_the_cpu_has_no_arithmetic_for_is_told(monkeypatch, times, 
 def test_half_precision(dtype, uninterrupted, tmp_path):
     unet, path = make_unet(), tmp_path / "run.safetensors"
     config = replace(CONFIG, dtype=dtype, memory="checkpointing")
-    before = {
-        name: parameter.clone() for name, parameter in unet.named_parameters() if not parameter.requires_grad
-    }
+    before = {name: parameter.clone() for name, parameter in unet.named_parameters() if not parameter.requires_grad}
     result = run(unet, config)
     assert {parameter.dtype for parameter in unet.parameters()} == {torch.float32}
     assert all(torch.equal(parameter, before[n]) for n, parameter in unet.named_parameters() if n in before)

@@ -45,7 +45,9 @@ SOURCES = ("clip.mp4", "clip.webm", "clip.gif", "images")
 
 
 @pytest.mark.parametrize("name", SOURCES)
-@pytest.mark.parametrize("start, stride, count", [(0, 1, None), (0, 1, 4), (3, 1, 5), (7, 3, None), (2, 5, 4), (19, 9, 1)])
+@pytest.mark.parametrize(
+    "start, stride, count", [(0, 1, None), (0, 1, 4), (3, 1, 5), (7, 3, None), (2, 5, 4), (19, 9, 1)]
+)
 def test_the_wanted_frames_are_read(folder, name, start, stride, count):
     clip = load_video(folder / name, start=start, stride=stride, count=count)
     expected = list(range(F))[start::stride][:count]
@@ -183,7 +185,9 @@ def test_float_frames_and_arrays(tmp_path):
     frames = numbered(3)
     for number, given in enumerate((frames, frames.numpy(), frames / 255, (frames / 255).double().numpy())):
         save_video(given, tmp_path / f"{number}.mp4", 8)
-        read = load_video(tmp_path / f"{number}.mp4").frames  # not the bytes: once in a while the encoder decides otherwise
+        read = load_video(
+            tmp_path / f"{number}.mp4"
+        ).frames  # not the bytes: once in a while the encoder decides otherwise
         assert (read.float() - frames.float()).abs().mean() < 2
 
 

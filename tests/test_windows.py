@@ -59,7 +59,9 @@ def awake(unet):
 # ------------------------------------------------------------------------------------------------- the windows
 
 
-@pytest.mark.parametrize("frames, length, overlap", [(120, 8, 4), (9, 8, 4), (8, 8, 2), (11, 3, 2), (50, 16, 15), (33, 7, 2)])
+@pytest.mark.parametrize(
+    "frames, length, overlap", [(120, 8, 4), (9, 8, 4), (8, 8, 2), (11, 3, 2), (50, 16, 15), (33, 7, 2)]
+)
 def test_every_frame_is_covered_once_and_follows_its_previous_one(frames, length, overlap):
     for t in range(1, 1000, 40):
         shares = torch.zeros(frames)
@@ -97,7 +99,13 @@ def test_windows_that_cannot_be(length, overlap, told):
 
 def test_a_clip_shorter_than_a_window():
     unet = WindowedUNet(make_unet(), ContextWindows(8))
-    refused("context_length=8 is more than the 5 frames of the clip; give it at most 5, or a longer clip", video(5), 1, text(), call=unet)
+    refused(
+        "context_length=8 is more than the 5 frames of the clip; give it at most 5, or a longer clip",
+        video(5),
+        1,
+        text(),
+        call=unet,
+    )
 
 
 # ------------------------------------------------------------------------------------------- what they compute
@@ -107,8 +115,12 @@ def test_a_clip_shorter_than_a_window():
 def test_a_clip_as_long_as_the_window_is_seen_as_without_windows():
     unet = awake(make_unet())
     windowed = WindowedUNet(unet, ContextWindows(6))
-    settings = dict(guidance_scale=3.0, negative_hidden_states=text(seed=3), attention_injection=0.5,
-                    source_hidden_states=text(seed=2))  # fmt: skip
+    settings = dict(
+        guidance_scale=3.0,
+        negative_hidden_states=text(seed=3),
+        attention_injection=0.5,
+        source_hidden_states=text(seed=2),
+    )
     noise = [ddim_invert(model, video(6), text(), SCHEDULER, 4) for model in (unet, windowed)]
     videos = [ddim_sample(model, noise[0], text(), SCHEDULER, 4, **settings) for model in (unet, windowed)]
     # to rounding: a window is a copy of the frames, and its share of them may round; shorter windows differ by 0.05 and more
@@ -119,8 +131,12 @@ def test_a_clip_as_long_as_the_window_is_seen_as_without_windows():
 def test_a_still_clip_is_sampled_as_one_picture():
     unet, one = make_unet(), video(1)
     windowed = WindowedUNet(unet, ContextWindows(5, 3))
-    settings = dict(guidance_scale=3.0, negative_hidden_states=text(seed=3), attention_injection=0.5,
-                    source_hidden_states=text(seed=2))  # fmt: skip
+    settings = dict(
+        guidance_scale=3.0,
+        negative_hidden_states=text(seed=3),
+        attention_injection=0.5,
+        source_hidden_states=text(seed=2),
+    )
     wanted = ddim_sample(unet, one, text(), SCHEDULER, 3, **settings)
     out = ddim_sample(windowed, one.expand(-1, -1, 23, -1, -1), text(), SCHEDULER, 3, **settings)
     assert (out - wanted).abs().max() < 1e-4
@@ -229,12 +245,20 @@ def test_all_frames_are_learned_about_equally():
     counts, generator = torch.zeros(60), torch.Generator().manual_seed(0)
     for _ in range(4000):
         counts[random_window(60, 8, generator)] += 1
-    assert counts[0] == 4000 and counts[1:].min() > 0.7 * counts[1:].mean() and counts[1:].max() < 2.2 * counts[1:].mean()
+    assert (
+        counts[0] == 4000 and counts[1:].min() > 0.7 * counts[1:].mean() and counts[1:].max() < 2.2 * counts[1:].mean()
+    )
 
 
 def test_a_context_length_for_tuning_that_cannot_be():
     refused("context_length=2 is out of range", context_length=2, call=TuneConfig)
-    refused("context_length=12 is more than the 11 frames", make_unet(), replace(CONFIG, context_length=12), call=run, **LONG)
+    refused(
+        "context_length=12 is more than the 11 frames",
+        make_unet(),
+        replace(CONFIG, context_length=12),
+        call=run,
+        **LONG,
+    )
 
 
 # --------------------------------------------------------------------------------------------- the command line
@@ -262,8 +286,12 @@ def test_commands_on_long_clips(tav, tmp_path):
     edit = ["edit", "--video", CLIP, "--prompt", "a red ball", "--edit", "a blue ball", "--frames", 8, *fast]
     windows = ["--context-length", 4, "--context-overlap", 2]
     out = tmp_path / "out"
-    assert "context_length=9 is more than the 8 frames" in tav(*edit, "--output", out, "--context-length", 9, fails=True)
-    assert "context_overlap=4 doesn't fit a context_length of 4" in tav(*edit, "--output", out, "--context-length", 4, fails=True)
+    assert "context_length=9 is more than the 8 frames" in tav(
+        *edit, "--output", out, "--context-length", 9, fails=True
+    )
+    assert "context_overlap=4 doesn't fit a context_length of 4" in tav(
+        *edit, "--output", out, "--context-length", 4, fails=True
+    )
     assert not out.exists()
     tav(*edit, "--output", out, *windows)
     assert len(load_video(out / "edit-1-a-blue-ball.mp4").frames) == 8
@@ -272,10 +300,33 @@ def test_commands_on_long_clips(tav, tmp_path):
 
     save_video(load_video(CLIP).frames.repeat(2, 1, 1, 1), tmp_path / "long.mp4", 8)
     noise, fast = tmp_path / "noise.safetensors", fast[:4]
-    tav("invert", "--video", tmp_path / "long.mp4", "--frames", 13, "--tuned", out / "tuned.safetensors", "--output", noise,
-        "--context-overlap", 2, *fast)  # fmt: skip
+    tav(
+        "invert",
+        "--video",
+        tmp_path / "long.mp4",
+        "--frames",
+        13,
+        "--tuned",
+        out / "tuned.safetensors",
+        "--output",
+        noise,
+        "--context-overlap",
+        2,
+        *fast,
+    )
     assert load_file(noise)["latents"].shape == (1, 4, 13, 8, 8)
-    sample = ["sample", "--tuned", out / "tuned.safetensors", "--edit", "a star", "--output", out, "--context-overlap", 2, *fast]
+    sample = [
+        "sample",
+        "--tuned",
+        out / "tuned.safetensors",
+        "--edit",
+        "a star",
+        "--output",
+        out,
+        "--context-overlap",
+        2,
+        *fast,
+    ]
     for more, frames in ((["--noise", noise], 13), (["--frames", 9], 9)):
         tav(*sample, *more)
         assert len(load_video(out / "edit-1-a-star.mp4").frames) == frames
@@ -299,13 +350,17 @@ def test_nodes_are_the_core_over_windows(pack, mini, long):
     model = nodes.ContextWindows.execute(mini.inflated, 4, 2).args[0]
     led = nodes.AttentionInjection.execute(model, mini.encode(caption), 0.5).args[0]
     noise = nodes.DDIMInversion.execute(led, latent, mini.encode(caption), 4, "ddim_uniform", False).args[0]
-    edited = nodes.VideoSampler.execute(led, mini.encode(edit), mini.encode(""), noise, 4, 5.0, "ddim_uniform", 0.0, False, 0)
+    edited = nodes.VideoSampler.execute(
+        led, mini.encode(edit), mini.encode(""), noise, 4, 5.0, "ddim_uniform", 0.0, False, 0
+    )
 
     unet = WindowedUNet(inflate(mini.checkpoint.unet), windows)
     scheduler = DDIMScheduler.from_config(mini.checkpoint.scheduler.config, set_alpha_to_one=True)
     said, wish, empty = (encode_prompt(mini.checkpoint, words) for words in (caption, edit, ""))
     start = ddim_invert(unet, latents, said, scheduler, 4)
-    settings = dict(guidance_scale=5.0, negative_hidden_states=empty, source_hidden_states=said, attention_injection=0.5)
+    settings = dict(
+        guidance_scale=5.0, negative_hidden_states=empty, source_hidden_states=said, attention_injection=0.5
+    )
     wanted, at_once = (ddim_sample(u, start, wish, scheduler, 4, **settings) for u in (unet, unet.unet))
     out = mini.model.model.process_latent_in(edited.args[0]["samples"]).movedim(0, 1)[None]
     assert (out - wanted).abs().max() < 1e-3 < 0.02 < (wanted - at_once).abs().max()
@@ -317,11 +372,28 @@ def test_one_shot_tune_learns_the_whole_clip_and_its_model_takes_any_length(pack
     monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
     nodes, caption, (latent, latents) = pack.nodes, "a red ball is sliding on the grass", long
     model = nodes.ContextWindows.execute(mini.inflated, 4, 2).args[0]
-    tuned, learned, *_ = nodes.OneShotTune.execute(model, latent, mini.encode(caption), 3, 1e-3, 0, "fp32", "fast", "uniform", 3,
-                                                   mini.encode("a blue ball"), mini.vae).args  # fmt: skip
+    tuned, learned, *_ = nodes.OneShotTune.execute(
+        model,
+        latent,
+        mini.encode(caption),
+        3,
+        1e-3,
+        0,
+        "fp32",
+        "fast",
+        "uniform",
+        3,
+        mini.encode("a blue ball"),
+        mini.vae,
+    ).args
     with torch.inference_mode(False):
-        wanted = tune(inflate(mini.checkpoint.unet), mini.checkpoint.scheduler, latents.clone(),
-                      encode_prompt(mini.checkpoint, caption).clone(), TuneConfig(steps=3, learning_rate=1e-3, context_length=4))  # fmt: skip
+        wanted = tune(
+            inflate(mini.checkpoint.unet),
+            mini.checkpoint.scheduler,
+            latents.clone(),
+            encode_prompt(mini.checkpoint, caption).clone(),
+            TuneConfig(steps=3, learning_rate=1e-3, context_length=4),
+        )
     assert max((learned.tensors[name] - weight).abs().max() for name, weight in wanted.weights.items()) < 1e-4
     assert learned.info.num_frames == learned.info.config["context_length"] == 4
 
@@ -330,10 +402,14 @@ def test_one_shot_tune_learns_the_whole_clip_and_its_model_takes_any_length(pack
 
     over_windows = inverted(tuned)
     applied = nodes.ApplyTunedWeights.execute(mini.inflated, learned).args[0]
-    with pytest.raises(ValueError, match="9 frames, this MODEL was tuned on 4.* or a long clip through Context Windows"):
+    with pytest.raises(
+        ValueError, match="9 frames, this MODEL was tuned on 4.* or a long clip through Context Windows"
+    ):
         inverted(applied)
     assert torch.equal(inverted(nodes.ContextWindows.execute(applied, 0, 2).args[0]), over_windows)
-    assert not torch.equal(inverted(nodes.ContextWindows.execute(tuned, 6, 2).args[0]), over_windows)  # the last node counts
+    assert not torch.equal(
+        inverted(nodes.ContextWindows.execute(tuned, 6, 2).args[0]), over_windows
+    )  # the last node counts
 
 
 @pytest.fixture
@@ -341,7 +417,9 @@ def tuned_on_4(pack, inference_mode):
     """A MODEL tuned on 4 frames, and one of the same weights that takes any number of them at once."""
     bridge, model = pack.nodes.native, inflated(pack, native())
     generator = torch.Generator().manual_seed(0)
-    weights = {n: p + 0.05 * torch.randn(p.shape, generator=generator) for n, p in bridge.trainable_names(model).items()}
+    weights = {
+        n: p + 0.05 * torch.randn(p.shape, generator=generator) for n, p in bridge.trainable_names(model).items()
+    }
     tuned = bridge.with_tuned_weights(model, weights, 4)
     free = tuned.clone()
     del free.model_options["transformer_options"][bridge.FRAMES]
@@ -351,8 +429,12 @@ def tuned_on_4(pack, inference_mode):
 def core_windows(model, length):
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
-    newer = {"freenoise": False} if "freenoise" in inspect.signature(ContextWindowsManualNode.execute).parameters else {}
-    return ContextWindowsManualNode.execute(model, length, 2, "standard_static", 1, False, "pyramid", 0, **newer).args[0]
+    newer = (
+        {"freenoise": False} if "freenoise" in inspect.signature(ContextWindowsManualNode.execute).parameters else {}
+    )
+    return ContextWindowsManualNode.execute(model, length, 2, "standard_static", 1, False, "pyramid", 0, **newer).args[
+        0
+    ]
 
 
 def test_windows_of_the_core(tuned_on_4):
@@ -365,12 +447,17 @@ def test_windows_of_the_core(tuned_on_4):
             return model_wrap(noise, sigmas[:1].expand(len(noise)), **extra_args)
 
     def predicted(model, x):  # the older core wants as many levels as frames
-        return comfy.sample.sample_custom(model, x, 4.0, Once(), torch.linspace(7, 0, 8), prompt(1), prompt(2), torch.zeros_like(x),
-                                          disable_pbar=True)  # fmt: skip
+        return comfy.sample.sample_custom(
+            model, x, 4.0, Once(), torch.linspace(7, 0, 8), prompt(1), prompt(2), torch.zeros_like(x), disable_pbar=True
+        )
 
     (tuned, free), x = tuned_on_4, 7 * clip(8)
     anchored = "causal_window_fix" in inspect.signature(IndexListContextHandler).parameters
-    blended, total, weights = torch.zeros_like(x), torch.zeros(8, 1, 1, 1), torch.tensor([1.0, 2, 2, 1]).view(-1, 1, 1, 1)
+    blended, total, weights = (
+        torch.zeros_like(x),
+        torch.zeros(8, 1, 1, 1),
+        torch.tensor([1.0, 2, 2, 1]).view(-1, 1, 1, 1),
+    )
     for first in (0, 2, 4):
         before = int(anchored and first > 0)
         window = predicted(free, x[first - before : first + 4])[before:]
@@ -378,8 +465,11 @@ def test_windows_of_the_core(tuned_on_4):
         total[first : first + 4] += weights
     assert relative(predicted(core_windows(tuned, 4), x), blended / total) < 1e-4
     assert relative(predicted(free, x), blended / total) > 1e-3
-    with pytest.raises(ValueError, match="a context window has 3 frames, this MODEL was tuned on 4; set context_length to 4, or use "
-                       r"Context Windows \(Tune-A-Video\)"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match="a context window has 3 frames, this MODEL was tuned on 4; set context_length to 4, or use "
+        r"Context Windows \(Tune-A-Video\)",
+    ):
         predicted(core_windows(tuned, 3), x)
 
 
@@ -394,7 +484,9 @@ def test_room_is_made_for_a_window(pack, inference_mode, monkeypatch):
     import comfy.sampler_helpers
 
     shapes, inner = [], comfy.sampler_helpers.estimate_memory
-    monkeypatch.setattr(comfy.sampler_helpers, "estimate_memory", lambda *args: (shapes.append(list(args[1])), inner(*args))[1])
+    monkeypatch.setattr(
+        comfy.sampler_helpers, "estimate_memory", lambda *args: (shapes.append(list(args[1])), inner(*args))[1]
+    )
     model = pack.nodes.ContextWindows.execute(inflated(pack, native()), 4, 2).args[0]
     assert torch.isfinite(sample(model, 7, steps=1)).all()
     assert shapes == [[4, 4, 16, 16]]
@@ -417,7 +509,9 @@ def test_windows_that_a_model_cannot_have(pack, inference_mode):
         windows(native(), 8, 4)
     with pytest.raises(ValueError, match="context_overlap=8 doesn't fit a context_length of 8; give 2 to 7"):
         windows(model, 8, 8)
-    with pytest.raises(ValueError, match="context_length is 0, the tuned length, and MODEL isn't tuned; give it a number"):
+    with pytest.raises(
+        ValueError, match="context_length is 0, the tuned length, and MODEL isn't tuned; give it a number"
+    ):
         sample(windows(model, 0, 4).args[0], 5, steps=1)
     with pytest.raises(ValueError, match="context_length=8 is more than the 5 frames of the clip"):
         sample(windows(model, 8, 4).args[0], 5, steps=1)

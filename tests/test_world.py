@@ -27,8 +27,17 @@ def test_rendering_is_a_function_of_the_scene_and_every_attribute_shows():
     image = world.render(scene)
     assert image.shape == (128, 128, 3) and image.dtype == np.uint8
     assert np.array_equal(image, world.render(replace(scene)))
-    for change in (dict(shape="star"), dict(colour="blue"), dict(background="sea"), dict(style="sketch"), dict(style="neon"),
-                   dict(pattern="dots"), dict(x=0.6), dict(radius=0.3), dict(layout=1)):  # fmt: skip
+    for change in (
+        dict(shape="star"),
+        dict(colour="blue"),
+        dict(background="sea"),
+        dict(style="sketch"),
+        dict(style="neon"),
+        dict(pattern="dots"),
+        dict(x=0.6),
+        dict(radius=0.3),
+        dict(layout=1),
+    ):
         assert np.abs(world.render(replace(scene, **change)).astype(int) - image).mean() > 0.2, change
     turned = world.render(replace(scene, shape="triangle", angle=90))
     assert np.abs(turned.astype(int) - world.render(replace(scene, shape="triangle"))).mean() > 1
@@ -60,7 +69,9 @@ def test_clips_move_as_they_say(motion):
     assert 0.85 < ratio.min() and ratio.max() < 1.02
     moves = {"slide": centre, "bounce": centre, "circle": centre, "grow": radius, "turn": None}[motion]
     if moves is None:
-        assert np.abs(np.diff(world.render_clip(world.clip_scenes(world.Scene("star"), motion, 8)).astype(int), axis=0)).sum()
+        assert np.abs(
+            np.diff(world.render_clip(world.clip_scenes(world.Scene("star"), motion, 8)).astype(int), axis=0)
+        ).sum()
     else:
         assert moves.std(0).max() * world.SIZE > 4
 

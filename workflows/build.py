@@ -34,7 +34,11 @@ def source(w: Workflow, mini: bool = True) -> tuple:
     wanted = dict(file=DEMO, count=8, width=128, height=128) if mini else dict(file="skiing.mp4", stride=2, count=16)
     clip = w.add("TAVLoadVideo", **wanted)
     w.group("1b  Checkpoint", "blue")
-    checkpoint = w.add("TAVLoadCheckpoint") if mini else w.add("CheckpointLoaderSimple", ckpt_name="v1-5-pruned-emaonly.safetensors")
+    checkpoint = (
+        w.add("TAVLoadCheckpoint")
+        if mini
+        else w.add("CheckpointLoaderSimple", ckpt_name="v1-5-pruned-emaonly.safetensors")
+    )
     inflated = w.add("TAVInflate", model=checkpoint.MODEL)
     latent = w.add("VAEEncode", pixels=clip.images, vae=checkpoint.VAE)
     return clip, inflated, checkpoint.CLIP, checkpoint.VAE, latent
@@ -46,10 +50,21 @@ def sentence(w: Workflow, clip_model, title: str, text: str) -> Node:
 
 def tuning(w: Workflow, inflated, latent, described, edit, vae, mini: bool = True, **more) -> Node:
     w.group("3  Tune", "purple", 380)
-    settings = dict(steps=200, learning_rate=0.002, timestep_sampling="stratified",
-                    preview_every=50) if mini else dict(steps=500, learning_rate=3e-5, preview_every=100)  # fmt: skip
-    tuned = w.add("TAVOneShotTune", model=inflated, latent=latent, positive=described, preview_prompt=edit, vae=vae, **settings,
-                  **more)  # fmt: skip
+    settings = (
+        dict(steps=200, learning_rate=0.002, timestep_sampling="stratified", preview_every=50)
+        if mini
+        else dict(steps=500, learning_rate=3e-5, preview_every=100)
+    )
+    tuned = w.add(
+        "TAVOneShotTune",
+        model=inflated,
+        latent=latent,
+        positive=described,
+        preview_prompt=edit,
+        vae=vae,
+        **settings,
+        **more,
+    )
     w.add("PreviewImage", title="Loss curve", images=tuned.loss_curve)
     return tuned
 
@@ -71,7 +86,9 @@ def result(w: Workflow, name: str, clip: Node, clips: list, labels: list[str]):
 
 
 def one_shot(w: Workflow, name: str, mini: bool = True, note: str = ""):
-    described, edited = (PROMPT, EDIT) if mini else ("a man is skiing", "spider man is skiing on the beach, cartoon style")
+    described, edited = (
+        (PROMPT, EDIT) if mini else ("a man is skiing", "spider man is skiing on the beach, cartoon style")
+    )
     w.group("Read me", "yellow", 360)
     w.note(note, 540)
     clip, inflated, clip_model, vae, latent = source(w, mini)
@@ -82,17 +99,30 @@ def one_shot(w: Workflow, name: str, mini: bool = True, note: str = ""):
     tuned = tuning(w, inflated, latent, described, edit, vae, mini)
     w.group("4  Invert", "cyan")
     steps = 25 if mini else 50
-    noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=described if mini else empty, steps=steps)
+    noise = w.add(
+        "TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=described if mini else empty, steps=steps
+    )
     w.group("5  Edit", "cyan")
     model = injected(w, tuned.MODEL, described) if mini else tuned.MODEL  # 03 is the paper, to the letter
-    sample = w.add("TAVVideoSampler", model=model, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
-                   steps=steps, cfg=5.0 if mini else 12.5)  # fmt: skip
+    sample = w.add(
+        "TAVVideoSampler",
+        model=model,
+        positive=edit,
+        negative=empty,
+        noise=noise.noise,
+        sigmas=noise.sigmas,
+        steps=steps,
+        cfg=5.0 if mini else 12.5,
+    )
     frames = w.add("VAEDecode", samples=sample, vae=vae)
     result(w, name, clip, [clip.images, frames], ["source", edited])
 
 
 def mini_edit(w: Workflow, name: str):
-    one_shot(w, name, note=f"""# One-shot edit
+    one_shot(
+        w,
+        name,
+        note=f"""# One-shot edit
 
 Press **Run**. Everything needed ships with the pack, and a CPU is enough.
 
@@ -108,11 +138,16 @@ Press **Run**. Everything needed ships with the pack, and a CPU is enough.
 - {EDITS["style"]}
 - {EDITS["colour"]}
 - {EDITS["subject"]}
-""")  # fmt: skip
+""",
+    )
 
 
 def sd15_edit(w: Workflow, name: str):
-    one_shot(w, name, mini=False, note="""# One-shot edit with Stable Diffusion 1.5
+    one_shot(
+        w,
+        name,
+        mini=False,
+        note="""# One-shot edit with Stable Diffusion 1.5
 
 The graph of 01 with the stock *Load Checkpoint* and the settings of the paper. Before you run it:
 
@@ -124,19 +159,23 @@ The graph of 01 with the stock *Load Checkpoint* and the settings of the paper. 
 500 steps at a learning rate of 0.00003, 50 steps of inversion and sampling, cfg 12.5. A GPU is needed; with 12 GB keep *count* at 8.
 
 LoRAs go between *Load Checkpoint* and *Inflate*. If an edit loses the motion, put *Attention Injection* before *Video Sampler* (workflow 01 shows how), or lower *cfg*.
-""")  # fmt: skip
+""",
+    )
 
 
 def four_edits(w: Workflow, name: str):
     w.group("Read me", "yellow", 360)
-    w.note(f"""# Four edits from one tuning
+    w.note(
+        f"""# Four edits from one tuning
 
 The clip is tuned and inverted once. From the same noise four samplers draw four kinds of edit: another **subject**, another **colour**, another **place**, another **style**.
 
 *Save Tuned Weights* keeps what was learned as `models/tune_a_video/{SAVED}.safetensors`: workflow 04 uses it without tuning.
 
 If you ran 01 before, the tuning isn't repeated.
-""", 270)  # fmt: skip
+""",
+        270,
+    )
     clip, inflated, clip_model, vae, latent = source(w)
     w.group("2  Sentences", "green")
     described = sentence(w, clip_model, "What the clip shows", PROMPT)
@@ -152,20 +191,32 @@ If you ran 01 before, the tuning isn't repeated.
     for kind, edit in edits.items():
         if kind in ("subject", "background"):
             w.group("5a  Edit the subject" if kind == "subject" else "5b  Edit the rest", "cyan")
-        sample = w.add("TAVVideoSampler", title=f"Video Sampler: {kind}", model=model, positive=edit, negative=empty,
-                       noise=noise.noise, sigmas=noise.sigmas, steps=25, cfg=5.0)  # fmt: skip
+        sample = w.add(
+            "TAVVideoSampler",
+            title=f"Video Sampler: {kind}",
+            model=model,
+            positive=edit,
+            negative=empty,
+            noise=noise.noise,
+            sigmas=noise.sigmas,
+            steps=25,
+            cfg=5.0,
+        )
         frames.append(w.add("VAEDecode", samples=sample, vae=vae))
     result(w, name, clip, [clip.images, *frames], ["source", *EDITS])
 
 
 def reuse(w: Workflow, name: str):
     w.group("Read me", "yellow", 360)
-    w.note(f"""# Tuned weights again
+    w.note(
+        f"""# Tuned weights again
 
 No tuning here: the weights come from `models/tune_a_video/{SAVED}.safetensors`. **Run 02 first**: its *Save Tuned Weights* writes this file. If the list of *Load Tuned Weights* is empty, press **R** to refresh it.
 
 Checkpoint, LoRAs and the settings of *Inflate* must be those of the tuning, and the clip must have as many frames.
-""", 380)  # fmt: skip
+""",
+        380,
+    )
     clip, inflated, clip_model, vae, latent = source(w)
     w.group("2  Sentences", "green", below=True)
     described = sentence(w, clip_model, "What the clip shows", PROMPT)
@@ -178,8 +229,16 @@ Checkpoint, LoRAs and the settings of *Inflate* must be those of the tuning, and
     noise = w.add("TAVDDIMInversion", model=tuned, latent=latent, conditioning=described, steps=25)
     w.group("5  Edit", "cyan")
     model = injected(w, tuned, described)
-    sample = w.add("TAVVideoSampler", model=model, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
-                   steps=25, cfg=5.0)  # fmt: skip
+    sample = w.add(
+        "TAVVideoSampler",
+        model=model,
+        positive=edit,
+        negative=empty,
+        noise=noise.noise,
+        sigmas=noise.sigmas,
+        steps=25,
+        cfg=5.0,
+    )
     frames = w.add("VAEDecode", samples=sample, vae=vae)
     result(w, name, clip, [clip.images, frames], ["source", EDITS["style"]])
 
@@ -187,7 +246,8 @@ Checkpoint, LoRAs and the settings of *Inflate* must be those of the tuning, and
 def stock_sampler(w: Workflow, name: str):
     sampler, scheduler = "dpmpp_2m", "normal"
     w.group("Read me", "yellow", 360)
-    w.note(f"""# Stock sampler
+    w.note(
+        f"""# Stock sampler
 
 The tuned model is a MODEL like any other, so every sampler works on it. Here the stock *KSampler (Advanced)* draws the edit with **{sampler}** and **{scheduler}**.
 
@@ -196,7 +256,9 @@ What matters:
 - *add_noise* is **disabled**: the noise comes from *DDIM Inversion*.
 - *steps* and *scheduler* are the same in both nodes, so the sampler starts where the inversion ended.
 - *start_at_step* is 0, *return_with_leftover_noise* is disabled.
-""", 410)  # fmt: skip
+""",
+        410,
+    )
     clip, inflated, clip_model, vae, latent = source(w)
     w.group("2  Sentences", "green", below=True)
     described = sentence(w, clip_model, "What the clip shows", PROMPT)
@@ -204,18 +266,31 @@ What matters:
     empty = sentence(w, clip_model, "Nothing (leave it empty)", "")
     tuned = tuning(w, inflated, latent, described, edit, vae)
     w.group("4  Invert", "cyan")
-    noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=described, steps=25, scheduler=scheduler)
+    noise = w.add(
+        "TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=described, steps=25, scheduler=scheduler
+    )
     w.group("5  Edit with a stock sampler", "cyan")
     model = injected(w, tuned.MODEL, described)
-    sample = w.add("KSamplerAdvanced", model=model, positive=edit, negative=empty, latent_image=noise.noise,
-                   add_noise="disable", steps=25, cfg=5.0, sampler_name=sampler, scheduler=scheduler)  # fmt: skip
+    sample = w.add(
+        "KSamplerAdvanced",
+        model=model,
+        positive=edit,
+        negative=empty,
+        latent_image=noise.noise,
+        add_noise="disable",
+        steps=25,
+        cfg=5.0,
+        sampler_name=sampler,
+        scheduler=scheduler,
+    )
     frames = w.add("VAEDecode", samples=sample, vae=vae)
     result(w, name, clip, [clip.images, frames], ["source", f"{EDIT} ({sampler}, {scheduler})"])
 
 
 def upscale(w: Workflow, name: str):
     w.group("Read me", "yellow", 360)
-    w.note("""# Upscale
+    w.note(
+        """# Upscale
 
 Two stock ways to a larger video, after the sampler:
 
@@ -223,7 +298,9 @@ Two stock ways to a larger video, after the sampler:
 - **Latent**: *Upscale Latent By*, then a second *KSampler* with the tuned model at a low *denoise* draws the details at the new size, for all frames together.
 
 Instead of *Upscale Image By* you can use *Upscale Image (using Model)*. With the mini checkpoint, which has only ever seen 128 x 128 pixels, the second way mainly shows the wiring; with Stable Diffusion it is the better one.
-""", 450)  # fmt: skip
+""",
+        450,
+    )
     clip, inflated, clip_model, vae, latent = source(w)
     w.group("2  Sentences", "green", below=True)
     described = sentence(w, clip_model, "What the clip shows", PROMPT)
@@ -233,29 +310,50 @@ Instead of *Upscale Image By* you can use *Upscale Image (using Model)*. With th
     w.group("4  Invert and edit", "cyan")
     noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=described, steps=25)
     model = injected(w, tuned.MODEL, described)
-    sample = w.add("TAVVideoSampler", model=model, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
-                   steps=25, cfg=5.0)  # fmt: skip
+    sample = w.add(
+        "TAVVideoSampler",
+        model=model,
+        positive=edit,
+        negative=empty,
+        noise=noise.noise,
+        sigmas=noise.sigmas,
+        steps=25,
+        cfg=5.0,
+    )
     w.group("5a  Upscale the images", "red")
     small = w.add("VAEDecode", samples=sample, vae=vae)
     by_image = w.add("ImageScaleBy", image=small, upscale_method="lanczos", scale_by=2.0)
     w.group("5b  Upscale the latent", "red", below=True)
     large = w.add("LatentUpscaleBy", samples=sample, upscale_method="bislerp", scale_by=2.0)
-    refined = w.add("KSampler", model=tuned.MODEL, positive=edit, negative=empty, latent_image=large, steps=8, cfg=5.0,
-                    sampler_name="euler", scheduler="normal", denoise=0.4)  # fmt: skip
+    refined = w.add(
+        "KSampler",
+        model=tuned.MODEL,
+        positive=edit,
+        negative=empty,
+        latent_image=large,
+        steps=8,
+        cfg=5.0,
+        sampler_name="euler",
+        scheduler="normal",
+        denoise=0.4,
+    )
     by_latent = w.add("VAEDecode", samples=refined, vae=vae)
     result(w, name, clip, [by_image, by_latent], ["image upscale", "latent upscale"])
 
 
 def long_clip(w: Workflow, name: str):
     w.group("Read me", "yellow", 360)
-    w.note("""# Long clips
+    w.note(
+        """# Long clips
 
 The graph of 01 with one node more: *Context Windows*, between *Inflate* and *One-Shot Tune*.
 
 The clip is looked at in overlapping windows, here of 6 frames, in the memory of 6. Each step of the tuning learns another window; inversion and sampling blend what they draw where windows overlap, so that no seam shows.
 
 With a clip of your own: set *count* of *Load Video* to 60, 120 or what you like, *context_length* to 8 or 16 and *context_overlap* to half of it or less. More *steps* suit a longer clip.
-""", 380)  # fmt: skip
+""",
+        380,
+    )
     clip, inflated, clip_model, vae, latent = source(w)
     windowed = w.add("TAVContextWindows", model=inflated, context_length=6, context_overlap=3)
     w.group("2  Sentences", "green", below=True)
@@ -267,20 +365,31 @@ With a clip of your own: set *count* of *Load Video* to 60, 120 or what you like
     noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=described, steps=25, measure=False)
     w.group("5  Edit", "cyan")
     model = injected(w, tuned.MODEL, described)
-    sample = w.add("TAVVideoSampler", model=model, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
-                   steps=25, cfg=5.0)  # fmt: skip
+    sample = w.add(
+        "TAVVideoSampler",
+        model=model,
+        positive=edit,
+        negative=empty,
+        noise=noise.noise,
+        sigmas=noise.sigmas,
+        steps=25,
+        cfg=5.0,
+    )
     frames = w.add("VAEDecode", samples=sample, vae=vae)
     result(w, name, clip, [clip.images, frames], ["source", EDIT])
 
 
 def two_takes(w: Workflow, name: str):
     w.group("Read me", "yellow", 360)
-    w.note("""# Two takes
+    w.note(
+        """# Two takes
 
 One tuning learns from two clips: *Take* holds the second with its own sentence, and more of these nodes make a chain. Here the second take is the mirrored first one, so that what is learned is the subject, not its way from left to right; with clips of your own it is the motion that they share.
 
 Each take can be edited afterwards. Here it is the second: it is inverted and sampled.
-""", 300)  # fmt: skip
+""",
+        300,
+    )
     clip, inflated, clip_model, vae, latent = source(w)
     w.group("Second take", "blue", below=True)
     mirrored = w.add("ImageFlip", image=clip.images, flip_method="y-axis: horizontally")
@@ -296,22 +405,33 @@ Each take can be edited afterwards. Here it is the second: it is inverted and sa
     noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=second, conditioning=also, steps=25, measure=False)
     w.group("5  Edit it", "cyan")
     model = injected(w, tuned.MODEL, also)
-    sample = w.add("TAVVideoSampler", model=model, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
-                   steps=25, cfg=5.0)  # fmt: skip
+    sample = w.add(
+        "TAVVideoSampler",
+        model=model,
+        positive=edit,
+        negative=empty,
+        noise=noise.noise,
+        sigmas=noise.sigmas,
+        steps=25,
+        cfg=5.0,
+    )
     frames = w.add("VAEDecode", samples=sample, vae=vae)
     result(w, name, clip, [mirrored, frames], ["second take", EDIT])
 
 
 def regions(w: Workflow, name: str):
     w.group("Read me", "yellow", 360)
-    w.note("""# Only the subject, or all but the subject
+    w.note(
+        """# Only the subject, or all but the subject
 
 *Subject Mask* finds the subject of the clip: where the model would draw something else for a sentence about another one. Two such sentences are put together here; more find more.
 
 *Attention Injection* takes the mask. With *region* subject an edit changes the subject alone, with *region* background all else. What it may not change is what the noise reconstructs of the clip.
 
 Instead of *Subject Mask*, connect a mask that you drew or that another pack found; or, with a large checkpoint, *Word Mask*, which stands here unconnected: the word of the subject is enough for it.
-""", 380)  # fmt: skip
+""",
+        380,
+    )
     clip, inflated, clip_model, vae, latent = source(w)
     w.group("2  Sentences", "green")
     described = sentence(w, clip_model, "What the clip shows", PROMPT)
@@ -323,16 +443,41 @@ Instead of *Subject Mask*, connect a mask that you drew or that another pack fou
     w.group("4  Invert, and find the subject", "cyan")
     noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=described, steps=25, measure=False)
     contrast = w.add("ConditioningCombine", conditioning_1=others[0], conditioning_2=others[1])
-    subject = w.add("TAVSubjectMask", model=tuned.MODEL, latent=latent, images=clip.images, conditioning=described, contrast=contrast)
+    subject = w.add(
+        "TAVSubjectMask",
+        model=tuned.MODEL,
+        latent=latent,
+        images=clip.images,
+        conditioning=described,
+        contrast=contrast,
+    )
     mask = w.add("MaskToImage", mask=subject)
     w.group("Or by its word (large checkpoints)", "cyan", below=True)
-    w.add("TAVWordMask", model=tuned.MODEL, clip=clip_model, latent=latent, images=clip.images, sentence=PROMPT, word="ball")
+    w.add(
+        "TAVWordMask",
+        model=tuned.MODEL,
+        clip=clip_model,
+        latent=latent,
+        images=clip.images,
+        sentence=PROMPT,
+        word="ball",
+    )
     frames = []
     for region, edit in (("subject", colour), ("background", place)):
         w.group(f"5  Edit the {region}", "cyan")
-        model = w.add("TAVAttentionInjection", model=tuned.MODEL, conditioning=described, region=region, subject=subject)
-        sample = w.add("TAVVideoSampler", model=model, positive=edit, negative=empty, noise=noise.noise, sigmas=noise.sigmas,
-                       steps=25, cfg=5.0)  # fmt: skip
+        model = w.add(
+            "TAVAttentionInjection", model=tuned.MODEL, conditioning=described, region=region, subject=subject
+        )
+        sample = w.add(
+            "TAVVideoSampler",
+            model=model,
+            positive=edit,
+            negative=empty,
+            noise=noise.noise,
+            sigmas=noise.sigmas,
+            steps=25,
+            cfg=5.0,
+        )
         frames.append(w.add("VAEDecode", samples=sample, vae=vae))
     result(w, name, clip, [clip.images, mask, *frames], ["source", "subject", EDITS["colour"], EDITS["background"]])
 
@@ -340,14 +485,17 @@ Instead of *Subject Mask*, connect a mask that you drew or that another pack fou
 def controlnet(w: Workflow, name: str):
     edited = "a red star is bouncing on the grass"
     w.group("Read me", "yellow", 360)
-    w.note("""# Another shape, another motion: ControlNet
+    w.note(
+        """# Another shape, another motion: ControlNet
 
 The subject and its place come from the clip and the tuning, shape and motion from a second clip: silhouettes of a star that bounces, white on black. *Load ControlNet* and the stock *Apply ControlNet* give each frame its own.
 
 The edit starts from random noise (*add_noise*), because the inverted noise of the clip holds its old motion. The last tile is the same without the ControlNet.
 
 With Stable Diffusion 1.5: a ControlNet as a diffusers folder in `models/controlnet`, or a single file with the stock *Load ControlNet Model*; the hints then come from a preprocessor (depth, lines, poses) that sees a second clip.
-""", 390)  # fmt: skip
+""",
+        390,
+    )
     clip, inflated, clip_model, vae, latent = source(w)
     w.group("2  Sentences", "green", below=True)
     described = sentence(w, clip_model, "What the clip shows", PROMPT)
@@ -359,24 +507,38 @@ With Stable Diffusion 1.5: a ControlNet as a diffusers folder in `models/control
     net = w.add("TAVLoadControlNet")
     applied = w.add("ControlNetApplyAdvanced", positive=edit, negative=empty, control_net=net, image=hints.images)
     frames = []
-    for title, positive, negative in (("5a  Edit", applied.positive, applied.negative), ("5b  Without the hints", edit, empty)):
+    for title, positive, negative in (
+        ("5a  Edit", applied.positive, applied.negative),
+        ("5b  Without the hints", edit, empty),
+    ):
         w.group(title, "cyan", below=title[1] == "b")
-        sample = w.add("TAVVideoSampler", model=tuned.MODEL, positive=positive, negative=negative, noise=latent, steps=25, cfg=5.0,
-                       add_noise=True)  # fmt: skip
+        sample = w.add(
+            "TAVVideoSampler",
+            model=tuned.MODEL,
+            positive=positive,
+            negative=negative,
+            noise=latent,
+            steps=25,
+            cfg=5.0,
+            add_noise=True,
+        )
         frames.append(w.add("VAEDecode", samples=sample, vae=vae))
     result(w, name, clip, [clip.images, hints.images, *frames], ["source", "hints", edited, "without the hints"])
 
 
 def lora_style(w: Workflow, name: str):
     w.group("Read me", "yellow", 360)
-    w.note(f"""# A style from a LoRA
+    w.note(
+        f"""# A style from a LoRA
 
 The mini checkpoint has never seen neon light; the LoRA `{LORA}`, which ships with the pack, has. The stock *Load LoRA (Model)* puts it on the tuned MODEL, once at half its strength and once at all of it. It needs no words: the sentence is that of the clip. One tuning and one inversion, both without the LoRA, serve both.
 
 A LoRA may also come before *Inflate*: then it is baked in, and tuned weights belong to it. That suits a subject, and a style that the clip already has; another style would be unlearned again by the tuning, which sees the clip without it.
 
 With Stable Diffusion 1.5: any LoRA in `models/loras`, and its own words in the sentence, if it has some.
-""", 390)  # fmt: skip
+""",
+        390,
+    )
     clip, inflated, clip_model, vae, latent = source(w)
     w.group("2  Sentences", "green", below=True)
     described = sentence(w, clip_model, "What the clip shows", PROMPT)
@@ -388,8 +550,16 @@ With Stable Diffusion 1.5: any LoRA in `models/loras`, and its own words in the 
     for part, strength in (("a", 0.5), ("b", 1.0)):
         w.group(f"5{part}  With the LoRA at {strength}", "red")
         styled = w.add("LoraLoaderModelOnly", model=tuned.MODEL, lora_name=LORA, strength_model=strength)
-        sample = w.add("TAVVideoSampler", model=injected(w, styled, described), positive=described, negative=empty, noise=noise.noise,
-                       sigmas=noise.sigmas, steps=25, cfg=5.0)  # fmt: skip
+        sample = w.add(
+            "TAVVideoSampler",
+            model=injected(w, styled, described),
+            positive=described,
+            negative=empty,
+            noise=noise.noise,
+            sigmas=noise.sigmas,
+            steps=25,
+            cfg=5.0,
+        )
         frames.append(w.add("VAEDecode", samples=sample, vae=vae))
     result(w, name, clip, [clip.images, *frames], ["source", "neon 0.5", "neon 1.0"])
 
@@ -424,7 +594,9 @@ def main():
         if arguments.thumbnails and name.endswith("mini"):
             frames[name] = frames_of_run(arguments.server, workflow)
     if arguments.thumbnails:
-        frames["03-one-shot-edit-sd15"] = frames["01-one-shot-edit-mini"]  # the same graph, which needs a large checkpoint
+        frames["03-one-shot-edit-sd15"] = frames[
+            "01-one-shot-edit-mini"
+        ]  # the same graph, which needs a large checkpoint
         for name, (caption, rows) in PICTURES.items():
             thumbnail(frames[name], caption, rows).save(HERE / f"{name}.jpg", quality=85)
 

@@ -68,10 +68,16 @@ class Workflow:
             self.x, self.y = self.x + self.width + GAP if self.groups else 0, 0
             self.width = width + 2 * GAP
         self.y += GAP if below else 0
-        self.groups.append({
-            "id": len(self.groups) + 1, "title": title, "color": COLOURS[colour][2], "font_size": 24, "flags": {},
-            "bounding": [self.x, self.y, self.width, HEADING],
-        })  # fmt: skip
+        self.groups.append(
+            {
+                "id": len(self.groups) + 1,
+                "title": title,
+                "color": COLOURS[colour][2],
+                "font_size": 24,
+                "flags": {},
+                "bounding": [self.x, self.y, self.width, HEADING],
+            }
+        )
         self.y += HEADING
 
     def note(self, text: str, height: int) -> Node:
@@ -85,8 +91,11 @@ class Workflow:
         Each setting is the value of a widget, or an output of another node; the rest has its default.
         """
         definition = self.definitions[kind]
-        specs = {name: Spec(name, part == "optional", *spec) for part in ("required", "optional")
-                 for name, spec in definition["input"].get(part, {}).items()}  # fmt: skip
+        specs = {
+            name: Spec(name, part == "optional", *spec)
+            for part in ("required", "optional")
+            for name, spec in definition["input"].get(part, {}).items()
+        }
         if any(spec.options.get("video_upload") for spec in specs.values()):
             specs["upload"] = Spec("upload", False, BUTTON, {"default": "image"})
         assert settings.keys() <= specs.keys(), f"{kind} has no {settings.keys() - specs.keys()}"
@@ -104,8 +113,10 @@ class Workflow:
         node = self._place(kind, height, colour)
         node.outputs = list(definition["output_name"])
         node.data["inputs"] = [spec.socket() for spec in sockets + widgets]
-        node.data["outputs"] = [{"localized_name": name, "name": name, "type": type_, "links": []}
-                                for name, type_ in zip(definition["output_name"], definition["output"])]  # fmt: skip
+        node.data["outputs"] = [
+            {"localized_name": name, "name": name, "type": type_, "links": []}
+            for name, type_ in zip(definition["output_name"], definition["output"])
+        ]
         node.data["properties"] = {"Node name for S&R": kind}
         node.data["widgets_values"] = values
         if title:
@@ -143,12 +154,22 @@ class Workflow:
     def json(self, name: str) -> dict:
         """What the frontend would save."""
         return {
-            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, name)), "revision": 0, "last_node_id": len(self.nodes),
-            "last_link_id": len(self.links), "nodes": [node.data for node in self.nodes], "links": self.links,
-            "groups": self.groups, "config": {}, "extra": {"frontendVersion": "1.32.9"}, "version": 0.4,
-        }  # fmt: skip
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, name)),
+            "revision": 0,
+            "last_node_id": len(self.nodes),
+            "last_link_id": len(self.links),
+            "nodes": [node.data for node in self.nodes],
+            "links": self.links,
+            "groups": self.groups,
+            "config": {},
+            "extra": {"frontendVersion": "1.32.9"},
+            "version": 0.4,
+        }
 
     def prompt(self) -> dict:
         """What the frontend would queue."""
-        return {str(node.id): {"class_type": node.kind, "inputs": copy.deepcopy(node.settings)}
-                for node in self.nodes if node.kind in self.definitions}  # fmt: skip
+        return {
+            str(node.id): {"class_type": node.kind, "inputs": copy.deepcopy(node.settings)}
+            for node in self.nodes
+            if node.kind in self.definitions
+        }

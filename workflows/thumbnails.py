@@ -30,7 +30,9 @@ INK, PAPER = (232, 232, 235), (24, 25, 28)
 
 
 def fetch(url: str, body: dict | None = None) -> bytes:
-    request = urllib.request.Request(url, json.dumps(body).encode() if body else None, {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        url, json.dumps(body).encode() if body else None, {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request) as answer:
         return answer.read()
 
@@ -50,8 +52,11 @@ def frames_of_run(server: str, workflow: Workflow, columns: int = 3) -> list[lis
     prompt = workflow.prompt()
     compare = next(id_ for id_, node in prompt.items() if node["class_type"] == "TAVCompare")
     prompt[compare]["inputs"]["columns"] = columns
-    shown = next(id_ for id_, node in prompt.items()
-                 if node["class_type"] == "PreviewImage" and node["inputs"]["images"][0] == compare)  # fmt: skip
+    shown = next(
+        id_
+        for id_, node in prompt.items()
+        if node["class_type"] == "PreviewImage" and node["inputs"]["images"][0] == compare
+    )
     file = execute(server, prompt)[shown]["images"][0]
     picture = Image.open(io.BytesIO(fetch(f"{server}/view?{urllib.parse.urlencode(file)}"))).convert("RGB")
     clips = sum(name.startswith("images_") for name in prompt[compare]["inputs"])
@@ -62,8 +67,13 @@ def frames_of(strip: Image.Image, clips: int, columns: int) -> list[list[Image.I
     """The frames in a strip that `tav_core.strip` drew, by clip."""
     side, row = (strip.width - 2 * MARGIN) / columns, (strip.height - MARGIN) / clips
     bottoms = [(i + 1) * row for i in range(clips)]
-    return [[strip.crop([round(x) for x in (MARGIN + i * side, y - side, MARGIN + (i + 1) * side, y)]) for i in range(columns)]
-            for y in bottoms]  # fmt: skip
+    return [
+        [
+            strip.crop([round(x) for x in (MARGIN + i * side, y - side, MARGIN + (i + 1) * side, y)])
+            for i in range(columns)
+        ]
+        for y in bottoms
+    ]
 
 
 def thumbnail(frames: list[list[Image.Image]], caption: str, rows: list[list]) -> Image.Image:
@@ -72,8 +82,10 @@ def thumbnail(frames: list[list[Image.Image]], caption: str, rows: list[list]) -
     draw, top = ImageDraw.Draw(picture), 64
     draw.text((SIDE / 2, top / 2), caption, INK, ImageFont.load_default(32), anchor="mm")
     words = [all(isinstance(tile, str) for tile in row) for row in rows]
-    side = min((SIDE - top - MARGIN - 80 * sum(words)) / (len(rows) - sum(words)),
-               (SIDE - 2 * MARGIN) / max(len(row) for row in rows))  # fmt: skip
+    side = min(
+        (SIDE - top - MARGIN - 80 * sum(words)) / (len(rows) - sum(words)),
+        (SIDE - 2 * MARGIN) / max(len(row) for row in rows),
+    )
     heights = [80 if word else side for word in words]
     y = top + (SIDE - top - sum(heights)) / 2
     for row, height in zip(rows, heights):
@@ -83,7 +95,10 @@ def thumbnail(frames: list[list[Image.Image]], caption: str, rows: list[list]) -
                 draw.text((x + side / 2, y + height / 2), tile, INK, ImageFont.load_default(36), anchor="mm")
             else:
                 clip, frame = tile
-                picture.paste(frames[clip][frame].resize((round(side) - 6,) * 2, Image.Resampling.LANCZOS), (round(x) + 3, round(y) + 3))
+                picture.paste(
+                    frames[clip][frame].resize((round(side) - 6,) * 2, Image.Resampling.LANCZOS),
+                    (round(x) + 3, round(y) + 3),
+                )
             x += side
         y += height
     return picture

@@ -43,8 +43,11 @@ class BenchmarkClip:
     @property
     def seen(self) -> bool:
         """Whether the checkpoint knows everything in it."""
-        return (self.scene.pattern == "solid" and self.scene.shape in world.SHAPES
-                and self.scene.background in world.BACKGROUNDS)  # fmt: skip
+        return (
+            self.scene.pattern == "solid"
+            and self.scene.shape in world.SHAPES
+            and self.scene.background in world.BACKGROUNDS
+        )
 
     def scenes(self, **changes: str) -> list[world.Scene]:
         return world.clip_scenes(replace(self.scene, **changes), self.motion, self.num_frames)
@@ -55,7 +58,9 @@ class BenchmarkClip:
     def contrasts(self) -> list[str]:
         """Its sentence with five other subjects."""
         colours = [c for c in world.COLOURS if c != self.scene.colour]
-        return [self.caption(colour=c, shape=s) for c, s in zip(colours, (s for s in world.SHAPES if s != self.scene.shape))]
+        return [
+            self.caption(colour=c, shape=s) for c, s in zip(colours, (s for s in world.SHAPES if s != self.scene.shape))
+        ]
 
 
 def benchmark_clips(seed: int = 0) -> list[BenchmarkClip]:
@@ -149,17 +154,28 @@ def score_edit(judge: Judge, video: np.ndarray, clip: BenchmarkClip, kind: str) 
     wide = np.stack([cv2.dilate(m, np.ones((13, 13))) for m in subject]) > 0.05
     stage = ~(wide[1:] | wide[:-1])
     steps = np.abs(video[1:].astype(np.float32) - video[:-1]).mean(-1) / 255
-    figures = dict(edited=right[attribute], kept=float(np.mean([right[a] for a in ATTRIBUTES if a != attribute])),
-                   trajectory_corr=correlation, trajectory_px=distance,
-                   stability=float(steps[stage].mean()))  # fmt: skip
+    figures = dict(
+        edited=right[attribute],
+        kept=float(np.mean([right[a] for a in ATTRIBUTES if a != attribute])),
+        trajectory_corr=correlation,
+        trajectory_px=distance,
+        stability=float(steps[stage].mean()),
+    )
     if kind == "background":  # the subject should look as it did: compare with the exact picture
         figures["identity"] = _rmse(video, world.render_clip(scenes), truth > 0.99)
     return figures
 
 
-def benchmark(checkpoint: Checkpoint, judge: Judge, preset: Preset, *, seeds: int = 2,
-              clips: list[BenchmarkClip] | None = None, on_video: Callable[[str, np.ndarray], None] | None = None,
-              progress: Callable[[str], None] = lambda line: None) -> dict:  # fmt: skip
+def benchmark(
+    checkpoint: Checkpoint,
+    judge: Judge,
+    preset: Preset,
+    *,
+    seeds: int = 2,
+    clips: list[BenchmarkClip] | None = None,
+    on_video: Callable[[str, np.ndarray], None] | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict:
     """Tunes, inverts and edits every clip with every seed.
 
     Errors (`identity`, `stability`, `reconstruction`) are differences of pixel values in 0..1: root mean square
@@ -176,14 +192,23 @@ def benchmark(checkpoint: Checkpoint, judge: Judge, preset: Preset, *, seeds: in
     def run(arm: str, name: str, clip: BenchmarkClip, unet, noise, frames: np.ndarray, subject=None):
         source_prompt = None if arm == "random_noise" else clip.caption()
         into = scores[arm]["seen" if clip.seen else "unseen"]
-        again = sample(checkpoint, unet, noise, clip.caption(), preset, source_prompt=source_prompt, subject=subject).numpy()
+        again = sample(
+            checkpoint, unet, noise, clip.caption(), preset, source_prompt=source_prompt, subject=subject
+        ).numpy()
         into.add(reconstruction=_rmse(again, frames))
         if on_video:
             on_video(f"{name}-{arm}-again", again)
         for kind, value in clip.edits.items():
-            video = sample(checkpoint, unet, noise, clip.caption(**{KINDS[kind]: value}), preset,
-                           source_prompt=source_prompt, subject=subject,
-                           region="everything" if subject is None else REGIONS[kind]).numpy()  # fmt: skip
+            video = sample(
+                checkpoint,
+                unet,
+                noise,
+                clip.caption(**{KINDS[kind]: value}),
+                preset,
+                source_prompt=source_prompt,
+                subject=subject,
+                region="everything" if subject is None else REGIONS[kind],
+            ).numpy()
             into.add(**score_edit(judge, video, clip, kind))
             if on_video:
                 on_video(f"{name}-{arm}-{kind}", video)
@@ -195,22 +220,41 @@ def benchmark(checkpoint: Checkpoint, judge: Judge, preset: Preset, *, seeds: in
         untuned = inflate(checkpoint.unet)
         progress(f"clip {number + 1}/{len(clips)}: {clip.caption()}, untuned")
         # without tuning and with eta 0 nothing is random: one run stands for all seeds
-        run("untuned", f"clip{number}", clip, untuned, invert(checkpoint, untuned, source, preset), frames,
-            find_subject(checkpoint, untuned, source, clip.contrasts(), preset))  # fmt: skip
+        run(
+            "untuned",
+            f"clip{number}",
+            clip,
+            untuned,
+            invert(checkpoint, untuned, source, preset),
+            frames,
+            find_subject(checkpoint, untuned, source, clip.contrasts(), preset),
+        )
         for seed in range(seeds):
             progress(f"clip {number + 1}/{len(clips)}: {clip.caption()}, tuned with seed {seed}")
             seeded = replace(preset, tuning=replace(preset.tuning, seed=seed))
             tuned, _ = tune_on(checkpoint, source, seeded)
             name = f"clip{number}-seed{seed}"
-            run("tuned", name, clip, tuned, invert(checkpoint, tuned, source, preset), frames,
-                find_subject(checkpoint, tuned, source, clip.contrasts(), seeded))  # fmt: skip
+            run(
+                "tuned",
+                name,
+                clip,
+                tuned,
+                invert(checkpoint, tuned, source, preset),
+                frames,
+                find_subject(checkpoint, tuned, source, clip.contrasts(), seeded),
+            )
             noise = torch.randn(source.latents.shape, generator=torch.Generator().manual_seed(seed))
             run("random_noise", name, clip, tuned, noise, frames)
     return {arm: {content: s.means() for content, s in by.items()} for arm, by in scores.items()}
 
 
-def untouched(checkpoint: Checkpoint, preset: Preset, *, clips: list[BenchmarkClip] | None = None,
-              progress: Callable[[str], None] = lambda line: None) -> dict[str, dict[str, float]]:  # fmt: skip
+def untouched(
+    checkpoint: Checkpoint,
+    preset: Preset,
+    *,
+    clips: list[BenchmarkClip] | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, dict[str, float]]:
     """How well edits of the subject and of the background leave all else as the noise reconstructs the clip.
 
     PSNR in dB against the walk back without guidance, over the pixels outside of the region, whose edge is taken as hard;
@@ -232,7 +276,11 @@ def untouched(checkpoint: Checkpoint, preset: Preset, *, clips: list[BenchmarkCl
         for kind, rows in figures.items():
             caption, region = clip.caption(**{KINDS[kind]: clip.edits[kind]}), REGIONS[kind]
             outside = editable(region, subject.round(), room=checkpoint.downscale)[0, 0] == 0  # f h w
-            edits = draw(caption, preset), draw(caption, preset, subject=subject), draw(caption, preset, subject=subject, region=region)
+            edits = (
+                draw(caption, preset),
+                draw(caption, preset, subject=subject),
+                draw(caption, preset, subject=subject, region=region),
+            )
             rows.append([psnr(edit[outside], again[outside]) for edit in edits])
     summary = {}
     for kind, rows in figures.items():

@@ -58,8 +58,14 @@ def _previews(args):
 def _evaluate(args):
     from .evaluate import contact_sheet, evaluate
 
-    figures, images, _ = evaluate(load_checkpoint(args.checkpoint), load_judge(), count=args.count,
-                                  guidance_scale=args.guidance_scale, steps=args.sampling_steps, seed=args.seed)  # fmt: skip
+    figures, images, _ = evaluate(
+        load_checkpoint(args.checkpoint),
+        load_judge(),
+        count=args.count,
+        guidance_scale=args.guidance_scale,
+        steps=args.sampling_steps,
+        seed=args.seed,
+    )
     if args.sheet:
         contact_sheet(images).save(args.sheet)
     print(json.dumps(figures, indent=2))
@@ -68,8 +74,15 @@ def _evaluate(args):
 def _controlnet(args):
     from .evaluate import contact_sheet, evaluate_controlnet
 
-    figures, rows = evaluate_controlnet(load_checkpoint("mini"), load_controlnet(args.controlnet), load_judge(), count=args.count,
-                                        guidance_scale=args.guidance_scale, steps=args.sampling_steps, seed=args.seed)  # fmt: skip
+    figures, rows = evaluate_controlnet(
+        load_checkpoint("mini"),
+        load_controlnet(args.controlnet),
+        load_judge(),
+        count=args.count,
+        guidance_scale=args.guidance_scale,
+        steps=args.sampling_steps,
+        seed=args.seed,
+    )
     if args.sheet:
         contact_sheet(rows[:, :16].reshape(-1, *rows.shape[2:]), min(16, args.count)).save(args.sheet)
     print(json.dumps(figures, indent=2))
@@ -79,9 +92,17 @@ def _lora(args):
     from .evaluate import contact_sheet, evaluate_neon
     from .train_lora import load_lora, with_lora
 
-    strengths = {f"{strength:g}": with_lora(load_checkpoint("mini"), load_lora(), strength) for strength in args.strengths}
-    figures, rows = evaluate_neon(strengths, load_judge(), count=args.count, guidance_scale=args.guidance_scale,
-                                  steps=args.sampling_steps, seed=args.seed)  # fmt: skip
+    strengths = {
+        f"{strength:g}": with_lora(load_checkpoint("mini"), load_lora(), strength) for strength in args.strengths
+    }
+    figures, rows = evaluate_neon(
+        strengths,
+        load_judge(),
+        count=args.count,
+        guidance_scale=args.guidance_scale,
+        steps=args.sampling_steps,
+        seed=args.seed,
+    )
     if args.sheet:
         columns = min(16, args.count)
         contact_sheet(rows[:, :columns].reshape(-1, *rows.shape[2:]), columns).save(args.sheet)
@@ -97,9 +118,15 @@ def _benchmark(args):
 
     clips = benchmark_clips()
     clips = [clips[i] for i in args.clips] if args.clips else clips
-    figures = benchmark(load_checkpoint(args.checkpoint), load_judge(), preset_of(args), seeds=args.seeds, clips=clips,
-                        on_video=keep if args.videos else None,
-                        progress=lambda line: print(line, file=sys.stderr, flush=True))  # fmt: skip
+    figures = benchmark(
+        load_checkpoint(args.checkpoint),
+        load_judge(),
+        preset_of(args),
+        seeds=args.seeds,
+        clips=clips,
+        on_video=keep if args.videos else None,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
     print(json.dumps(figures, indent=2))
 
 
@@ -108,14 +135,19 @@ def _regions(args):
 
     clips = benchmark_clips()
     clips = [clips[i] for i in args.clips] if args.clips else clips
-    figures = untouched(load_checkpoint("mini"), preset_of(args), clips=clips,
-                        progress=lambda line: print(line, file=sys.stderr, flush=True))  # fmt: skip
+    figures = untouched(
+        load_checkpoint("mini"),
+        preset_of(args),
+        clips=clips,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
     print(json.dumps(figures, indent=2))
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m tav_core.mini", description=__doc__,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m tav_core.mini", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, function, help: str) -> argparse.ArgumentParser:
@@ -126,7 +158,12 @@ def main():
     train = command("train", _train, "train the checkpoint, or one stage of it; starts again where it stopped")
     train.add_argument("stage", choices=["vae", "unet", "judge", "export", "controlnet", "lora", "all"])
     train.add_argument("--work", type=Path, required=True, help="folder for renders, latents and states")
-    train.add_argument("--output", type=Path, default=Path(__file__).parent, help="where checkpoint/, the judge, controlnet/ and lora/ go")
+    train.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).parent,
+        help="where checkpoint/, the judge, controlnet/ and lora/ go",
+    )
     train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     train.add_argument("--vae-steps", type=int, default=3600, help="batches of 16")
     train.add_argument("--unet-steps", type=int, default=3000, help="batches of 64")
@@ -135,14 +172,20 @@ def main():
     train.add_argument("--lora-steps", type=int, default=450, help="batches of 32")
 
     render = command("render", _render, "render a clip of the world")
-    for name, choices in (("shape", [*world.SHAPES, *world.UNKNOWN_SHAPES]), ("colour", [*world.COLOURS]),
-                          ("background", [*world.BACKGROUNDS, *world.UNKNOWN_BACKGROUNDS]),
-                          ("style", [*world.STYLES, *world.UNKNOWN_STYLES]), ("pattern", [*world.PATTERNS]),
-                          ("motion", [*world.MOTIONS])):  # fmt: skip
+    for name, choices in (
+        ("shape", [*world.SHAPES, *world.UNKNOWN_SHAPES]),
+        ("colour", [*world.COLOURS]),
+        ("background", [*world.BACKGROUNDS, *world.UNKNOWN_BACKGROUNDS]),
+        ("style", [*world.STYLES, *world.UNKNOWN_STYLES]),
+        ("pattern", [*world.PATTERNS]),
+        ("motion", [*world.MOTIONS]),
+    ):
         render.add_argument(f"--{name}", choices=choices, default=choices[0])
     render.add_argument("--frames", type=int, default=8)
     render.add_argument("--layout", type=int, default=0, help="seed of the background's details")
-    render.add_argument("--silhouette", action="store_true", help="the subject white on black: hints for the ControlNet")
+    render.add_argument(
+        "--silhouette", action="store_true", help="the subject white on black: hints for the ControlNet"
+    )
     render.add_argument("--output", type=Path, required=True, help="an .mp4, .webm or .gif file")
 
     previews = command("previews", _previews, "fit the colours of quick previews to renders of the world, in a minute")
@@ -159,7 +202,9 @@ def main():
 
     controlnet = command("controlnet", _controlnet, "how well the ControlNet obeys silhouettes; prints JSON")
     controlnet.add_argument("--controlnet", default="mini")
-    controlnet.add_argument("--count", type=int, default=64, help="silhouettes of known shapes, and as many of unknown ones")
+    controlnet.add_argument(
+        "--count", type=int, default=64, help="silhouettes of known shapes, and as many of unknown ones"
+    )
     controlnet.add_argument("--guidance-scale", type=float, default=3.0)
     controlnet.add_argument("--sampling-steps", type=int, default=25)
     controlnet.add_argument("--seed", type=int, default=0)

@@ -12,9 +12,10 @@ __all__ = ["CLIP", "CONTRASTS", "DEMO", "EDITS", "PROMPT", "REGIONS", "score"]
 
 CLIP = Path(__file__).parent / "demo.mp4"
 DEMO = BenchmarkClip(
-    world.Scene("ball", "red", "grass", pattern="dots", second_colour="yellow", layout=5), "slide",
+    world.Scene("ball", "red", "grass", pattern="dots", second_colour="yellow", layout=5),
+    "slide",
     {"subject": "star", "colour": "blue", "background": "snow", "style": "sketch"},
-)  # fmt: skip
+)
 PROMPT = DEMO.caption()
 CONTRASTS = DEMO.contrasts()
 EDITS = {kind: DEMO.caption(**{KINDS[kind]: value}) for kind, value in DEMO.edits.items()}

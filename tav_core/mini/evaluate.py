@@ -46,9 +46,18 @@ def prompts(count: int, seed: int) -> tuple[list[world.Scene], list[bool]]:
     return [world.Scene(*c) for c in chosen], [i < unseen_count for i in range(count)]
 
 
-def generate(checkpoint: Checkpoint, captions: list[str], *, guidance_scale: float, steps: int, seed: int,
-             batch: int = 16, progress: bool = True, controlnet: ControlNetModel | None = None,
-             hints: torch.Tensor | None = None) -> np.ndarray:  # fmt: skip
+def generate(
+    checkpoint: Checkpoint,
+    captions: list[str],
+    *,
+    guidance_scale: float,
+    steps: int,
+    seed: int,
+    batch: int = 16,
+    progress: bool = True,
+    controlnet: ControlNetModel | None = None,
+    hints: torch.Tensor | None = None,
+) -> np.ndarray:
     """One picture a caption, uint8 `n h w 3`; picture i comes from seed + i. A ControlNet takes the hints `n 3 h w`."""
     unet = inflate(checkpoint.unet)
     side = checkpoint.unet.config.sample_size
@@ -56,17 +65,35 @@ def generate(checkpoint: Checkpoint, captions: list[str], *, guidance_scale: flo
     empty = encode_prompt(checkpoint, "")
     for at in tqdm(range(0, len(captions), batch), desc="generate", disable=not progress):
         part = captions[at : at + batch]
-        noise = torch.cat([torch.randn(1, 4, 1, side, side, generator=torch.Generator().manual_seed(seed + at + i))
-                           for i in range(len(part))])  # fmt: skip
+        noise = torch.cat(
+            [
+                torch.randn(1, 4, 1, side, side, generator=torch.Generator().manual_seed(seed + at + i))
+                for i in range(len(part))
+            ]
+        )
         model = steered(unet, controlnet, hints[at : at + batch]) if controlnet else unet
-        latents = ddim_sample(model, noise, encode_prompt(checkpoint, part), checkpoint.scheduler, steps,
-                              guidance_scale=guidance_scale, negative_hidden_states=empty.expand(len(part), -1, -1))  # fmt: skip
+        latents = ddim_sample(
+            model,
+            noise,
+            encode_prompt(checkpoint, part),
+            checkpoint.scheduler,
+            steps,
+            guidance_scale=guidance_scale,
+            negative_hidden_states=empty.expand(len(part), -1, -1),
+        )
         images.append(decode_video(checkpoint, rearrange(latents, "b c 1 h w -> 1 c b h w")).numpy())
     return np.concatenate(images)
 
 
-def evaluate(checkpoint: Checkpoint, judge: Judge, *, count: int = 256, guidance_scale: float = 3.0, steps: int = 50,
-             seed: int = 0) -> tuple[dict, np.ndarray, list[world.Scene]]:  # fmt: skip
+def evaluate(
+    checkpoint: Checkpoint,
+    judge: Judge,
+    *,
+    count: int = 256,
+    guidance_scale: float = 3.0,
+    steps: int = 50,
+    seed: int = 0,
+) -> tuple[dict, np.ndarray, list[world.Scene]]:
     """Accuracy of each attribute over `count` prompts, over the unseen ones, and of the judge on fresh renders.
 
     Returns: the figures (shares, 0..1), the pictures `n h w 3`, their scenes.
@@ -75,7 +102,9 @@ def evaluate(checkpoint: Checkpoint, judge: Judge, *, count: int = 256, guidance
     fresh = [world.random_scene(rng) for _ in range(1024)]
     own = accuracy(judge, np.stack([world.render(s) for s in fresh]), fresh)
     scenes, unseen = prompts(count, seed)
-    images = generate(checkpoint, [world.caption(s) for s in scenes], guidance_scale=guidance_scale, steps=steps, seed=seed)
+    images = generate(
+        checkpoint, [world.caption(s) for s in scenes], guidance_scale=guidance_scale, steps=steps, seed=seed
+    )
     right = accuracy(judge, images, scenes)
     figures = {**_shares(right), "unseen": _shares(right[np.array(unseen)]), "classifier": _shares(own),
                "prompts": count, "guidance_scale": guidance_scale, "steps": steps, "seed": seed}  # fmt: skip
@@ -91,7 +120,9 @@ def steered(unet: VideoUNet, controlnet: ControlNetModel, hints: torch.Tensor) -
 
     def predict(latents: torch.Tensor, t: int, text: torch.Tensor) -> torch.Tensor:
         x = rearrange(latents, "b c f h w -> (b f) c h w")
-        down, middle = controlnet(x, t, text, repeat(hints, "n c h w -> (k n) c h w", k=len(x) // len(hints)), return_dict=False)
+        down, middle = controlnet(
+            x, t, text, repeat(hints, "n c h w -> (k n) c h w", k=len(x) // len(hints)), return_dict=False
+        )
         return unet(latents, t, text, down_block_additional_residuals=down, mid_block_additional_residual=middle)
 
     predict.dtype = unet.dtype
@@ -105,8 +136,16 @@ def overlap(judge: Judge, images: np.ndarray, masks: np.ndarray) -> np.ndarray:
     return (seen & wanted).sum((1, 2)) / (seen | wanted).sum((1, 2))
 
 
-def evaluate_controlnet(checkpoint: Checkpoint, controlnet: ControlNetModel, judge: Judge, *, count: int = 64,
-                        guidance_scale: float = 3.0, steps: int = 25, seed: int = 0) -> tuple[dict, np.ndarray]:  # fmt: skip
+def evaluate_controlnet(
+    checkpoint: Checkpoint,
+    controlnet: ControlNetModel,
+    judge: Judge,
+    *,
+    count: int = 64,
+    guidance_scale: float = 3.0,
+    steps: int = 25,
+    seed: int = 0,
+) -> tuple[dict, np.ndarray]:
     """How well silhouettes are obeyed, over `count` of shapes of the world and as many of shapes that training never saw.
 
     Returns: the overlap (see `overlap`) with and without the ControlNet and of renders, and with it the share of pictures that
@@ -115,7 +154,10 @@ def evaluate_controlnet(checkpoint: Checkpoint, controlnet: ControlNetModel, jud
     rng = random.Random(seed + 2_000_003)
     known = [world.random_scene(rng) for _ in range(count)]
     figures, rows = {}, []
-    for name, scenes in (("known", known), ("unknown", [replace(s, shape=rng.choice(list(world.UNKNOWN_SHAPES))) for s in known])):
+    for name, scenes in (
+        ("known", known),
+        ("unknown", [replace(s, shape=rng.choice(list(world.UNKNOWN_SHAPES))) for s in known]),
+    ):
         masks = np.stack([world.subject_mask(s) for s in scenes])
         options = dict(guidance_scale=guidance_scale, steps=steps, seed=seed)
         captions = [world.caption(s) for s in scenes]
@@ -142,21 +184,37 @@ def contact_sheet(images: np.ndarray, columns: int = 16) -> Image.Image:
     return Image.fromarray(rearrange(np.concatenate([images, blank]), "(r k) h w c -> (r h) (k w) c", k=columns))
 
 
-def evaluate_neon(checkpoints: dict[str, Checkpoint], judge: Judge, *, count: int = 32, guidance_scale: float = 3.0,
-                  steps: int = 25, seed: int = 0) -> tuple[dict, np.ndarray]:  # fmt: skip
+def evaluate_neon(
+    checkpoints: dict[str, Checkpoint],
+    judge: Judge,
+    *,
+    count: int = 32,
+    guidance_scale: float = 3.0,
+    steps: int = 25,
+    seed: int = 0,
+) -> tuple[dict, np.ndarray]:
     """How far each checkpoint draws in the style "neon", which no caption speaks of.
 
     Returns: of each, and of renders in the style: the mean `brightness` (0..1), the share of `night` (pixels of the night blue,
     which no other style has) and of subjects in the right `colour`; and the pictures `k n h w 3`.
     """
     rng, places = random.Random(seed + 3_000_003), [place for place in world.BACKGROUNDS if place != "night"]
-    scenes = [world.random_scene(rng, (rng.choice(list(world.SHAPES)), rng.choice(list(world.COLOURS)), rng.choice(places), "plain"))
-              for _ in range(count)]  # fmt: skip
+    scenes = [
+        world.random_scene(
+            rng, (rng.choice(list(world.SHAPES)), rng.choice(list(world.COLOURS)), rng.choice(places), "plain")
+        )
+        for _ in range(count)
+    ]
     captions = [world.caption(scene) for scene in scenes]
-    drawn = {name: generate(checkpoint, captions, guidance_scale=guidance_scale, steps=steps, seed=seed)
-             for name, checkpoint in checkpoints.items()}  # fmt: skip
+    drawn = {
+        name: generate(checkpoint, captions, guidance_scale=guidance_scale, steps=steps, seed=seed)
+        for name, checkpoint in checkpoints.items()
+    }
     figures = {}
-    for name, images in {**drawn, "renders": np.stack([world.render(replace(scene, style="neon")) for scene in scenes])}.items():
+    for name, images in {
+        **drawn,
+        "renders": np.stack([world.render(replace(scene, style="neon")) for scene in scenes]),
+    }.items():
         night = np.abs(images.astype(int) - world.NEON_NIGHT).max(-1) <= 30
         figures[name] = {"brightness": round(float(images.mean()) / 255, 3), "night": round(float(night.mean()), 3),
                          "colour": _shares(accuracy(judge, images, scenes))["colour"]}  # fmt: skip

@@ -44,12 +44,20 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 class Judge(nn.Module):
     def __init__(self):
         super().__init__()
-        self.down = nn.ModuleList([_conv(3, 16, 2), _conv(16, 32, 2), _conv(32, 64, 2), _conv(64, 96, 2), _conv(96, 96, 2)])
+        self.down = nn.ModuleList(
+            [_conv(3, 16, 2), _conv(16, 32, 2), _conv(32, 64, 2), _conv(64, 96, 2), _conv(96, 96, 2)]
+        )
         self.up = nn.ModuleList([_conv(96 + 96, 96), _conv(96 + 64, 64), _conv(64 + 32, 32)])
         self.mask = nn.Conv2d(32, 1, 1)
         self.scene = nn.Linear(16 + 32 + 64 + 96 + 96, len(BACKGROUNDS) + len(STYLES))
-        self.crop = nn.Sequential(_conv(3, 24), _conv(24, 48, 2), _conv(48, 64, 2), nn.Flatten(),
-                                  nn.Dropout(0.2), nn.Linear(64 * 64, len(SHAPES) + len(COLOURS)))  # fmt: skip
+        self.crop = nn.Sequential(
+            _conv(3, 24),
+            _conv(24, 48, 2),
+            _conv(48, 64, 2),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(64 * 64, len(SHAPES) + len(COLOURS)),
+        )
 
     def look(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Pixels `b 3 h w` in -1..1 -> mask logits `b h/4 w/4`, background logits, style logits."""
@@ -63,7 +71,9 @@ class Judge(nn.Module):
             x = layer(torch.cat([F.interpolate(x, scale_factor=2.0), skip], 1))
         return self.mask(x)[:, 0], background, style
 
-    def inspect(self, pixels: torch.Tensor, centre: torch.Tensor, radius: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def inspect(
+        self, pixels: torch.Tensor, centre: torch.Tensor, radius: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Shape and colour logits of the subject at `centre` (`b 2`, fractions) with `radius` (`b`)."""
         unit = torch.linspace(-1, 1, CROP, device=pixels.device)
         grid = torch.stack(torch.meshgrid(unit, unit, indexing="xy"), -1)  # h w (x y)
@@ -132,10 +142,11 @@ def verdict(judge: Judge, pixels: torch.Tensor) -> Verdict:
         return [kinds[i] for i in logits.argmax(1).tolist()]
 
     seen = mask.amax((1, 2)) > 0
-    shapes, colours = ([name if there else "none" for name, there in zip(found, seen)]
-                       for found in (names(SHAPES, shape), names(COLOURS, colour)))  # fmt: skip
-    return Verdict(shapes, colours, names(BACKGROUNDS, background), names(STYLES, style),
-                   mask, centre, radius)  # fmt: skip
+    shapes, colours = (
+        [name if there else "none" for name, there in zip(found, seen)]
+        for found in (names(SHAPES, shape), names(COLOURS, colour))
+    )
+    return Verdict(shapes, colours, names(BACKGROUNDS, background), names(STYLES, style), mask, centre, radius)
 
 
 def load_judge() -> Judge:

@@ -62,8 +62,13 @@ def fit_latent_colours(latents: Tensor, colours: Tensor, steps: int = 2500) -> d
     Saturated colours count four times as much: they are the few pixels of the subject.
     """
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(latents.shape[1], WIDTH, 3, padding=1), nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.ReLU(),
-                        nn.Conv2d(WIDTH, 3, 1))  # fmt: skip
+    net = nn.Sequential(
+        nn.Conv2d(latents.shape[1], WIDTH, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(WIDTH, WIDTH, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(WIDTH, 3, 1),
+    )
     counts = 1 + 3 * (colours.amax(1, keepdim=True) - colours.amin(1, keepdim=True) > 1)
     optimizer = torch.optim.Adam(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.015, steps)

@@ -81,9 +81,9 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     corpus = [world.caption(s, rng.choice(list(world.MOTIONS))) + ", plain style" for s in scenes]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(",", "isolated"), pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False),
-    ])  # fmt: skip
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(",", "isolated"), pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)]
+    )
     trainer = trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", show_progress=False, min_frequency=1)
     bpe.train_from_iterator(corpus, trainer)
     merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
@@ -93,8 +93,13 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}, ensure_ascii=False))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(m) for m in merges)]) + "\n")
-    special = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>",
-                   pad_token="<|endoftext|>", model_max_length=TOKENS)  # fmt: skip
+    special = dict(
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        model_max_length=TOKENS,
+    )
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **special}, indent=2))
     return CLIPTokenizer.from_pretrained(folder)
 
@@ -105,10 +110,15 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
 def make_vae() -> AutoencoderKL:
     """Downscale 8, 4 latent channels. One norm group: with more, the small channels lose whole colours."""
     vae = AutoencoderKL(
-        block_out_channels=(16, 32, 64, 96), down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, norm_num_groups=1, latent_channels=4,
-        mid_block_add_attention=False, sample_size=world.SIZE,
-    )  # fmt: skip
+        block_out_channels=(16, 32, 64, 96),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=1,
+        latent_channels=4,
+        mid_block_add_attention=False,
+        sample_size=world.SIZE,
+    )
     with torch.no_grad():  # a narrow posterior at the start, or the decoder learns to ignore it
         vae.quant_conv.bias[4:] = -6.0
     return vae
@@ -116,18 +126,32 @@ def make_vae() -> AutoencoderKL:
 
 def make_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=world.SIZE // 8, block_out_channels=(64, 128), layers_per_block=1, norm_num_groups=16,
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
-        cross_attention_dim=WIDTH, attention_head_dim=4,
-    )  # fmt: skip
+        sample_size=world.SIZE // 8,
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        norm_num_groups=16,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+    )
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=TOKENS, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, projection_dim=WIDTH,
-    ))  # fmt: skip
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            projection_dim=WIDTH,
+        )
+    )
 
 
 def make_unet_and_text_encoder(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
@@ -135,8 +159,14 @@ def make_unet_and_text_encoder(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
 
 
 def make_scheduler() -> DDIMScheduler:
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                         set_alpha_to_one=False, steps_offset=1)  # fmt: skip
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -166,8 +196,11 @@ def fit(model: nn.Module, loss_of_step, path: Path, *, steps: int, lr: float, em
         for name, p in model.named_parameters():
             tensors |= {f"adam.{k}.{name}": v for k, v in optimizer.state[p].items()}
         with atomic_path(path) as temporary:
-            save_file({k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}, temporary,
-                      metadata={"step": str(step)})  # fmt: skip
+            save_file(
+                {k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()},
+                temporary,
+                metadata={"step": str(step)},
+            )
 
     last_save, smooth = time.time(), None
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=path.stem, mininterval=10)
@@ -228,7 +261,9 @@ def train_vae(work: Path, device: torch.device, steps: int, batch: int, lr: floa
 
 
 @torch.no_grad()
-def encode_all(vae: AutoencoderKL, images: np.ndarray, path: Path, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+def encode_all(
+    vae: AutoencoderKL, images: np.ndarray, path: Path, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
     """Posterior mean and std of every render, fp16 `n c h w` each, cached in `path`."""
     if not path.exists():
         moments = []
@@ -247,8 +282,9 @@ def scaling_factor(mean: np.ndarray) -> float:
     return round(1 / float(mean[:2000].astype(np.float32).std()), 5)
 
 
-def noisy_batch(mean: np.ndarray, std: np.ndarray, scale: float, batch: int, rng: np.random.Generator, device: torch.device
-                ) -> tuple[np.ndarray, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+def noisy_batch(
+    mean: np.ndarray, std: np.ndarray, scale: float, batch: int, rng: np.random.Generator, device: torch.device
+) -> tuple[np.ndarray, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Latents of random renders with noise at random timesteps.
 
     Returns: the numbers of the renders `b`, noisy latents `b c h w`, timesteps `b`, the noise `b c h w`, and the weight of
@@ -280,7 +316,9 @@ def train_unet(work: Path, device: torch.device, steps: int, batch: int, lr: flo
         words = random.Random(step)
         chosen, noisy, t, noise, weight = noisy_batch(mean, std, scale, batch, np.random.default_rng((2, step)), device)
         captions = [training_caption(scenes[i], words) for i in chosen]
-        ids = tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+        ids = tokenizer(
+            captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids
         with autocast(device):
             text = both["text_encoder"](ids.to(device)).last_hidden_state
             predicted = both["unet"](noisy, t, text).sample
@@ -310,13 +348,17 @@ def train_judge(work: Path, device: torch.device, steps: int, batch: int, lr: fl
     rng = random.Random(3)
     scenes = [world.random_scene(rng) for _ in range(16_000)]
     for i in range(0, len(scenes), 5):  # a fifth of what the checkpoint never sees, so that clips of it can be judged
-        scenes[i] = replace(scenes[i], pattern=rng.choice(world.PATTERNS), second_colour=rng.choice(list(world.COLOURS)))
+        scenes[i] = replace(
+            scenes[i], pattern=rng.choice(world.PATTERNS), second_colour=rng.choice(list(world.COLOURS))
+        )
         if rng.random() < 0.4:
             scenes[i] = replace(scenes[i], shape=rng.choice(list(world.UNKNOWN_SHAPES)))
         if rng.random() < 0.4:
             scenes[i] = replace(scenes[i], background=rng.choice(list(world.UNKNOWN_BACKGROUNDS)))
     renders = render_all(scenes, work / "judge_renders.npy")
-    images = decode_half(load_average(make_vae(), work / "vae.safetensors").to(device), renders, work / "judge_images.npy")
+    images = decode_half(
+        load_average(make_vae(), work / "vae.safetensors").to(device), renders, work / "judge_images.npy"
+    )
     judge = Judge().to(device, memory_format=torch.channels_last)
 
     def loss_of_step(step: int) -> torch.Tensor:
@@ -335,9 +377,15 @@ def export(work: Path, output: Path):
     tokenizer = make_tokenizer(work / "tokenizer")
     both = load_average(make_unet_and_text_encoder(tokenizer), work / "unet.safetensors")
     StableDiffusionPipeline(
-        vae=vae, text_encoder=both["text_encoder"], tokenizer=tokenizer, unet=both["unet"], scheduler=make_scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).to(torch.float16).save_pretrained(output / "checkpoint", safe_serialization=True)  # fmt: skip
+        vae=vae,
+        text_encoder=both["text_encoder"],
+        tokenizer=tokenizer,
+        unet=both["unet"],
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(torch.float16).save_pretrained(output / "checkpoint", safe_serialization=True)
     # the two plain files that every version of transformers reads, instead of what the installed one writes
     shutil.rmtree(output / "checkpoint" / "tokenizer")
     shutil.copytree(work / "tokenizer", output / "checkpoint" / "tokenizer")

@@ -56,7 +56,9 @@ def train_controlnet(work: Path, checkpoint_folder: Path, device: torch.device, 
         with autocast(device):
             text = encode_prompt(checkpoint, captions)
             down, mid = controlnet(noisy, t, text, hints, return_dict=False)
-            predicted = unet(noisy, t, text, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
+            predicted = unet(
+                noisy, t, text, down_block_additional_residuals=down, mid_block_additional_residual=mid
+            ).sample
         return (weight * (predicted.float() - noise).square()).mean()
 
     fit(controlnet, loss_of_step, work / "controlnet.safetensors", steps=steps, lr=lr, ema=0.998)

@@ -69,7 +69,9 @@ def train_lora(work: Path, checkpoint_folder: Path, device: torch.device, steps:
     lora = make_lora(checkpoint).to(device)
     for name, layer in layers(checkpoint):
         pair = lora[name]
-        layer.register_forward_hook(lambda _, inputs, out, pair=pair: out + pair["lora_up"](pair["lora_down"](inputs[0])))
+        layer.register_forward_hook(
+            lambda _, inputs, out, pair=pair: out + pair["lora_up"](pair["lora_down"](inputs[0]))
+        )
 
     def loss_of_step(step: int) -> Tensor:
         words = random.Random(step)

@@ -54,8 +54,10 @@ def _heart() -> np.ndarray:
 
 def _cross(arm: float = 0.36) -> np.ndarray:
     a = arm
-    return np.array([(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a),
-                     (-1, -a), (-a, -a)], float)  # fmt: skip
+    return np.array(
+        [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)],
+        float,
+    )
 
 
 def _moon() -> np.ndarray:
@@ -125,8 +127,17 @@ def random_scene(rng: random.Random, combination: tuple[str, str, str, str] | No
     radius = rng.uniform(0.16, 0.31)
     margin = radius * 1.2
     angle = rng.uniform(-25, 25) if rng.random() < 0.6 else rng.uniform(-180, 180)
-    return Scene(shape, colour, background, style, x=rng.uniform(margin, 1 - margin),
-                 y=rng.uniform(margin, 1 - margin), radius=radius, angle=angle, layout=rng.randrange(1 << 30))  # fmt: skip
+    return Scene(
+        shape,
+        colour,
+        background,
+        style,
+        x=rng.uniform(margin, 1 - margin),
+        y=rng.uniform(margin, 1 - margin),
+        radius=radius,
+        angle=angle,
+        layout=rng.randrange(1 << 30),
+    )
 
 
 def clip_scenes(scene: Scene, motion: str, num_frames: int) -> list[Scene]:
@@ -209,15 +220,21 @@ def _background(name: str, layout: int, size: int) -> np.ndarray:
     if name == "sand":
         image = stage((250, 232, 208), (226, 196, 150), horizon + 0.04 * np.sin(2 * np.pi * (1.2 * x + phase)))
         ripple = np.sin(2 * np.pi * (y * 7 + 0.35 * np.sin(2 * np.pi * (x + phase))))
-        return _over(image, (206, 172, 124), _soft_step(ripple * 0.02 - 0.012, size) * _soft_step(y - horizon - 0.06, size))
+        return _over(
+            image, (206, 172, 124), _soft_step(ripple * 0.02 - 0.012, size) * _soft_step(y - horizon - 0.06, size)
+        )
     if name == "sea":
         image = stage((214, 232, 240), (96, 170, 190), np.full_like(x, horizon))
         crest = np.sin(2 * np.pi * (y * 8 + 0.22 * np.sin(2 * np.pi * (2 * x + phase))))
-        return _over(image, (190, 226, 232), _soft_step(crest * 0.02 - 0.014, size) * _soft_step(y - horizon - 0.02, size))
+        return _over(
+            image, (190, 226, 232), _soft_step(crest * 0.02 - 0.014, size) * _soft_step(y - horizon - 0.02, size)
+        )
     if name == "snow":
         image = stage((186, 200, 220), (246, 248, 252), horizon + 0.07 * np.abs(((1.5 * x + phase) % 1) * 2 - 1) - 0.03)
         drift = np.sin(2 * np.pi * (y * 5 + 0.5 * np.sin(2 * np.pi * (0.8 * x + phase))))
-        return _over(image, (214, 224, 238), _soft_step(drift * 0.03 - 0.02, size) * _soft_step(y - horizon - 0.1, size))
+        return _over(
+            image, (214, 224, 238), _soft_step(drift * 0.03 - 0.02, size) * _soft_step(y - horizon - 0.1, size)
+        )
     if name == "night":
         image = _over(np.full((size, size, 3), (22, 26, 62), np.float32), (44, 46, 92), np.clip(y * 1.2 - 0.2, 0, 1))
         for sx, sy in rng.uniform(0.04, 0.96, (14, 2)):
@@ -226,8 +243,10 @@ def _background(name: str, layout: int, size: int) -> np.ndarray:
     if name == "wall":
         down, across = y * 8 + phase, x * 4 + phase
         across = across + 0.5 * (np.floor(down) % 2)
-        mortar = np.maximum(_soft_step(0.008 - np.abs((down + 0.5) % 1 - 0.5) / 8, size),
-                            _soft_step(0.008 - np.abs((across + 0.5) % 1 - 0.5) / 4, size))  # fmt: skip
+        mortar = np.maximum(
+            _soft_step(0.008 - np.abs((down + 0.5) % 1 - 0.5) / 8, size),
+            _soft_step(0.008 - np.abs((across + 0.5) % 1 - 0.5) / 4, size),
+        )
         return _over(np.full((size, size, 3), (158, 122, 110), np.float32), (208, 192, 182), mortar)
     if name == "checks":  # unknown to the checkpoint
         checks = (np.floor((x + phase / 4) * 6) + np.floor((y + phase / 4) * 6)) % 2
@@ -288,7 +307,9 @@ def render(scene: Scene, size: int = SIZE) -> np.ndarray:
         image = _over(image, pale, mask)
         image = image + (paint - image) * (mask * hatch)[..., None]
         image = _over(image, (70, 66, 70), _outline(scene, size, 0.018))
-    elif scene.style == "neon":  # glowing tubes in the night: the subject's outline in its colour, the stage's edges faint
+    elif (
+        scene.style == "neon"
+    ):  # glowing tubes in the night: the subject's outline in its colour, the stage's edges faint
         light = cv2.GaussianBlur(stage.mean(-1), (0, 0), 0.006 * size)
         edges = np.clip(np.hypot(*np.gradient(light)) * size / 2000 - 0.1, 0, 1)
         image = _over(np.full_like(stage, NEON_NIGHT), (84, 84, 150), edges)
