@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..tav_core.attention import MODES
-from ..tav_core.inflate import NORMS
+from ..tav_core.inflation import NORMS
 from .common import plain_errors, schema
 from .native import inflate_model
 

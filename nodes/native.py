@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..tav_core import ContextWindows, TavError, VideoUNet, inflate, trainable_parameters
 from ..tav_core.attention import FrameAttnProcessor, FrameContext
-from ..tav_core.inflate import OverFrames, TunedLinear, VideoGroupNorm
+from ..tav_core.inflation import OverFrames, TunedLinear, VideoGroupNorm
 from .families import InflatedSDXL, NativeModel, NativePatcher, VectorVideoUNet, check_lora
 from .patches import layers_of, patched
 

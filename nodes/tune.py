@@ -16,11 +16,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..tav_core import TuneConfig, TuneResult, base_fingerprint, ddim_invert, ddim_sample, loss_curve, strip, tune
-from ..tav_core.inflate import MEMORY
-from ..tav_core.state import read_state
-from ..tav_core.tuned import tuned_info
+from ..tav_core.condition import at_frames
+from ..tav_core.recompute import MEMORY
+from ..tav_core.tuned_weights import tuned_info
 from ..tav_core.tuning import DTYPES, Take, run_fingerprint, step_memory
-from ..tav_core.windows import at_frames
+from ..tav_core.tuning_state import read_state
 from .common import (
     NodeTakes,
     NodeTunedWeights,

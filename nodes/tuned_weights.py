@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from safetensors.torch import load_file
 
 from ..tav_core import TavError, base_fingerprint, read_tuned
-from ..tav_core.tuned import check_fit, write_tuned
+from ..tav_core.tuned_weights import check_fit, write_tuned
 from .common import NodeTunedWeights, TunedWeights, inside, plain_errors, schema
 from .native import trainable_names, video_unet, weights, with_tuned_weights
 

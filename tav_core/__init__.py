@@ -3,10 +3,11 @@
 from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video, load_checkpoint, load_controlnet
 from .ddim import ddim_invert, ddim_sample, ddim_timesteps
 from .errors import Cancelled, TavError
-from .inflate import VideoUNet, inflate, trainable_parameters
-from .pipeline import PRESETS, Preset, Source, find_subject, invert, prepare, sample, tune_on
+from .inflation import VideoUNet, inflate, trainable_parameters
+from .pipeline import Source, find_subject, invert, prepare, sample, tune_on
+from .presets import PRESETS, Preset
 from .subject import editable, subject_mask
-from .tuned import TunedInfo, base_fingerprint, load_tuned, read_tuned, save_tuned
+from .tuned_weights import TunedInfo, base_fingerprint, load_tuned, read_tuned, save_tuned
 from .tuning import TuneConfig, TuneResult, tune, tuning_loss
 from .video import Clip, load_video, save_video, to_frames, to_pixels
 from .visuals import loss_curve, side_by_side, strip

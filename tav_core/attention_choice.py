@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .atomic import atomic_path
 from .block_attention import block_attention
 from .errors import TavError
-from .files import atomic_path
 from .mixed_attention import AVAILABLE, mixed_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -29,15 +29,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from .atomic import atomic_path
 from .attention import sdpa
 from .attention_choice import explicit_attention
 from .checkpoint import CONFIGS, Checkpoint, decode_video, encode_prompt, encode_video, load_checkpoint
 from .ddim import ddim_invert, ddim_sample
 from .errors import TavError
-from .files import atomic_path
-from .inflate import MEMORY, VideoUNet, inflate
-from .memory import choose, free_memory, needed_memory, without_content
-from .pipeline import offloaded
+from .inflation import VideoUNet, inflate
+from .memory import choose, free_memory, needed_memory, offloaded, without_content
+from .recompute import MEMORY
 from .tuning import DTYPES, TuneConfig, computing, tune, tuning_loss
 
 STAGES = ("tune", "invert", "sample", "encode", "decode")

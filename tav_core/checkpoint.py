@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .errors import TavError
-from .inflate import VideoUNet, inflate
+from .inflation import VideoUNet, inflate
 from .video import to_frames
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -14,8 +14,8 @@ from einops import rearrange
 from torch import Tensor
 
 from .attention import ANCHORED
+from .condition import labelled, per_frame, predict
 from .errors import TavError
-from .inflate import labelled, per_frame, predict
 from .steady import steadied
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from .condition import labelled, predict
 from .errors import TavError
-from .inflate import labelled, predict
 
 _STRATA = 16  # as many consecutive timesteps cover the range once
 _MIN_SNR_GAMMA = 5.0  # arXiv 2303.09556

@@ -8,9 +8,8 @@ video = sample(checkpoint, unet, noise, "an edited prompt", preset, source_promp
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,64 +19,15 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video
 from .ddim import ddim_invert, ddim_sample
 from .errors import TavError
-from .inflate import VideoUNet, inflate, trainable_parameters
+from .inflation import VideoUNet, inflate, trainable_parameters
+from .memory import offloaded
+from .presets import Preset
 from .subject import SOFTNESS, anchor_of, editable, outlined, pooled, put_back, softened, still_of, subject_mask
-from .tuning import Take, TuneConfig, TuneResult, tune
+from .tuning import Take, TuneResult, tune
 from .video import to_pixels
 from .windows import ContextWindows, WindowedUNet
 
 Callback = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Settings of a whole edit. `sampling_steps` serve inversion and sampling alike.
-
-    Attributes:
-        attention_injection: share of the sampling steps in which the edit attends as the clip does, 0 ... 1: more
-            keeps more of its layout and motion (see `attention`; 0 in the paper).
-        caption_as_negative: how much of the negative prompt is the clip's own sentence, 0 ... 1: guidance then
-            follows what an edit changes in it, and the clip is inverted with it. 0 is the paper, 1 negative-prompt
-            inversion (arXiv 2305.16807).
-        steady: with a mask of the subject, a background that an edit draws anew stands still where the clip's does (see
-            `steady`). Turn it off for one that should move, such as a fire or a crowd.
-        context_overlap: frames that neighbouring windows share; with `tuning.context_length` all stages see a clip
-            window by window (see `windows`).
-    """
-
-    tuning: TuneConfig
-    sampling_steps: int = 50
-    guidance_scale: float = 12.5
-    attention_injection: float = 0.0
-    caption_as_negative: float = 0.0
-    steady: bool = True
-    context_overlap: int = 4
-
-    def __post_init__(self):
-        for name in ("attention_injection", "caption_as_negative"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise TavError(f"{name}={getattr(self, name)} is out of range; give a number from 0 to 1")
-        if self.tuning.context_length is not None:
-            ContextWindows(self.tuning.context_length, self.context_overlap)
-
-
-PRESETS = {
-    # section 4 of the paper and the authors' configuration files
-    "paper": Preset(TuneConfig(steps=500, learning_rate=3e-5), sampling_steps=50, guidance_scale=12.5),
-    # found with `python -m tav_core.mini benchmark`: the small checkpoint wants to learn fast; a large one doesn't
-    "mini": Preset(
-        TuneConfig(steps=200, learning_rate=2e-3, timestep_sampling="stratified"),
-        sampling_steps=25,
-        guidance_scale=5.0,
-        attention_injection=0.6,
-        caption_as_negative=0.25,
-    ),
-}
-
-
-def default_preset(checkpoint_name: str) -> str:
-    """The name of the preset that suits a checkpoint."""
-    return "mini" if checkpoint_name == "mini" else "paper"
 
 
 @dataclass
@@ -175,19 +125,6 @@ def tune_on(
             say=say,
         )
     return unet, result
-
-
-@contextmanager
-def offloaded(*models: nn.Module) -> Iterator[None]:
-    """Models that aren't needed for a while wait on the CPU: those of Stable Diffusion leave 0.8 GB to the tuning."""
-    devices = [next(model.parameters()).device for model in models]
-    try:
-        for model in models:
-            nn.Module.to(model, "cpu")
-        yield
-    finally:
-        for model, device in zip(models, devices):
-            nn.Module.to(model, device)
 
 
 def invert(
@@ -320,35 +257,3 @@ def sample(
 
 def _inversion_text(checkpoint: Checkpoint, prompt: str, preset: Preset) -> Tensor:
     return encode_prompt(checkpoint, prompt if preset.caption_as_negative else "")
-
-
-def with_settings(
-    preset: Preset,
-    *,
-    steps: int | None = None,
-    learning_rate: float | None = None,
-    seed: int | None = None,
-    dtype: str | None = None,
-    memory: str | None = None,
-    sampling_steps: int | None = None,
-    guidance_scale: float | None = None,
-    attention_injection: float | None = None,
-    caption_as_negative: float | None = None,
-    steady: bool | None = None,
-    context_length: int | None = None,
-    context_overlap: int | None = None,
-) -> Preset:
-    """A preset with some of its settings replaced; None keeps the preset's own."""
-    tuning = dict(
-        steps=steps, learning_rate=learning_rate, seed=seed, dtype=dtype, memory=memory, context_length=context_length
-    )
-    sampling = dict(
-        sampling_steps=sampling_steps,
-        guidance_scale=guidance_scale,
-        attention_injection=attention_injection,
-        caption_as_negative=caption_as_negative,
-        steady=steady,
-        context_overlap=context_overlap,
-    )
-    tuning, sampling = ({k: v for k, v in s.items() if v is not None} for s in (tuning, sampling))
-    return replace(preset, tuning=replace(preset.tuning, **tuning), **sampling)

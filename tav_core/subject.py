@@ -21,9 +21,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from einops import rearrange
 from torch import Tensor, nn
 
+from .condition import labelled
 from .ddim import ddim_invert
 from .errors import TavError
-from .inflate import labelled
 
 REGIONS = ("everything", "subject", "background")
 _LEVELS = (0.16, 0.28, 0.40, 0.52)  # of the training timesteps: below, the picture says it all, above, it says nothing

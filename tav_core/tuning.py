@@ -17,12 +17,14 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
+from .condition import at_frames
 from .errors import OutOfMemory, TavError
-from .inflate import MEMORY, VideoUNet, trainable_parameters
+from .inflation import VideoUNet, trainable_parameters
 from .memory import choose, free_memory, is_out_of_memory, needed_memory, release
 from .objective import draw_take, draw_timesteps, generator_for, tuning_loss
-from .state import TuneState, check_same_run, hash_tensors, read_state, restore, save_state
-from .windows import at_frames, check_context_length, even_windows, random_window
+from .recompute import MEMORY
+from .tuning_state import TuneState, check_same_run, hash_tensors, read_state, restore, save_state
+from .windows import check_context_length, even_windows, random_window
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SCALE_INTERVAL = 2000  # good steps before the fp16 loss scale doubles

@@ -15,8 +15,8 @@ from einops import rearrange
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from .atomic import atomic_path
 from .errors import TavError
-from .files import atomic_path
 
 FITS = ("crop", "pad", "stretch")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")

@@ -9,8 +9,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from .atomic import atomic_path
 from .errors import TavError
-from .files import atomic_path
 
 BACKGROUND, INK, MARGIN = (24, 25, 28), (232, 232, 235), 8
 FRAME = 128  # pixels that a frame should at least measure to be read

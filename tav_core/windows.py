@@ -7,14 +7,14 @@ blended, step by step, as in Gen-L-Video (arXiv 2305.18264); the shared frame 0 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .attention import FrameContext
+from .condition import at_frames
 from .errors import TavError
-from .inflate import VideoUNet, per_frame
+from .inflation import VideoUNet
 
 SHORTEST = 3  # frame 0, the previous frame, and one that sees both
 _GOLDEN = (5**0.5 - 1) / 2
@@ -138,20 +138,6 @@ def even_windows(num_frames: int, context_length: int, count: int) -> list[Tenso
     """Frame numbers of `count` windows that are spread over the clip."""
     starts = torch.linspace(1, num_frames - (context_length - 1), count).round().long()
     return [_window(start.item(), context_length) for start in starts]
-
-
-def at_frames(name: str, value: Any, b: int, f: int, frames: Tensor) -> Any:
-    """What belongs to those frames of every video, of a value for `b` videos of `f` frames (see `per_frame`)."""
-    rows = (torch.arange(b)[:, None] * f + frames).flatten()
-
-    def pick(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: pick(entry) for key, entry in value.items()}
-        if isinstance(value, list):
-            return [pick(entry) for entry in value]
-        return value[rows.to(value.device)] if isinstance(value, Tensor) and value.ndim else value
-
-    return pick(per_frame(name, value, b, f))
 
 
 def _window(start: int, context_length: int) -> Tensor:

@@ -162,6 +162,6 @@ def register(free: int = 16_000_000_000):
 
 if __name__ == "__main__":
     register()
-    from tav_core.__main__ import main
+    from tav_core.cli import main
 
     main()

@@ -96,7 +96,7 @@ def test_windows_of_a_long_clip_stay_on_their_device(tmp_path):
 def test_the_benchmark_stays_on_its_device():
     options = ["bench", "--device", "npu", "--gpu", "--layout", "small", "--size", "8", "--frames", "2", "--dtype", "fp32", "--memory", "selective",
                "--runs", "1", "--threads", "1", "--no-memory"]  # fmt: skip
-    lines = ["import accelerator, sys", "accelerator.register()", "from tav_core import bench", "from tav_core.__main__ import main",
+    lines = ["import accelerator, sys", "accelerator.register()", "from tav_core import bench", "from tav_core.cli import main",
              "edit = bench.Subject.edit", "bench.Subject.edit = lambda self, mode: edit(self, mode, steps=2)",
              f"sys.argv[1:] = {options}", "main()"]  # fmt: skip
     done = python("-c", "\n".join(lines))
@@ -105,7 +105,7 @@ def test_the_benchmark_stays_on_its_device():
 
 
 def test_what_a_stage_does_not_need_waits_on_the_cpu():
-    lines = ["import accelerator, torch", "accelerator.register()", "from tav_core.pipeline import offloaded",
+    lines = ["import accelerator, torch", "accelerator.register()", "from tav_core.memory import offloaded",
              "model = torch.nn.Linear(2, 2).to('npu')", "before = model.weight.detach().cpu()",
              "try:", "    with offloaded(model):", "        assert model.weight.device.type == 'cpu'", "        raise KeyboardInterrupt",
              "except KeyboardInterrupt:", "    assert model.weight.device.type == 'npu'",

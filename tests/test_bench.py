@@ -11,11 +11,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tav_core import bench
-from tav_core.__main__ import main
 from tav_core.attention_choice import ATTENTIONS
 from tav_core.block_attention import block_attention
+from tav_core.cli import main
+from tav_core.condition import predict
 from tav_core.errors import TavError
-from tav_core.inflate import predict, trainable_parameters
+from tav_core.inflation import trainable_parameters
 from tav_core.tuning import TuneConfig, computing, tuning_loss
 
 
@@ -217,7 +218,7 @@ def test_a_mode_that_runs_out_of_memory_gets_no_figure_of_another(subject, monke
 
 def test_it_needs_no_video_library():
     blocked = "import sys; sys.modules.update(dict.fromkeys(['av', 'cv2', 'matplotlib'])); "
-    program = blocked + "sys.argv[1:] = ['bench', '--help']; from tav_core.__main__ import main; main()"
+    program = blocked + "sys.argv[1:] = ['bench', '--help']; from tav_core.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True
     )

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from tav_core import cli, load_video, save_video
-from tav_core.__main__ import main
+from tav_core import load_video, save_video, terminal
+from tav_core.cli import main
 from tav_core.mini import world
 
 ROOT = Path(__file__).parent.parent
@@ -235,7 +235,7 @@ def test_out_of_memory_gives_one_line_on_every_device(error, monkeypatch, capsys
     parser.set_defaults(run=fail)
     monkeypatch.setattr("sys.argv", ["tav_core"])
     with pytest.raises(SystemExit) as end:
-        cli.run(parser)
+        terminal.run(parser)
     told = capsys.readouterr().err
     assert (
         end.value.code == 2
@@ -249,7 +249,7 @@ def test_other_errors_keep_their_traceback(monkeypatch):
     parser.set_defaults(run=lambda args: torch.zeros(2) @ torch.zeros(3))
     monkeypatch.setattr("sys.argv", ["tav_core"])
     with pytest.raises(RuntimeError):
-        cli.run(parser)
+        terminal.run(parser)
 
 
 def test_render_makes_the_clip_of_the_world(tmp_path):

@@ -13,9 +13,9 @@ from diffusers import (
     PNDMScheduler,
 )
 
+from tav_core.condition import per_frame
 from tav_core.ddim import ddim_invert, ddim_sample, ddim_step, ddim_timesteps, to_eps_x0
 from tav_core.errors import Cancelled, TavError
-from tav_core.inflate import per_frame
 
 SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1)
 DDIM = DDIMScheduler(**SD, clip_sample=False, set_alpha_to_one=False)

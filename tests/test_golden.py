@@ -12,7 +12,7 @@ from torch import nn
 
 from tav_core.attention import FrameAttnProcessor, FrameContext, temporal_attention
 from tav_core.ddim import ddim_invert, ddim_sample, ddim_timesteps
-from tav_core.inflate import inflate, trainable_parameters
+from tav_core.inflation import inflate, trainable_parameters
 from tav_core.tuning import TuneConfig, make_optimizer, tuning_loss
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -12,7 +12,8 @@ from einops import rearrange
 from tav_core.attention import FrameAttnProcessor, FrameContext, sdpa, temporal_attention
 from tav_core.ddim import ddim_sample
 from tav_core.errors import TavError
-from tav_core.inflate import MEMORY, VideoUNet, inflate, trainable_parameters
+from tav_core.inflation import VideoUNet, inflate, trainable_parameters
+from tav_core.recompute import MEMORY
 
 CROSS_DOWN, DOWN, CROSS_UP, UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
 TINY = dict(

@@ -9,8 +9,8 @@ from test_tuning import CONFIG, make_unet, run, stop_at, weights
 
 from tav_core import bench
 from tav_core.errors import Cancelled, OutOfMemory
-from tav_core.inflate import MEMORY
 from tav_core.memory import _Peak, choose, is_out_of_memory, needed_memory
+from tav_core.recompute import MEMORY
 from tav_core.tuning import tuning_loss
 
 GB = 10**9

@@ -16,8 +16,9 @@ from test_cli import ROOT, tav
 from test_golden import GOLDEN, close, load
 
 from tav_core import TuneConfig, VideoUNet, base_fingerprint, ddim_invert, inflate, load_tuned, pipeline, save_tuned
-from tav_core.__main__ import _load_tuned_unet
 from tav_core.checkpoint import load_checkpoint
+from tav_core.cli import _load_tuned_unet
+from tav_core.presets import Preset
 
 CONFIG = json.loads((GOLDEN / "unet" / "config.json").read_text()) | {
     "_class_name": "UNet3DConditionModel",
@@ -156,7 +157,7 @@ def test_tuning_goes_on_from_its_weights(published):
     checkpoint = load_checkpoint(published)
     frames = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     source = pipeline.prepare(checkpoint, frames, "a man is surfing")
-    preset = pipeline.Preset(TuneConfig(steps=1, learning_rate=1e-4), sampling_steps=2)
+    preset = Preset(TuneConfig(steps=1, learning_rate=1e-4), sampling_steps=2)
     before = {name: value.clone() for name, value in checkpoint.unet.state_dict().items()}
     unet, _ = pipeline.tune_on(checkpoint, source, preset)
     after, name = unet.state_dict(), "mid_block.attentions.0.transformer_blocks.0.attn_temp.to_v.weight"

@@ -8,11 +8,11 @@ import torch
 from conftest import refused
 
 from tav_core import PRESETS, TuneConfig, ddim_sample, find_subject, inflate, invert, load_checkpoint, prepare, sample
-from tav_core.cli import add_preset_arguments, preset_of
 from tav_core.mini import world
 from tav_core.mini.benchmark import BenchmarkClip
 from tav_core.steady import STILL, steadied
 from tav_core.subject import still_of
+from tav_core.terminal import add_preset_arguments, preset_of
 
 CLIP = BenchmarkClip(world.Scene("cross", "green", "snow", layout=5), "bounce", {}, num_frames=4)
 PRESET = replace(PRESETS["mini"], tuning=TuneConfig(steps=1), sampling_steps=8)

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from tav_core.checkpoint import load_checkpoint
 from tav_core.errors import TavError
-from tav_core.inflate import inflate, trainable_parameters
-from tav_core.tuned import base_fingerprint, load_tuned, read_tuned, save_tuned
+from tav_core.inflation import inflate, trainable_parameters
+from tav_core.tuned_weights import base_fingerprint, load_tuned, read_tuned, save_tuned
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 
+from tav_core.atomic import atomic_path
 from tav_core.errors import Cancelled, TavError
-from tav_core.files import atomic_path
-from tav_core.inflate import inflate, trainable_parameters
+from tav_core.inflation import inflate, trainable_parameters
 from tav_core.objective import draw_timesteps
 from tav_core.tuning import TuneConfig, half_precision_cost, tune, tuning_loss
 
@@ -354,6 +354,6 @@ def test_disk_full_in_safetensors(monkeypatch, tmp_path):
     def full(*args):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("tav_core.state.save_file", full)
+    monkeypatch.setattr("tav_core.tuning_state.save_file", full)
     with pytest.raises(TavError, match="run.safetensors: No space left on device; free space or"):
         run(make_unet(), state_path=path)

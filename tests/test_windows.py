@@ -13,7 +13,7 @@ from reduced import clip, inflated, native, prompt, relative, sample
 from safetensors.torch import load_file
 from test_tuning import CONFIG, SCHEDULER, Cancelled, equal, make_unet, run, stop_at, weights
 
-import tav_core.__main__ as command_line
+import tav_core.cli as command_line
 from tav_core import (
     ContextWindows,
     TuneConfig,

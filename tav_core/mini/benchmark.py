@@ -17,7 +17,7 @@ import torch
 from einops import rearrange
 
 from ..checkpoint import Checkpoint
-from ..inflate import inflate
+from ..inflation import inflate
 from ..metrics import psnr
 from ..pipeline import Preset, Source, find_subject, invert, prepare, sample, tune_on
 from ..subject import editable

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..checkpoint import MINI, load_checkpoint, load_controlnet
-from ..cli import add_preset_arguments, preset_of, run
+from ..terminal import add_preset_arguments, preset_of, run
 from . import world
 from .judge import load_judge
 

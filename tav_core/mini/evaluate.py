@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..checkpoint import Checkpoint, decode_video, encode_prompt
 from ..ddim import ddim_sample
-from ..inflate import VideoUNet, inflate
+from ..inflation import VideoUNet, inflate
 from . import world
 from .judge import Judge, verdict
 

@@ -16,7 +16,7 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..files import atomic_path
+from ..atomic import atomic_path
 from . import world
 
 LATENT_COLOURS = "latent_rgb.safetensors"  # in the folder of the checkpoint

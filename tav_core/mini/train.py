@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..files import atomic_path
+from ..atomic import atomic_path
 from . import world
 from .judge import Judge, judge_loss
 from .preview import LATENT_COLOURS, write_latent_colours

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..atomic import atomic_path
 from ..checkpoint import Checkpoint, encode_prompt, load_checkpoint
-from ..files import atomic_path
 from .train import autocast, encode_all, fit, load_average, noisy_batch, render_all, training_caption, training_scenes
 
 LORA = Path(__file__).parent / "lora" / "mini-neon.safetensors"

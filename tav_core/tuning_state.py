@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .atomic import atomic_path
 from .errors import TavError
-from .files import atomic_path
 
 FORMAT = "tune-a-video-state-1"
 

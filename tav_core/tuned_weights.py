@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .atomic import atomic_path
 from .errors import TavError
-from .files import atomic_path
-from .inflate import VideoUNet, trainable_parameters
+from .inflation import VideoUNet, trainable_parameters
 
 FORMAT = "tune-a-video-1"
 _SAMPLES = 1024  # values of each parameter that go into the fingerprint

@@ -7,69 +7,24 @@ transformer block receives `norm_temp` and `attn_temp`.
 
 import copy
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .attention import MODES, FrameAttnProcessor, FrameContext, anchored, temporal_attention
+from .condition import per_frame
 from .errors import TavError
+from .recompute import Recomputed, make_units
 
 NORMS = ("video", "frame")
-MEMORY = (
-    "fast",
-    "selective",
-    "checkpointing",
-    "low",
-)  # of the tuning: each takes less memory and more time than the one before
-_PARTS = 4
 _TRAINABLE = re.compile(r"\.(attn1\.to_q|attn2\.to_q|attn_temp)\.")
-
-
-class Recomputed:
-    """Mixin: a unit of gradient checkpointing, recomputed in the backward pass with the frame count of its own forward.
-
-    Attributes:
-        recomputed: whether it is so now.
-        modes: the `MEMORY` modes in which it is so.
-    """
-
-    frame_context: FrameContext
-    recomputed: bool = False
-    modes: tuple[str, ...]
-
-    def forward(self, *args, **kwargs):
-        context, forward = self.frame_context, super().forward
-        if not (self.recomputed and torch.is_grad_enabled()):
-            return forward(*args, **kwargs)
-        frames, anchor = context.frames, context.anchor  # another forward may run before the backward of this one
-
-        def run(*args, **kwargs):
-            with context.running(frames, anchor):
-                return forward(*args, **kwargs)
-
-        return checkpoint(run, *args, use_reentrant=False, **kwargs)
-
-
-class RecomputedInParts(Recomputed):
-    """The same for a module that treats every frame alike: a few frames at a time, so that no part takes much."""
-
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:  # (b f) n c
-        forward = super().forward
-        return (
-            torch.cat([forward(part, *args, **kwargs) for part in x.chunk(_PARTS)])
-            if self.recomputed
-            else forward(x, *args, **kwargs)
-        )
 
 
 class OverFrames:
@@ -237,37 +192,6 @@ class VideoUNet(UNet2DConditionModel):
         return self.memory != "fast"
 
 
-def per_frame(name: str, value: Any, b: int, f: int) -> Any:
-    """Repeat tensors that come once for all (`1 ...`) or per video (`b ...`) to one per frame (`(b f) ...`).
-
-    Dictionaries, lists and tuples are walked (and copied: diffusers pops from the lists it is given).
-    """
-    if isinstance(value, dict):
-        return {key: per_frame(f"{name}[{key!r}]", entry, b, f) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [per_frame(name, entry, b, f) for entry in value]
-    if not isinstance(value, Tensor) or value.ndim == 0 or len(value) == b * f:
-        return value
-    if len(value) == b:
-        return value.repeat_interleave(f, dim=0)
-    if len(value) == 1:
-        return value.expand(b * f, *value.shape[1:])
-    wanted = f"1, {b} (one per video) or {b * f} (one per frame)"
-    raise TavError(f"{name} has a batch of {len(value)} for {b} videos of {f} frames; give {wanted}")
-
-
-def labelled(class_labels: Tensor | None) -> dict[str, Tensor]:
-    """Keyword arguments of a U-Net's forward: most U-Nets take no labels, and then there are none."""
-    return {} if class_labels is None else {"class_labels": class_labels}
-
-
-def predict(
-    unet: Callable, latents: Tensor, timesteps: Tensor | int, encoder_hidden_states: Tensor, **settings
-) -> Tensor:
-    """What a U-Net says of latents `b c f h w`, computed in its `dtype`: float32 `b c f h w`."""
-    return unet(latents.to(unet.dtype), timesteps, encoder_hidden_states.to(unet.dtype), **settings).float()
-
-
 def inflate(
     unet: UNet2DConditionModel, *, attention: str = "sparse-causal", temporal_causal: bool = False, norm: str = "video"
 ) -> VideoUNet:
@@ -323,7 +247,7 @@ def inflate(
     unet.up_blocks[0].resnets[0].__class__ = AnchoredResnetBlock
     for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
         if block is not None:
-            _make_units(block, context)
+            make_units(block, context)
     if checkpointing:
         unet.enable_gradient_checkpointing()
 
@@ -339,27 +263,6 @@ def inflate(
 def trainable_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
     """Name to parameter of what the method tunes: `attn1.to_q`, `attn2.to_q` and all of `attn_temp`."""
     return {name: parameter for name, parameter in unet.named_parameters() if _TRAINABLE.search(name)}
-
-
-def _make_units(block: nn.Module, context: FrameContext):
-    """Chooses what of a block of the U-Net is recomputed in which of the `MEMORY` modes (see `VideoUNet.set_memory`)."""
-    for module in list(block.modules()):
-        if isinstance(module, ResnetBlock2D):
-            _recompute(module, context, MEMORY[1:])
-        elif isinstance(module, Transformer2DModel):
-            blocks = module.transformer_blocks
-            for unit in [module] if len(blocks) == 1 else blocks:  # a transformer of many blocks would be too large
-                _recompute(unit, context, ("checkpointing", "low"))
-        elif isinstance(module, Attention):
-            _recompute(module, context, ("low",))
-        elif isinstance(module, FeedForward):
-            _recompute(module, context, ("selective", "low"), RecomputedInParts)
-    _recompute(block, context, ("low",))
-
-
-def _recompute(module: nn.Module, context: FrameContext, modes: tuple[str, ...], how: type[Recomputed] = Recomputed):
-    module.__class__ = type(type(module).__name__, (how, type(module)), {"modes": modes})
-    module.frame_context = context
 
 
 def _inflate_block(

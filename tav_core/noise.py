@@ -1,0 +1,51 @@
+"""The noise file: what DDIM inversion found, and how it was inverted, as one safetensors file."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .atomic import atomic_path
+from .errors import TavError
+from .presets import Preset
+
+FORMAT = "tune-a-video-noise-1"
+
+
+def save_noise(path: Path, noise: Tensor, subject: Tensor | None, prompt: str, preset: Preset):
+    metadata = {"format": FORMAT, "prompt": prompt, "steps": str(preset.sampling_steps),
+                "inverted_with": "caption" if preset.caption_as_negative else "empty prompt"}  # fmt: skip
+    with atomic_path(path) as temporary:
+        tensors = {"latents": noise.cpu().contiguous()} | ({} if subject is None else {"subject": subject})
+        save_file(tensors, temporary, metadata)
+
+
+def read_noise(path: Path, preset: Preset) -> tuple[Tensor, Tensor | None, str]:
+    """Inverted noise `1 c f h w`, the mask of the subject `1 1 f h w` of pixels if one was found, and the sentence of its clip.
+
+    Raises:
+        TavError: a file that isn't noise, or noise that was inverted in another way than `preset` samples.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise TavError(f"--noise {path} is not a file of `invert`; make one with python -m tav_core invert")
+            noise = file.get_tensor("latents")
+            subject = file.get_tensor("subject") if "subject" in file.keys() else None
+    except (OSError, SafetensorError) as error:
+        raise TavError(f"--noise {path} can't be read ({error}); make one with python -m tav_core invert") from error
+    steps, inverted_with = int(metadata["steps"]), metadata.get("inverted_with", "empty prompt")
+    if steps != preset.sampling_steps:
+        raise TavError(
+            f"--sampling-steps is {preset.sampling_steps}, but {path} was inverted with {steps}; "
+            f"use --sampling-steps {steps}"
+        )
+    if (inverted_with == "caption") != (preset.caption_as_negative > 0):
+        remedy = "a value above 0" if inverted_with == "caption" else "0"
+        raise TavError(
+            f"--caption-as-negative is {preset.caption_as_negative:g}, but {path} was inverted with the "
+            f"{inverted_with}; give it {remedy}, or invert again"
+        )
+    return noise, subject, metadata["prompt"]
