@@ -24,8 +24,8 @@ from ..tav_core.attention import ANCHORED
 from ..tav_core.steady import steadied
 from ..tav_core.subject import REGIONS, anchor_of, editable, still_of
 from .common import hidden_states, plain_errors, schema
-from .families import vector_of
 from .native import ANCHOR, SOURCE_ROWS, video_unet
+from .sdxl import vector_of
 
 WRAPPER = "model_function_wrapper"
 

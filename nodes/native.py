@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from ..tav_core import ContextWindows, TavError, VideoUNet, inflate, trainable_parameters
 from ..tav_core.attention import FrameAttnProcessor, FrameContext
 from ..tav_core.inflation import OverFrames, TunedLinear, VideoGroupNorm
-from .families import InflatedSDXL, NativeModel, NativePatcher, VectorVideoUNet, check_lora
+from .native_model import InflatedSDXL, NativeModel, NativePatcher, check_lora
 from .patches import layers_of, patched
+from .sdxl import VectorVideoUNet
 
 PREFIX = "diffusion_model."
 FRAMES = "tav_num_frames"  # in transformer_options: the length of the clip that the MODEL was tuned on

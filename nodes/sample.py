@@ -8,7 +8,8 @@ from comfy_api.latest import io
 from ..tav_core import TavError
 from .common import clean_latents, plain_errors, schema
 from .inject import has_injection, with_injection
-from .invert import INVERTED_WITH, sample_with, sigmas_for
+from .invert import INVERTED_WITH
+from .sampling import sample_with, sigmas_for
 
 
 class VideoSampler(io.ComfyNode):

@@ -10,8 +10,8 @@ from ..tav_core import TavError
 from ..tav_core.subject import SOFTNESS, mask_of, outlined, probes, softened
 from .common import clean_latents, from_images, hidden_states, plain_errors, schema
 from .inject import without_injection
-from .invert import sample_with
 from .native import scheduler_of
+from .sampling import sample_with
 
 
 class Probe(comfy.samplers.Sampler):

@@ -35,8 +35,8 @@ from .common import (
     schema,
     show,
 )
-from .families import packed, vector_of
 from .native import WINDOWS, scheduler_of, trainable_copy, video_unet, with_tuned_weights
+from .sdxl import packed, vector_of
 
 KEPT_STATES = 4  # runs that can be resumed; for SD 1.5 a state takes 0.9 GB
 PREVIEW_STEPS, PREVIEW_GUIDANCE = 10, 5.0

@@ -9,8 +9,8 @@ from ..tav_core import TavError
 from ..tav_core.subject import SOFTNESS, mask_of_attention, outlined, softened, word_attention, word_places
 from .common import clean_latents, from_images, hidden_states, plain_errors, schema
 from .inject import without_injection
-from .invert import InversionSampler, sample_with, sigmas_for
 from .native import scheduler_of, video_unet, windows_of
+from .sampling import InversionSampler, sample_with, sigmas_for
 from .subject import check_images
 
 

@@ -1,8 +1,50 @@
-"""Exceptions of the package."""
+"""Exceptions of the package, which every front end tells in its own words."""
+
+import re
+from collections.abc import Callable
+from os import PathLike
+from typing import Any
+
+# fields that a function of Python calls otherwise
+_PYTHON = {"video": "path", "output": "path", "checkpoint": "name_or_path", "controlnet": "path", "tuned": "path",
+           "noise": "path", "state": "state_path"}  # fmt: skip
+_MENTIONED = re.compile("\ue000(.*?)\ue001")  # characters of the private use area: no file name or sentence has them
+
+
+def field(name: str) -> str:
+    """Mentions another field in what a `TavError` says: front ends put their own name for it there."""
+    return f"\ue000{name}\ue001"
 
 
 class TavError(ValueError):
-    """A mistake the user can fix; the message is one line naming the field, its value and the remedy."""
+    """A mistake that the user can fix, in its parts. As a string it is one line, "field=value problem; remedy".
+
+    Attributes:
+        field: what is at fault, an argument of a Python function, an option or an input of a node.
+        value: what was given, or None where the problem says it.
+        problem: what is wrong, the rest of a sentence that begins with the field.
+        remedy: what to do, in the imperative.
+        name_of: the front end's name for a field. A front end that catches an error sets it.
+        assign: what the front end writes between a field and its value.
+    """
+
+    name_of: Callable[[str], str] = staticmethod(lambda field: _PYTHON.get(field, field))
+    assign: str = "="
+
+    def __init__(self, field: str, value: Any = None, problem: str = "", remedy: str = ""):
+        super().__init__(field, value, problem, remedy)
+        self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
+
+    def __str__(self) -> str:
+        if not self.problem:  # TODO: goes when all errors have their parts
+            return self.field
+        value = "" if self.value is None else self.assign + self._value()
+        told = f"{field(self.field)}{value} {self.problem}; {self.remedy}"
+        return _MENTIONED.sub(lambda mentioned: self.name_of(mentioned[1]), told)
+
+    def _value(self) -> str:
+        value = str(self.value) if isinstance(self.value, PathLike) else self.value
+        return repr(value) if self.assign == "=" else str(value)
 
 
 class OutOfMemory(TavError):

@@ -199,7 +199,7 @@ def test_a_clip_that_leads_its_like_changes_nothing(pack, models):
 
 
 def test_the_copy_that_is_tuned_predicts_what_the_model_does(pack, models):
-    wrapped, bridge, xl = inflated(pack, models[0]), pack.nodes.native, pack.nodes.families
+    wrapped, bridge, xl = inflated(pack, models[0]), pack.nodes.native, pack.nodes.sdxl
     text, noise = prompt(1), clip(3)
     vector = xl.vector_of(wrapped, text, noise)
     assert vector.shape == (1, POOLED + 6 * 256)

@@ -1,7 +1,4 @@
-"""What differs between the families of Stable Diffusion: who belongs to which, and the second condition of SDXL.
-
-The U-Net of SDXL is conditioned on a vector as well, made of the pooled text and of the sizes of the picture.
-"""
+"""The classes of an inflated MODEL, and what they refuse: ControlNets, LoRAs and CONDITIONING of another family."""
 
 import copy
 from typing import Any
@@ -9,8 +6,6 @@ from typing import Any
 import comfy.controlnet
 import comfy.model_base
 import comfy.model_patcher
-import torch
-import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
@@ -120,29 +115,3 @@ def check_lora(key: str, weight: Tensor, patch: Any):
             f"the LoRA is for another family of models (its text has width {patch.weights[1].shape[1]}, that of MODEL "
             f"{weight.shape[1]}); use one for the family of MODEL"
         )
-
-
-class VectorVideoUNet(VideoUNet):
-    """A video U-Net that finds the vector behind the tokens of the text (`packed`).
-
-    So whatever knows of text alone (tuning, inversion and sampling of `tav_core`) carries it along.
-    """
-
-    def forward(self, latents: Tensor, timesteps: Tensor | float | int, encoder_hidden_states: Tensor) -> Tensor:
-        channels, width = self.config.projection_class_embeddings_input_dim, self.config.cross_attention_dim
-        count = -(-channels // width)
-        text, tail = encoder_hidden_states[:, :-count], encoder_hidden_states[:, -count:]
-        return super().forward(latents, timesteps, text, class_labels=tail.flatten(1)[:, :channels])
-
-
-def packed(text: Tensor, vector: Tensor) -> Tensor:
-    """`b n d` and `b c` to `b n+m d`: the vector as m more tokens, filled up with zeros. A batch of one is for all."""
-    batch = max(len(text), len(vector))
-    tail = F.pad(vector.to(text), (0, -vector.shape[1] % text.shape[2])).unflatten(1, (-1, text.shape[2]))
-    return torch.cat([text.expand(batch, -1, -1), tail.expand(batch, -1, -1)], dim=1)
-
-
-def vector_of(model: ModelPatcher, conditioning: list, latents: Tensor) -> Tensor | None:
-    """The vector of one CONDITIONING for latents `... h w`, as samplers make it, `1 c`; None but for SDXL."""
-    height, width = latents.shape[-2:]
-    return model.model.encode_adm(**{"width": 8 * width, "height": 8 * height, **conditioning[0][1]})
