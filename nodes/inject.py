@@ -4,6 +4,7 @@ It can also leave a part of the clip as it is, outside of a region or of a noise
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial, wraps
 from typing import Any
 
@@ -20,9 +21,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..tav_core import TavError
-from ..tav_core.attention import ANCHORED
-from ..tav_core.steady import steadied
-from ..tav_core.subject import REGIONS, anchor_of, editable, still_of
+from ..tav_core.injection import REGIONS, EditPlaces, Led, SourceWalk
 from .common import hidden_states, plain_errors, schema
 from .native import ANCHOR, SOURCE_ROWS, video_unet
 from .sdxl import vector_of
@@ -30,15 +29,12 @@ from .sdxl import vector_of
 WRAPPER = "model_function_wrapper"
 
 
-class SourceWalk:
-    """Wraps every call of a MODEL in a sampler: the clip walks beside the edit, from the same noise, and leads.
+class Injection:
+    """A MODEL's calls in a sampler, beside which the clip walks (see `tav_core.injection.SourceWalk`).
 
-    A walk starts with the sampling and goes from one noise level to the next by Euler's method (DDIM). Only the first
-    call at a level takes it further: guidance such as perturbed attention calls the model again, changed.
-
-    Where an edit may change only a part, the walk is the rest, as in `ddim_sample`: at every call the clean latents
-    that the two predict are blended. A noise mask (stock Set Latent Noise Mask) does so as well, together with `region`,
-    in a sampling that starts from the latent itself. In one that adds noise it keeps its stock meaning.
+    It is the MODEL's function wrapper and, with `sample`, a wrapper of its whole sampling. A noise mask (stock Set Latent
+    Noise Mask) limits what may change as well, together with `region`, in a sampling that starts from the latent
+    itself. In one that adds noise it keeps its stock meaning.
 
     Args:
         text: what the clip was inverted with, `1 n d`.
@@ -60,8 +56,9 @@ class SourceWalk:
         steady: bool,
         inner: Callable | None,
     ):
-        self.text, self.vector, self.share, self.inner = text, vector, share, inner
+        self.text, self.vector, self.inner = text, vector, inner
         self.subject, self.region, self.steady = subject, region, steady
+        self.walk = SourceWalk(share)
 
     def sample(
         self,
@@ -79,78 +76,62 @@ class SourceWalk:
         Raises:
             TavError: a subject of another number of frames.
         """
-        self.sigma, self.anchor, self.changeable, self.still = None, None, None, None
+        places = EditPlaces()
         if self.subject is not None:
-            mask = at_size(self.subject, noise)
-            video = rearrange(mask, "f 1 h w -> 1 1 f h w")
-            region = editable(self.region, video, room=1)
-            self.still = still_of(self.region, video, room=1) if self.steady else None
-            if region is not None:
-                self.changeable = rearrange(region, "1 1 f h w -> f 1 h w")
-            self.anchor = anchor_of(self.region, mask, self.changeable)
+            mask = rearrange(at_size(self.subject, noise), "f 1 h w -> 1 1 f h w")
+            places = EditPlaces.of(self.region, mask, room=1, steady=self.steady)
         if denoise_mask is not None and not noise.any():
-            mask = noise_mask(denoise_mask, noise)
-            self.changeable = mask if self.changeable is None else mask * self.changeable
-            denoise_mask = None
+            mask = rearrange(noise_mask(denoise_mask, noise), "f 1 h w -> 1 1 f h w")
+            changeable = mask if places.changeable is None else mask * places.changeable
+            places, denoise_mask = replace(places, changeable=changeable), None
+        self.walk.begin(places)
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
 
     def __call__(self, apply_model: Callable, args: dict[str, Any]) -> Tensor:
-        x, c, kinds = args["input"], dict(args["c"]), args["cond_or_uncond"]
-        options, sigma = c["transformer_options"], args["timestep"][0]
+        x, kinds, options = args["input"], args["cond_or_uncond"], args["c"]["transformer_options"]
         if "context_window" in options:  # of the core: it doesn't say what it makes of the clip's other frames
             raise TavError(
-                "MODEL comes through Attention Injection (a noise mask in Video Sampler needs it too) and through Context Windows "
-                "of ComfyUI itself, which don't go together; use Context Windows (Tune-A-Video)"
+                "MODEL comes through Attention Injection (a noise mask in Video Sampler needs it too) and through "
+                "Context Windows of ComfyUI itself, which don't go together; use Context Windows (Tune-A-Video)"
             )
-        levels = options["sample_sigmas"]
-        led_steps = round(self.share * (len(levels) - 1))
-        # a sampler's second look at a step counts as well
-        leads = led_steps > 0 and sigma >= levels[led_steps - 1] * (1 - 1e-4)
-        if not leads and self.changeable is None and self.still is None:
-            return self.call(apply_model, args)
+        frames = len(x) // len(kinds)
 
-        rows = len(x) // len(kinds)
-        if self.sigma is None:
-            self.source = x[:rows]
-        elif sigma != self.sigma:
-            self.source = self.source + (sigma - self.sigma) * (self.source - self.denoised) / self.sigma
-        text = CONDCrossAttn(comfy.utils.repeat_to_batch_size(self.text.to(x), rows))
+        def ask(videos: Tensor, led: Led | None) -> Tensor:  # k c f h w
+            given = args if led is None else self.beside(args, rearrange(videos, "k c f h w -> (k f) c h w"), led)
+            if self.inner:
+                out = self.inner(apply_model, given)
+            else:
+                out = apply_model(given["input"], given["timestep"], **given["c"])
+            return rearrange(out, "(k f) c h w -> k c f h w", f=frames)
+
+        videos, sigma = rearrange(x, "(k f) c h w -> k c f h w", f=frames), args["timestep"][0]
+        out = self.walk(ask, videos, sigma, options["sample_sigmas"], len(kinds))
+        return rearrange(out, "k c f h w -> (k f) c h w")
+
+    def beside(self, args: dict[str, Any], x: Tensor, led: Led) -> dict[str, Any]:
+        """The arguments of a call in which the clip's own frames stand in front, with what it was inverted with."""
+        c, kinds = dict(args["c"]), [1, *args["cond_or_uncond"]]
+        frames = len(x) // len(kinds)
+        text = CONDCrossAttn(comfy.utils.repeat_to_batch_size(self.text.to(x), frames))
         c["c_crossattn"] = text.concat([CONDCrossAttn(c["c_crossattn"].to(x))])  # so far it is where CLIP left it
         if "y" in c:
-            vector = comfy.utils.repeat_to_batch_size(self.vector(x).to(c["y"]), rows)
+            vector = comfy.utils.repeat_to_batch_size(self.vector(x).to(c["y"]), frames)
             c["y"] = torch.cat([vector, c["y"]])
         if c.get("control"):  # the clip itself is under no ControlNet
-            c["control"] = {place: [_led_by_none(t, rows) for t in entries] for place, entries in c["control"].items()}
-        c["transformer_options"] = {**options, "cond_or_uncond": [1, *kinds], SOURCE_ROWS: rows if leads else 0}
-        anchored_steps = round(ANCHORED * led_steps)
-        if self.anchor is not None and anchored_steps and sigma >= levels[anchored_steps - 1] * (1 - 1e-4):
-            c["transformer_options"][ANCHOR] = self.anchor.to(x).repeat(len(kinds) + 1, 1, 1, 1)
-        led = {**args, "input": torch.cat([self.source, x]), "c": c, "cond_or_uncond": [1, *kinds],
-               "timestep": torch.cat([args["timestep"][:rows], args["timestep"]])}  # fmt: skip
-        denoised, out = self.call(apply_model, led).split([rows, len(x)])
-        if sigma != self.sigma:
-            self.sigma, self.denoised = sigma, denoised
-        # the same for both prompts, so that guidance keeps to it
-        if self.still is not None:
-            clip, edits = (
-                rearrange(denoised, "f c h w -> 1 c f h w"),
-                rearrange(out, "(k f) c h w -> k c f h w", f=rows),
-            )
-            out = rearrange(steadied(edits, clip, self.still.to(x)), "k c f h w -> (k f) c h w")
-        if self.changeable is not None:
-            out = torch.lerp(
-                denoised.repeat(len(kinds), 1, 1, 1), out, self.changeable.to(x).repeat(len(kinds), 1, 1, 1)
-            )
-        return out
+            c["control"] = {
+                place: [_led_by_none(residual, frames) for residual in entries]
+                for place, entries in c["control"].items()
+            }
+        options = {"cond_or_uncond": kinds, SOURCE_ROWS: led.sources * frames}
+        if led.anchor is not None:
+            options[ANCHOR] = led.anchor
+        c["transformer_options"] = {**c["transformer_options"], **options}
+        timestep = torch.cat([args["timestep"][:frames], args["timestep"]])
+        return {**args, "input": x, "c": c, "cond_or_uncond": kinds, "timestep": timestep}
 
-    def __deepcopy__(self, memo: dict) -> "SourceWalk":
-        """Itself: clones of a MODEL, whose options older cores copy deeply, keep `sample` as well, which goes on with this one."""
+    def __deepcopy__(self, memo: dict) -> "Injection":
+        """Itself: clones of a MODEL, whose options older cores copy deeply, keep `sample` as well, which goes on with this."""
         return self
-
-    def call(self, apply_model: Callable, args: dict[str, Any]) -> Tensor:
-        if self.inner:
-            return self.inner(apply_model, args)
-        return apply_model(args["input"], args["timestep"], **args["c"])
 
 
 def _led_by_none(residual: Tensor | None, rows: int) -> Tensor | None:
@@ -176,7 +157,7 @@ def noise_mask(mask: Tensor, latents: Tensor) -> Tensor:
 
 
 def with_checked_masks(sample: Callable) -> Callable:
-    """`CFGGuider.sample`, in which a `SourceWalk` refuses noise masks of another number of frames.
+    """`CFGGuider.sample`, in which an `Injection` refuses noise masks of another number of frames.
 
     The core repeats or cuts them, in newer cores before any wrapper of the MODEL is called: here alone they can be counted.
     """
@@ -206,7 +187,7 @@ def with_injection(
     subject: Tensor | None = None,
     steady: bool = True,
 ) -> ModelPatcher:
-    """A clone of an inflated MODEL with a `SourceWalk`.
+    """A clone of an inflated MODEL with an `Injection`.
 
     Args:
         conditioning: what the clip was inverted with.
@@ -219,25 +200,25 @@ def with_injection(
     model = without_injection(model)
     inner = model.model_options.get(WRAPPER)
     model = model.clone()
-    walk = SourceWalk(text, partial(vector_of, model, conditioning), share, subject, region, steady, inner)
-    model.set_model_unet_function_wrapper(walk)
-    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER, walk.sample)
+    injection = Injection(text, partial(vector_of, model, conditioning), share, subject, region, steady, inner)
+    model.set_model_unet_function_wrapper(injection)
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER, injection.sample)
     return model
 
 
 def has_injection(model: ModelPatcher) -> bool:
-    return isinstance(model.model_options.get(WRAPPER), SourceWalk)
+    return isinstance(model.model_options.get(WRAPPER), Injection)
 
 
 def without_injection(model: ModelPatcher) -> ModelPatcher:
-    """The MODEL without `SourceWalk`, for inverting with it."""
+    """The MODEL without `Injection`, for inverting with it."""
     if not has_injection(model):
         return model
-    walk, model = model.model_options[WRAPPER], model.clone()
+    injection, model = model.model_options[WRAPPER], model.clone()
     del model.model_options[WRAPPER]
     model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER)
-    if walk.inner:
-        model.set_model_unet_function_wrapper(walk.inner)
+    if injection.inner:
+        model.set_model_unet_function_wrapper(injection.inner)
     return model
 
 

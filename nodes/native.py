@@ -4,8 +4,7 @@ Frames are the batch of LATENT, as everywhere in ComfyUI, so that stock samplers
 inflated MODEL as on any other.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -58,7 +57,8 @@ class NativeUNet(Wrapped, UNet2DConditionModel):
 
     def predict(self, x, timesteps, context, y, control, options, **kwargs):
         check_inputs(self, x, context)
-        with attention_of(self.frame_context, options), patched(self, x, control, options):
+        attention_fn = partial(comfy_attention, options=options)
+        with self.frame_context.running(attention_fn=attention_fn), patched(self, x, control, options):
             return UNet2DConditionModel.forward(self, x, timesteps, context, class_labels=y, return_dict=False)[0]
 
 
@@ -69,19 +69,17 @@ class NativeVideoUNet(Wrapped, VideoUNet):
         check_inputs(self, x, context)
         frames = len(x) // len(options.get("cond_or_uncond", [0]))
 
-        def predict(latents, timesteps, context, control, **settings):  # b c f h w, of all frames or of a window
+        def unet(latents, timesteps, context, control, **settings):  # b c f h w, of all frames or of a window
             with patched(self, rearrange(latents, "b c f h w -> (b f) c h w"), control, options):
                 return VideoUNet.forward(self, latents, timesteps, context, **settings)
 
         if windows := windows_of(options):
-            predict = partial(windows, predict)
+            unet = partial(windows, unet)
         elif FRAMES in options:
             frames = frames_of_a_clip(frames, options[FRAMES], options.get("context_window"))
-        with (
-            attention_of(self.frame_context, options),
-            self.frame_context.led_by(options.get(SOURCE_ROWS, 0) // frames),
-        ):
-            out = predict(
+        sources, attention_fn = options.get(SOURCE_ROWS, 0) // frames, partial(comfy_attention, options=options)
+        with self.frame_context.running(sources=sources, attention_fn=attention_fn):
+            out = unet(
                 rearrange(x, "(b f) c h w -> b c f h w", f=frames),
                 timesteps[::frames],
                 context,
@@ -149,16 +147,6 @@ def check_context(unet: UNet2DConditionModel, context: Tensor):
         )
 
 
-@contextmanager
-def attention_of(context: FrameContext, options: dict[str, Any]) -> Iterator[None]:
-    """Forwards inside attend as the transformer_options want it."""
-    context.attention_fn = partial(comfy_attention, options=options)
-    try:
-        yield
-    finally:
-        context.attention_fn = comfy_attention
-
-
 def comfy_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, options: dict[str, Any] | None = None
 ) -> Tensor:
@@ -210,7 +198,7 @@ def to_native(
         else:
             unet.__class__, unet.frame_context = NativeUNet, FrameContext()
             unet.set_attn_processor(FrameAttnProcessor(unet.frame_context, None))
-        unet.frame_context.attention_fn = comfy_attention
+        unet.frame_context.set(attention_fn=comfy_attention)
         return nn.Module.to(unet, device=device, dtype=model_config.unet_config["dtype"])
 
     offload = comfy.model_management.unet_offload_device()

@@ -53,8 +53,7 @@ def patched(unet: UNet2DConditionModel, x: Tensor, control: Control | None, opti
     with ExitStack() as stack:
         for handle in patches.attach(unet):
             stack.callback(handle.remove)
-        unet.frame_context.patches = patches
-        stack.callback(setattr, unet.frame_context, "patches", None)
+        stack.enter_context(unet.frame_context.running(patches=patches))
         yield
 
 

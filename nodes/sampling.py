@@ -8,25 +8,21 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..tav_core import TavError
+from ..tav_core.ddim import inversion_steps
 
 
 class InversionSampler(comfy.samplers.Sampler):
-    """Walks up the noise levels that a DDIM (Euler) sampler walks down (paper, section 3.3).
-
-    ComfyUI's x is z sqrt(1 + sigma^2), with the z of the literature. As in the reference implementation, the noise of
-    a step is predicted at the level that the step goes to, from the z below it.
-    """
+    """DDIM inversion (`tav_core.ddim.inversion_steps`) up the noise levels that a DDIM (Euler) sampler walks down."""
 
     def sample(
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
     ):
-        x, levels = latent_image, sigmas.flip(0)
-        for i, (low, high) in enumerate(zip(levels, levels[1:])):
-            given = x * ((1 + high**2) / (1 + low**2)).sqrt()  # the same z, on the level above
-            denoised = model_wrap(given, high.expand(len(x)), **extra_args)
-            x = x + (high - low) * (given - denoised) / high
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            return model_wrap(x, sigma.expand(len(x)), **extra_args)
+
+        for step, (x, x0) in enumerate(inversion_steps(denoise, latent_image, sigmas.flip(0))):
             if callback is not None:
-                callback(i, denoised, x, len(levels) - 1)
+                callback(step, x0, x, len(sigmas) - 1)
         return x
 
 

@@ -5,21 +5,39 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
+import comfy.sd
 import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 from einops import rearrange
+from PIL import Image
 from torch import Tensor, nn
 
-from ..tav_core import TuneConfig, TuneResult, base_fingerprint, ddim_invert, ddim_sample, loss_curve, strip, tune
-from ..tav_core.condition import at_frames
+from ..tav_core import (
+    Condition,
+    Note,
+    Take,
+    TuneConfig,
+    TuneResult,
+    VideoUNet,
+    base_fingerprint,
+    ddim_invert,
+    ddim_sample,
+    loss_curve,
+    strip,
+    tune,
+)
+from ..tav_core.events import Event
+from ..tav_core.memory import Device
+from ..tav_core.precision import DTYPES
 from ..tav_core.recompute import MEMORY
 from ..tav_core.tuned_weights import tuned_info
-from ..tav_core.tuning import DTYPES, Take, run_fingerprint, step_memory
 from ..tav_core.tuning_state import read_state
 from .common import (
     NodeTakes,
@@ -121,14 +139,11 @@ class OneShotTune(io.ComfyNode):
                 timestep_sampling=timestep_sampling,
                 context_length=length or None,
             )
-            latents = clean_latents(model, latent)
-            text = conditions(model, positive, latents, "positive")
-            edit = conditions(model, preview_prompt, latents, "preview_prompt") if preview_prompt else text
-            all_takes = [Take(latents, text)]
-            for number, (more, said) in enumerate(takes, 2):
-                more = clean_latents(model, more)
-                all_takes.append(Take(more, conditions(model, said, more, f"positive of take {number}")))
-            tuned, result = run(cls, model, all_takes, config, preview_every, edit, vae)
+            clips = [(latent, positive, "positive")]
+            clips += [(clip, said, f"positive of take {number}") for number, (clip, said) in enumerate(takes, 2)]
+            taken = [take_of(model, *clip) for clip in clips]
+            edit = take_of(model, latent, preview_prompt or positive, "preview_prompt").condition
+            tuned, result = run(cls, model, taken, config, preview_every, edit, vae)
         curve = image_of(loss_curve(result.losses, result.probe_losses))
         losses = json.dumps({"losses": result.losses, "probe_losses": result.probe_losses})
         return io.NodeOutput(
@@ -140,10 +155,11 @@ class OneShotTune(io.ComfyNode):
         )
 
 
-def conditions(model: ModelPatcher, conditioning: list, latents: Tensor, field: str) -> Tensor:
-    """What `trainable_copy` takes as text."""
+def take_of(model: ModelPatcher, latent: dict, conditioning: list, field: str) -> Take:
+    """A LATENT and a CONDITIONING as `trainable_copy` learns from them; for SDXL the text is `packed`."""
+    latents = clean_latents(model, latent)
     text, vector = hidden_states(model, conditioning, field), vector_of(model, conditioning, latents)
-    return text if vector is None else packed(text, vector)
+    return Take(latents, Condition(text if vector is None else packed(text, vector)))
 
 
 class Trainee(nn.Module):
@@ -154,79 +170,88 @@ class Trainee(nn.Module):
         self.unet = unet
 
 
+class ComfyDevice(Device):
+    """The device of ComfyUI, which moves models away to make room for the one that is tuned and its steps."""
+
+    def __init__(self, unet: nn.Module, others: list[ModelPatcher]):
+        super().__init__(comfy.model_management.get_torch_device())
+        offload = comfy.model_management.unet_offload_device()
+        self.patchers = [ModelPatcher(Trainee(unet), load_device=self.device, offload_device=offload), *others]
+
+    def make_room(self, needed: Callable[[], int]) -> int:
+        comfy.model_management.load_models_gpu(self.patchers, memory_required=needed(), force_full_load=True)
+        return super().make_room(needed)
+
+
 def run(
-    node, model: ModelPatcher, takes: list[Take], config: TuneConfig, preview_every: int, edit: Tensor, vae
+    node,
+    model: ModelPatcher,
+    takes: list[Take],
+    config: TuneConfig,
+    preview_every: int,
+    edit: Condition,
+    vae: comfy.sd.VAE | None,
 ) -> tuple[TunedWeights, TuneResult]:
     """Tunes a copy of the U-Net on the takes, on the device and in the memory that ComfyUI gives it.
 
-    The preview is of the first take.
+    Args:
+        edit: what the preview shows of the first take.
     """
-    management, device = comfy.model_management, comfy.model_management.get_torch_device()
     scheduler = scheduler_of(model)
     with torch.inference_mode(False):  # which nodes run under
         unet = trainable_copy(model)
-        takes, edit = [Take(take.latents.clone(), take.encoder_hidden_states.clone()) for take in takes], edit.clone()
-        (first, *more), latents = takes, takes[0].latents
-        base = base_fingerprint(unet)
-        state = state_path(base, run_fingerprint(unet, scheduler, takes, config), config.steps)
+        # clones, because tensors that were made under it know no gradients
+        takes = [Take(take.latents.clone(), Condition(take.condition.encoder_hidden_states.clone())) for take in takes]
+        _, _, length, height, width = takes[0].latents.shape
+        base, frames = base_fingerprint(unet), config.context_length or length
+        device = ComfyDevice(unet, [vae.patcher] if preview_every and vae is not None else [])
+        shown = torch.arange(frames)
 
-        patcher = ModelPatcher(Trainee(unet), load_device=device, offload_device=management.unet_offload_device())
-        frames = config.context_length or latents.shape[2]
-        best = MEMORY[0] if config.memory == "auto" else config.memory  # auto takes the best that what it gets allows
-        room = step_memory(unet, takes, config, best, device)
-        with_vae = [vae.patcher] if preview_every and vae is not None else []
-        management.load_models_gpu([patcher, *with_vae], memory_required=room, force_full_load=True)
-        bar, said = progress_bar(config.steps), time.monotonic()
+        def picture() -> Image.Image:
+            first = takes[0].to(device.device).at(shown)
+            wish = Condition(edit.encoder_hidden_states.clone()).to(device.device).at(1, length, shown)
+            return preview(model, unet, scheduler, first, wish, vae)
 
-        def on_step(progress: dict):
-            nonlocal said
-            management.throw_exception_if_processing_interrupted()
-            step, total = progress["step"], progress["total"]
-            if preview_every and (step % preview_every == 0 or step == total):
-                beginning = torch.arange(frames)
-                shown = first.to(device).at(beginning)
-                wish = at_frames("preview_prompt", edit.to(device), 1, latents.shape[2], beginning)
-                show(node, preview(model, unet, scheduler, shown.latents, shown.encoder_hidden_states, wish, vae))
-            bar.update_absolute(step, total)
-            if time.monotonic() - said > 0.5 or step == total:
-                said = time.monotonic()
-                done = step - started
-                left = progress["seconds"] / max(1, done) * (total - step)
-                report(
-                    node,
-                    f"step {step}/{total}, loss {progress['probe_loss']:.4f}, {left // 60:.0f}:{left % 60:02.0f} left",
-                )
-
-        def say(line: str):
-            logging.info(f"Tune-A-Video: {line}")
-            report(node, line)
-
-        started = read_state(state)[0].step if state.exists() else 0
+        on_event = Reporter(node, config.steps, preview_every, picture)
         result = tune(
             unet,
             scheduler,
-            latents,
-            first.encoder_hidden_states,
+            takes,
             config,
-            more_takes=more,
-            state_path=state,
-            callback=on_step,
-            say=say,
+            state_path=lambda fingerprint: state_path(base, fingerprint, config.steps),
+            device=device,
+            callback=on_event,
         )
-        if started == config.steps:
-            report(node, f"tuned before, {started} steps, loss {result.probe_losses[-1][1]:.4f}")
-        height, width = latents.shape[3:]
-        info = tuned_info(
-            base,
-            video_unet(model).inflation,
-            prompt="",
-            num_frames=frames,
-            width=8 * width,
-            height=8 * height,
-            config=dataclasses.asdict(config),
-            base_name="",
-        )
+        if result.started == config.steps:
+            report(node, f"tuned before, {result.steps} steps, loss {result.probe_losses[-1][1]:.4f}")
+        settings, inflation = dataclasses.asdict(config), video_unet(model).inflation
+        info = tuned_info(base, inflation, prompt="", num_frames=frames, width=8 * width, height=8 * height,
+                          config=settings, base_name="")  # fmt: skip
     return TunedWeights(result.weights, info), result
+
+
+class Reporter:
+    """Shows the events of a tuning in its node: progress, a line, previews; and stops it when the user cancels."""
+
+    def __init__(self, node, total: int, preview_every: int, picture: Callable[[], Image.Image]):
+        self.node, self.preview_every, self.picture = node, preview_every, picture
+        self.bar, self.told = progress_bar(total), time.monotonic()
+
+    def __call__(self, event: Event):
+        if isinstance(event, Note):
+            logging.info(f"Tune-A-Video: {event.text}")
+            report(self.node, event.text)
+            return
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        step, total, last = event.step, event.total, event.step == event.total
+        if self.preview_every and (step % self.preview_every == 0 or last):
+            show(self.node, self.picture())
+        self.bar.update_absolute(step, total)
+        if time.monotonic() - self.told > 0.5 or last:
+            self.told = time.monotonic()
+            left = event.seconds / (step - event.started) * (total - step)
+            time_left = f"{left // 60:.0f}:{left % 60:02.0f} left"
+            report(self.node, f"step {step}/{total}, loss {event.probe_loss:.4f}, {time_left}")
 
 
 def state_path(base: str, fingerprint: dict, steps: int) -> Path:
@@ -245,22 +270,32 @@ def state_path(base: str, fingerprint: dict, steps: int) -> Path:
     return path
 
 
-def preview(model: ModelPatcher, unet, scheduler, latents: Tensor, text: Tensor, edit: Tensor, vae):
-    """The clip as `edit` draws it now, a PIL strip: inverted under its own sentence, led away from it."""
-    noise = ddim_invert(unet, latents, text, scheduler, PREVIEW_STEPS)
+def preview(model: ModelPatcher, unet: VideoUNet, scheduler, take: Take, edit: Condition, vae) -> Image.Image:
+    """A strip of the clip as `edit` draws it now: inverted under its own sentence, led away from it."""
+    noise = ddim_invert(unet, take.latents, take.condition, scheduler, PREVIEW_STEPS)
     video = ddim_sample(
-        unet, noise, edit, scheduler, PREVIEW_STEPS, guidance_scale=PREVIEW_GUIDANCE, negative_hidden_states=text
+        unet,
+        noise,
+        edit,
+        scheduler,
+        PREVIEW_STEPS,
+        guidance_scale=PREVIEW_GUIDANCE,
+        negative_hidden_states=take.condition,
     )
     frames = rearrange(video, "1 c f h w -> f c h w")
     if vae is None:
-        formats = model.model.latent_format
-        if formats.latent_rgb_factors_reshape is not None:
-            frames = formats.latent_rgb_factors_reshape(frames)
-        factors = torch.tensor(formats.latent_rgb_factors, device=frames.device)
-        bias = torch.tensor(getattr(formats, "latent_rgb_factors_bias", None) or [0.0, 0.0, 0.0], device=frames.device)
-        pictures = (torch.einsum("f c h w, c r -> f h w r", frames.float(), factors) + bias + 1) / 2
-        return strip([from_images(pictures.clamp(0, 1).repeat_interleave(8, 1).repeat_interleave(8, 2))], [""])
+        return strip([from_images(rough_pictures(model.model.latent_format, frames))], [""])
     # not vae.decode: that would make room for itself, by unloading what is being tuned
     frames = model.model.process_latent_out(frames).to(vae.device, vae.vae_dtype)
     pixels = torch.cat([vae.process_output(vae.first_stage_model.decode(frame[None]).float()) for frame in frames])
     return strip([from_images(pixels.movedim(1, -1))], ["preview"])
+
+
+def rough_pictures(latent_format: Any, latents: Tensor) -> Tensor:
+    """Latents `f c h w` as samplers preview them, IMAGE at the size of the frames."""
+    if latent_format.latent_rgb_factors_reshape is not None:
+        latents = latent_format.latent_rgb_factors_reshape(latents)
+    factors = torch.tensor(latent_format.latent_rgb_factors, device=latents.device)
+    bias = torch.tensor(getattr(latent_format, "latent_rgb_factors_bias", None) or [0.0] * 3, device=latents.device)
+    pictures = (torch.einsum("f c h w, c r -> f h w r", latents.float(), factors) + bias + 1) / 2
+    return pictures.clamp(0, 1).repeat_interleave(8, 1).repeat_interleave(8, 2)

@@ -11,7 +11,7 @@ of cross-attention. Values stay their own.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -24,7 +24,6 @@ from .attention_choice import choose_attention
 from .errors import TavError
 
 MODES = ("sparse-causal", "first", "full")
-ANCHORED = 2 / 3  # of the led steps, the first, in which an anchor holds; longer, and an edit may lose its subject
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -35,7 +34,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 class AttentionPatches(Protocol):
-    """What another program does to self- and cross-attention, frame by frame; see `FrameContext.patches`."""
+    """What another program does to self- and cross-attention, frame by frame; see `Forward.patches`."""
 
     def inputs(self, x: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What queries, keys and values are projected from, `(b f) n c`; queries may come back in tiles, `(b f t) n c`."""
@@ -44,42 +43,57 @@ class AttentionPatches(Protocol):
         """Computes, from projected queries, keys and values of each frame, what goes into the output projection."""
 
 
-@dataclass
-class FrameContext:
-    """What the modules of one video U-Net share.
+@dataclass(frozen=True)
+class Forward:
+    """What belongs to one forward of a video U-Net.
 
     Attributes:
-        frames: frames per video in the forward that is running (the batch is `(b f)`).
-        attention_fn: computes every attention of the U-Net, `(q, k, v, mask=None)` on `b heads n d`.
+        frames: frames per video (the batch is `(b f)`).
         sources: so many videos of the batch, the first ones, lead the attention of the others (which are a
             multiple of them); 0 without attention injection.
         anchor: where the others take features from the sources as well, 0 ... 1, `(b f) 1 h w` (see `anchored`).
         patches: asked in every self- and cross-attention; a replaced self-attention stays inside each frame.
+        attention_fn: computes every attention of the U-Net, `(q, k, v, mask=None)` on `b heads n d`.
     """
 
     frames: int = 1
-    attention_fn: Callable[..., Tensor] = sdpa
     sources: int = 0
     anchor: Tensor | None = None
     patches: AttentionPatches | None = None
+    attention_fn: Callable[..., Tensor] = sdpa
+
+    @property
+    def leaders(self) -> int:
+        """Entries of the batch `(b f)`, the first ones, that lead the others."""
+        return self.sources * self.frames
+
+
+class FrameContext:
+    """Shared by the modules of one video U-Net: the `Forward` that they are in."""
+
+    def __init__(self, frames: int = 1, **fields):
+        self.forward = Forward(frames, **fields)
+
+    def set(self, **fields):
+        """Changes what holds from now on."""
+        self.forward = replace(self.forward, **fields)
 
     @contextmanager
-    def running(self, frames: int, anchor: Tensor | None = None) -> Iterator[None]:
-        """Set what belongs to one forward for its duration."""
-        previous, self.frames, self.anchor = (self.frames, self.anchor), frames, anchor
+    def running(self, frames: int | None = None, **fields) -> Iterator[None]:
+        """Changes what holds for the forwards inside; None leaves the frames as they are."""
+        if frames is not None:
+            fields["frames"] = frames
+        with self.resumed(replace(self.forward, **fields)):
+            yield
+
+    @contextmanager
+    def resumed(self, forward: Forward) -> Iterator[None]:
+        """Everything as it was in another forward."""
+        before, self.forward = self.forward, forward
         try:
             yield
         finally:
-            self.frames, self.anchor = previous
-
-    @contextmanager
-    def led_by(self, sources: int) -> Iterator[None]:
-        """Attention injection from the first `sources` videos of the batch, for the forwards inside."""
-        previous, self.sources = self.sources, sources
-        try:
-            yield
-        finally:
-            self.sources = previous
+            self.forward = before
 
 
 def attend(
@@ -107,13 +121,12 @@ def _led(project: Callable[[Tensor], Tensor], x: Tensor, leaders: int) -> Tensor
     return project(x[:leaders]).repeat(len(x) // leaders, 1, 1)
 
 
-def anchored(x: Tensor, context: FrameContext) -> Tensor:
+def anchored(x: Tensor, forward: Forward) -> Tensor:
     """Features `(b f) c h w`, where the anchor holds those of the sources (Plug-and-Play, section 4.1)."""
-    if context.anchor is None or not context.sources:
+    if forward.anchor is None or not forward.sources:
         return x
-    leaders = context.sources * context.frames
-    led = x[:leaders].repeat(len(x) // leaders, 1, 1, 1)
-    return torch.lerp(x, led, F.adaptive_max_pool2d(context.anchor.to(x), x.shape[-2:]))
+    led = x[: forward.leaders].repeat(len(x) // forward.leaders, 1, 1, 1)
+    return torch.lerp(x, led, F.adaptive_max_pool2d(forward.anchor.to(x), x.shape[-2:]))
 
 
 def _same(x: Tensor) -> Tensor:
@@ -186,8 +199,8 @@ class FrameAttnProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        context, batch = self.context, len(hidden_states)
-        fn, patches, leaders = context.attention_fn, context.patches, context.sources * context.frames
+        forward, batch = self.context.forward, len(hidden_states)
+        fn, patches, leaders = forward.attention_fn, forward.patches, forward.leaders
         own = encoder_hidden_states is None
         if attention_mask is not None and own and self.mode is not None:
             raise TavError("attention_mask is not defined over frames; leave it out")
@@ -205,7 +218,7 @@ class FrameAttnProcessor:
             if tiles > 1:  # a tile of the queries looks at a share of the keys
                 k, v = (y.reshape(len(q), -1, y.shape[-1]) for y in (k, v))
             if own and self.mode is not None:
-                out = frame_attention(attn, q, k, v, context.frames, self.mode, fn, tiles)
+                out = frame_attention(attn, q, k, v, forward.frames, self.mode, fn, tiles)
             else:
                 if attention_mask is not None:
                     mask = attn.prepare_attention_mask(attention_mask, keys.shape[1], batch)

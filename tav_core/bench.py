@@ -33,12 +33,17 @@ from .atomic import atomic_path
 from .attention import sdpa
 from .attention_choice import explicit_attention
 from .checkpoint import CONFIGS, Checkpoint, decode_video, encode_prompt, encode_video, load_checkpoint
+from .condition import Condition
 from .ddim import ddim_invert, ddim_sample
 from .errors import TavError
+from .events import Event, Step
 from .inflation import VideoUNet, inflate
 from .memory import choose, free_memory, needed_memory, offloaded, without_content
+from .objective import tuning_loss
+from .precision import DTYPES, computing
 from .recompute import MEMORY
-from .tuning import DTYPES, TuneConfig, computing, tune, tuning_loss
+from .take import Take
+from .tuning import TuneConfig, tune
 
 STAGES = ("tune", "invert", "sample", "encode", "decode")
 OPTIMISATIONS = {
@@ -126,9 +131,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 def set_attention(unet: VideoUNet, off: tuple[str, ...]):
     """Attention without the optimisations that are off."""
-    unet.frame_context.attention_fn = (
-        plain_attention if "fused" in off else fused_attention if "choice" in off else sdpa
-    )
+    chosen = plain_attention if "fused" in off else fused_attention if "choice" in off else sdpa
+    unet.frame_context.set(attention_fn=chosen)
 
 
 class Enough(Exception):
@@ -150,6 +154,7 @@ class Subject:
         self.pixels = torch.rand(1, 3, layout.frames, side, side, generator=generator) * 2 - 1
         self.latents = torch.randn(1, 4, layout.frames, layout.size, layout.size, generator=generator).to(self.device)
         self.texts = [encode_prompt(self.checkpoint, said) for said in ("a man is skiing", "", "spider man is skiing")]
+        self.take = Take(self.latents, Condition(self.texts[0]), self.latents.abs() / 10)
 
     def run(self, stage: str, mode: Mode) -> float:
         set_attention(self.unet, mode.off)
@@ -173,28 +178,18 @@ class Subject:
             return self._tune_plainly(mode)
         ends = []
 
-        def callback(progress: dict[str, Any]):
-            ends.append(self._now())
-            if progress["step"] == 2:
-                raise Enough
-
-        def say(line: str):
-            if line.startswith("memory: "):  # the step would run again, in another mode than this one
-                raise TavError(f"{line}; leave {mode.memory} out with --memory")
+        def callback(event: Event):
+            if isinstance(event, Step):
+                ends.append(self._now())
+                if event.step == 2:
+                    raise Enough
+            elif event.text.startswith("memory: "):  # the step would run again, in another mode than this one
+                raise TavError("memory", mode.memory, f"is too much here ({event.text})", "leave it out")
 
         config = TuneConfig(steps=3, probe_size=1, dtype=mode.dtype, memory=mode.memory)
         try:
             with offloaded(self.checkpoint.vae, self.checkpoint.text_encoder):
-                tune(
-                    self.unet,
-                    self.checkpoint.scheduler,
-                    self.latents,
-                    self.texts[0],
-                    config,
-                    latents_std=self.latents.abs() / 10,
-                    callback=callback,
-                    say=say,
-                )
+                tune(self.unet, self.checkpoint.scheduler, [self.take], config, callback=callback)
         except Enough:
             return ends[1] - ends[0]
 
@@ -212,7 +207,7 @@ class Subject:
             nn.utils.clip_grad_norm_(tuned, 1.0)
             optimizer.step()
 
-        with computing(self.unet, TuneConfig(dtype=mode.dtype, memory=mode.memory)):
+        with computing(self.unet, mode.dtype, mode.memory):
             optimizer = torch.optim.AdamW(self.unet.parameters(), lr=3e-5)
             step()
             return self._timed(step)
@@ -238,8 +233,8 @@ class Subject:
             self.texts[2],
             self.checkpoint.scheduler,
             steps,
-            GUIDANCE,
-            self.texts[1],
+            guidance_scale=GUIDANCE,
+            negative_hidden_states=self.texts[1],
         )
 
     def encode(self, mode: Mode) -> float:
@@ -260,7 +255,7 @@ class Subject:
         with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.set_grad_enabled(stage == "tune"):
             unet = without_content(self.unet, torch.float32, self.device)
             unet.set_memory("fast")
-            unet.frame_context.attention_fn = plain_attention  # whose every product is seen
+            unet.frame_context.set(attention_fn=plain_attention)  # whose every product is seen
             prompts = 2 if stage == "sample" else 1
             latents, text = (
                 torch.empty(prompts, *x.shape[1:], device=self.device) for x in (self.latents, self.texts[0])
@@ -481,8 +476,7 @@ def _fitting(layout: Layout, dtype: torch.dtype, device: torch.device) -> list[s
     """The memory modes that the device has room for, or else the last; tells which it leaves out."""
     subject = Subject(layout, str(device))
     chosen, line = choose(
-        lambda kind: needed_memory(subject.unet, subject.latents, subject.texts[0], None, dtype, kind, device),
-        free_memory(device),
+        lambda kind: needed_memory(subject.unet, subject.take, dtype, kind, device), free_memory(device)
     )
     if chosen != MEMORY[0]:
         print(line)

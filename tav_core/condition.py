@@ -1,7 +1,8 @@
 """What a U-Net is told of a clip: the embedding of its sentence and, where it has classes, labels."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, Union
 
 import torch
 from torch import Tensor
@@ -9,10 +10,83 @@ from torch import Tensor
 from .errors import TavError
 
 
+class VideoModel(Protocol):
+    """What inversion and sampling ask for: a `VideoUNet`, one seen in windows, or anything that is called alike."""
+
+    dtype: torch.dtype
+
+    def __call__(
+        self, latents: Tensor, timesteps: Tensor | int, encoder_hidden_states: Tensor, **settings: Tensor
+    ) -> Tensor:
+        """`b c f h w` to the same; `settings` may be class_labels and, under attention injection, an anchor."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the videos of a batch are conditioned on.
+
+    Attributes:
+        encoder_hidden_states: embedding of the sentence, for all `1 n d`, per video `b n d` or per frame `(b f) n d`.
+        class_labels: for a U-Net that has classes, `1`, `b` or `(b f)` likewise.
+    """
+
+    encoder_hidden_states: Tensor
+    class_labels: Tensor | None = None
+
+    @classmethod
+    def of(cls, given: Union[Tensor, "Condition"]) -> "Condition":
+        """A condition as it is, or that of a text alone."""
+        return given if isinstance(given, Condition) else cls(given)
+
+    def or_labels_of(self, other: "Condition") -> "Condition":
+        """With the labels of another one, where it has none."""
+        return self if self.class_labels is not None else Condition(self.encoder_hidden_states, other.class_labels)
+
+    def to(self, device: torch.device) -> "Condition":
+        """On that device, the text in float32; labels stay integers or vectors as they are."""
+        labels = self.class_labels
+        return Condition(self.encoder_hidden_states.to(device).float(), None if labels is None else labels.to(device))
+
+    def at(self, b: int, f: int, frames: Tensor) -> "Condition":
+        """That of those frames of every one of `b` videos of `f` frames."""
+        return Condition(**{name: at_frames(name, value, b, f, frames) for name, value in vars(self).items()})
+
+    @property
+    def keywords(self) -> dict[str, Tensor]:
+        """Arguments of a U-Net's forward beside the text: most U-Nets take no labels, and then there are none."""
+        return {} if self.class_labels is None else {"class_labels": self.class_labels}
+
+
+def joined(conditions: Mapping[str, Condition], b: int, f: int) -> Condition:
+    """One after the other, as a batch of as many times `b` videos of `f` frames; names are for errors.
+
+    Raises:
+        TavError: texts of several lengths, or a batch that fits neither videos nor frames.
+    """
+    texts = {name: per_frame(name, told.encoder_hidden_states, b, f) for name, told in conditions.items()}
+    if len({text.shape for text in texts.values()}) > 1:
+        shapes = ", ".join(f"{name} {text.shape[1]}" for name, text in texts.items())
+        problem = f"differs from the other texts in its number of tokens ({shapes})"
+        raise TavError(next(iter(texts)), None, problem, "pad them to one length")
+    labels = [per_frame("class_labels", told.class_labels, b, f) for told in conditions.values()]
+    return Condition(torch.cat(list(texts.values())), None if labels[0] is None else torch.cat(labels))
+
+
+def predict(
+    unet: VideoModel, latents: Tensor, timesteps: Tensor | int, condition: Condition, **settings: Tensor
+) -> Tensor:
+    """What a U-Net says of latents `b c f h w`, computed in its `dtype`: float32 `b c f h w`."""
+    text = condition.encoder_hidden_states.to(unet.dtype)
+    return unet(latents.to(unet.dtype), timesteps, text, **condition.keywords, **settings).float()
+
+
 def per_frame(name: str, value: Any, b: int, f: int) -> Any:
     """Repeat tensors that come once for all (`1 ...`) or per video (`b ...`) to one per frame (`(b f) ...`).
 
     Dictionaries, lists and tuples are walked (and copied: diffusers pops from the lists it is given).
+
+    Raises:
+        TavError: a batch that fits neither the videos nor their frames.
     """
     if isinstance(value, dict):
         return {key: per_frame(f"{name}[{key!r}]", entry, b, f) for key, entry in value.items()}
@@ -24,20 +98,8 @@ def per_frame(name: str, value: Any, b: int, f: int) -> Any:
         return value.repeat_interleave(f, dim=0)
     if len(value) == 1:
         return value.expand(b * f, *value.shape[1:])
-    wanted = f"1, {b} (one per video) or {b * f} (one per frame)"
-    raise TavError(f"{name} has a batch of {len(value)} for {b} videos of {f} frames; give {wanted}")
-
-
-def labelled(class_labels: Tensor | None) -> dict[str, Tensor]:
-    """Keyword arguments of a U-Net's forward: most U-Nets take no labels, and then there are none."""
-    return {} if class_labels is None else {"class_labels": class_labels}
-
-
-def predict(
-    unet: Callable, latents: Tensor, timesteps: Tensor | int, encoder_hidden_states: Tensor, **settings
-) -> Tensor:
-    """What a U-Net says of latents `b c f h w`, computed in its `dtype`: float32 `b c f h w`."""
-    return unet(latents.to(unet.dtype), timesteps, encoder_hidden_states.to(unet.dtype), **settings).float()
+    wanted = f"give 1, {b} (one per video) or {b * f} (one per frame)"
+    raise TavError(name, None, f"has a batch of {len(value)} for {b} videos of {f} frames", wanted)
 
 
 def at_frames(name: str, value: Any, b: int, f: int, frames: Tensor) -> Any:

@@ -1,25 +1,28 @@
 """DDIM sampling and its inversion (Song et al., arXiv 2010.02502) on videos.
 
-A schedule is a list of timesteps t_1 < ... < t_N with signal levels alpha(t_i) = alphas_cumprod[t_i]; below
-t_1 lies the clean end, with `final_alpha_cumprod`. Arithmetic runs in float32, the model in its own dtype.
+Both walk along noise levels sigma in the scale of Karras et al. (arXiv 2206.00364), where a noisy video is
+`x = x0 + sigma eps` and DDIM is Euler's method. The literature's latents are `z = x / sqrt(1 + sigma^2)`, and its signal
+level alphas_cumprod is `1 / (1 + sigma^2)`. Arithmetic runs in float32, the model in its own dtype.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import DDIMScheduler, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-from einops import rearrange
 from torch import Tensor
 
-from .attention import ANCHORED
-from .condition import labelled, per_frame, predict
+from .condition import Condition, VideoModel, joined, predict
 from .errors import TavError
-from .steady import steadied
+from .events import Callback, DDIMStep, ignored
+
+if TYPE_CHECKING:
+    from .injection import Led, SourceWalk
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-Callback = Callable[[dict[str, Any]], None]
 
 
 def ddim_timesteps(scheduler: SchedulerMixin, num_steps: int) -> Tensor:
@@ -35,80 +38,128 @@ def ddim_timesteps(scheduler: SchedulerMixin, num_steps: int) -> Tensor:
 def _ddim(scheduler: SchedulerMixin, num_steps: int) -> DDIMScheduler:
     """A DDIM scheduler with the betas, spacing and prediction type of `scheduler`, set to `num_steps`."""
     if not hasattr(scheduler, "alphas_cumprod"):
-        raise TavError(f"scheduler={type(scheduler).__name__} has no alphas_cumprod; use one such as DDIM")
-    if scheduler.config.prediction_type not in PREDICTION_TYPES:
-        known = ", ".join(PREDICTION_TYPES)
-        raise TavError(f"prediction_type={scheduler.config.prediction_type!r} is unknown; use one of {known}")
+        raise TavError("scheduler", type(scheduler).__name__, "has no alphas_cumprod", "use one such as DDIM")
+    if (kind := scheduler.config.prediction_type) not in PREDICTION_TYPES:
+        raise TavError("prediction_type", kind, "is unknown", f"use one of {', '.join(PREDICTION_TYPES)}")
     total = scheduler.config.num_train_timesteps
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 1 <= num_steps <= total:
-        raise TavError(f"num_steps={num_steps!r} is out of range; give an integer from 1 to {total}")
+        raise TavError("num_steps", num_steps, "is out of range", f"give an integer from 1 to {total}")
     ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
     ddim.set_timesteps(num_steps)
     if ddim.timesteps.max() >= total:
-        raise TavError(f"num_steps={num_steps} runs past timestep {total - 1}; give a smaller number")
+        raise TavError("num_steps", num_steps, f"runs past timestep {total - 1}", "give a smaller number")
     return ddim
 
 
-def to_eps_x0(output: Tensor, x: Tensor, alpha: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
-    """Noise and clean sample that a model output stands for, at signal level `alpha` (alphas_cumprod).
+@dataclass(frozen=True)
+class Schedule:
+    """The noise levels of a sampling in N steps.
 
-    x = sqrt(alpha) x0 + sqrt(1 - alpha) eps and v = sqrt(alpha) eps - sqrt(1 - alpha) x0
-    (Salimans & Ho, arXiv 2202.00512).
+    Attributes:
+        timesteps: N, descending.
+        sigmas: N + 1, falling; the last is the clean end, that of `final_alpha_cumprod`, which needn't be 0.
+        prediction_type: one of `PREDICTION_TYPES`.
     """
-    signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
+
+    timesteps: list[int]
+    sigmas: Tensor
+    prediction_type: str
+
+    @classmethod
+    def of(cls, scheduler: SchedulerMixin, num_steps: int) -> "Schedule":
+        ddim = _ddim(scheduler, num_steps)
+        alphas = torch.stack([*ddim.alphas_cumprod[ddim.timesteps], ddim.final_alpha_cumprod]).double()
+        alphas = alphas.clamp(min=1e-12)  # where the schedule ends in pure noise, sigma would be infinite
+        return cls(ddim.timesteps.tolist(), ((1 - alphas) / alphas).sqrt().float(), ddim.config.prediction_type)
+
+    def denoised(self, unet: VideoModel, x: Tensor, step: int, condition: Condition, **settings: Tensor) -> Tensor:
+        """The clean latents that a U-Net sees in `x` at the level of a step, both `b c f h w`."""
+        sigma, z = self.sigmas[step], to_latents(x, self.sigmas[step])
+        output = predict(unet, z, self.timesteps[step], condition, **settings)
+        return to_x0(output, z, sigma, self.prediction_type)
+
+
+def from_latents(z: Tensor, sigma: Tensor) -> Tensor:
+    """Latents at a noise level, in the scale in which the steps are taken."""
+    return z * (1 + sigma**2).sqrt()
+
+
+def to_latents(x: Tensor, sigma: Tensor) -> Tensor:
+    return x / (1 + sigma**2).sqrt()
+
+
+def to_x0(output: Tensor, z: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
+    """The clean latents that a model output for latents `z` stands for, at a noise level.
+
+    z = signal x0 + noise eps and v = signal eps - noise x0 (Salimans & Ho, arXiv 2202.00512).
+    """
+    signal = 1 / (1 + sigma**2).sqrt()
+    noise = sigma * signal
     if prediction_type == "epsilon":
-        return output, (x - noise * output) / signal
+        return (z - noise * output) / signal
     if prediction_type == "v_prediction":
-        return signal * output + noise * x, signal * x - noise * output
-    return (x - signal * output) / noise, output
+        return signal * z - noise * output
+    return output
 
 
 def ddim_step(
-    x0: Tensor, eps: Tensor, alpha: Tensor, alpha_next: Tensor, eta: float = 0.0, noise: Tensor | None = None
+    x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float = 0.0, noise: Tensor | None = None
 ) -> Tensor:
-    """The sample at level `alpha_next`, less or more noisy than `alpha` (equations 12 and 16 of DDIM).
+    """`x` at the level `sigma_next`, less or more noisy than `sigma` (equations 12 and 16 of DDIM).
 
     `eta` > 0 replaces part of the predicted noise by `noise`, standard normal; only towards less noise.
     """
+    eps = (x - x0) / sigma
     if eta == 0:
-        return alpha_next.sqrt() * x0 + (1 - alpha_next).sqrt() * eps
-    sigma = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)).sqrt()
-    return alpha_next.sqrt() * x0 + (1 - alpha_next - sigma**2).sqrt() * eps + sigma * noise
+        return x0 + sigma_next * eps
+    fresh = eta * sigma_next * (1 - sigma_next**2 / sigma**2).sqrt()
+    return x0 + (sigma_next**2 - fresh**2).sqrt() * eps + fresh * noise
 
 
-def _schedule(scheduler: SchedulerMixin, num_steps: int) -> tuple[list[int], list[Tensor], str]:
-    """Ascending timesteps, the levels below and at each of them (N + 1), and the prediction type."""
-    ddim = _ddim(scheduler, num_steps)
-    timesteps = ddim.timesteps.tolist()[::-1]
-    levels = [ddim.final_alpha_cumprod.float(), *ddim.alphas_cumprod.float()[timesteps]]
-    return timesteps, levels, ddim.config.prediction_type
+def inversion_steps(
+    denoise: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigmas: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The steps of DDIM inversion (Tune-A-Video, section 3.3), up the levels that a sampler walks down.
+
+    As in the reference implementation the noise of a step is predicted at the level that the step goes to, for the
+    latents z of the level below it.
+
+    Args:
+        denoise: `(x, sigma) -> x0`.
+        x: at the first of the levels.
+        sigmas: rising.
+
+    Yields:
+        after each step, `x` at its level and the clean latents that it was taken from.
+    """
+    for low, high in pairwise(sigmas):
+        given = from_latents(to_latents(x, low), high)
+        eps = (given - denoise(given, high)) / high
+        x0 = x - low * eps
+        x = x0 + high * eps
+        yield x, x0
 
 
 @torch.no_grad()
 def ddim_invert(
-    unet: Callable,
+    unet: VideoModel,
     latents: Tensor,
-    encoder_hidden_states: Tensor,
+    condition: Tensor | Condition,
     scheduler: SchedulerMixin,
     num_steps: int,
+    *,
     return_trajectory: bool = False,
-    callback: Callback | None = None,
-    class_labels: Tensor | None = None,
+    callback: Callback = ignored,
 ) -> Tensor:
     """Noise from which `ddim_sample` with as many steps, without guidance, finds back to `latents`.
 
-    Tune-A-Video, section 3.3. As in the reference implementation the noise of a step is predicted at the
-    timestep that the step goes to, and the first step starts from `final_alpha_cumprod`.
-
     Args:
-        unet: `(b c f h w, t, text) -> b c f h w`, with a `dtype`; see `inflate`.
+        unet: see `VideoModel`.
         latents: clean latents `b c f h w`.
-        encoder_hidden_states: embedding of the empty prompt, `1 n d`, `b n d` or `(b f) n d`.
+        condition: what to invert with, in the paper the empty prompt; its embedding alone will do.
         scheduler: any discrete diffusers scheduler; read, never changed.
         num_steps: 1 ... num_train_timesteps.
-        callback: called after every step with a dict of stage "invert", step (from 1), total, timestep,
-            latents and pred_x0; raises to stop.
-        class_labels: of the clip, `1`, `b` or `(b f)`, where the U-Net has classes.
+        callback: gets a `DDIMStep` of stage "invert" after every step; raises to stop.
 
     Returns:
         float32 `b c f h w`, or with `return_trajectory` every stage from `latents` on, `(N+1) b c f h w`.
@@ -116,153 +167,98 @@ def ddim_invert(
     Raises:
         TavError: see `ddim_timesteps` and `VideoUNet.forward`.
     """
-    timesteps, levels, prediction_type = _schedule(scheduler, num_steps)
-    x = latents.float().contiguous()  # kernels round by layout: noise from a file must give the same video
-    trajectory = [x]
-    for i, t in enumerate(timesteps):
-        output = predict(unet, x, t, encoder_hidden_states, **labelled(class_labels))
-        # the output belongs to the level it is predicted for, although x is still one level below
-        eps, _ = to_eps_x0(output, x, levels[i + 1], prediction_type)
-        x0 = (x - (1 - levels[i]).sqrt() * eps) / levels[i].sqrt()
-        x = ddim_step(x0, eps, levels[i], levels[i + 1])
-        if return_trajectory:
-            trajectory.append(x)
-        if callback is not None:
-            callback(_progress("invert", i + 1, num_steps, t, x, x0))
-    return torch.stack(trajectory) if return_trajectory else x
+    schedule, condition = Schedule.of(scheduler, num_steps), Condition.of(condition)
+    latents = latents.float().contiguous()  # kernels round by layout: noise from a file must give the same video
+    sigmas, timesteps = schedule.sigmas.flip(0), schedule.timesteps[::-1]
+    trajectory = [latents]
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        return schedule.denoised(unet, x, num_steps - len(trajectory), condition)
+
+    for x, x0 in inversion_steps(denoise, from_latents(latents, sigmas[0]), sigmas):
+        step = len(trajectory)
+        trajectory.append(to_latents(x, sigmas[step]))
+        callback(DDIMStep("invert", step, num_steps, timesteps[step - 1], trajectory[-1], x0))
+    return torch.stack(trajectory) if return_trajectory else trajectory[-1]
 
 
 @torch.no_grad()
 def ddim_sample(
-    unet: Callable,
+    unet: VideoModel,
     latents: Tensor,
-    encoder_hidden_states: Tensor,
+    condition: Tensor | Condition,
     scheduler: SchedulerMixin,
     num_steps: int,
+    *,
     guidance_scale: float = 7.5,
-    negative_hidden_states: Tensor | None = None,
+    negative_hidden_states: Tensor | Condition | None = None,
+    source_walk: "SourceWalk | None" = None,
+    source_hidden_states: Tensor | Condition | None = None,
     eta: float = 0.0,
     generator: torch.Generator | None = None,
-    callback: Callback | None = None,
-    attention_injection: float = 0.0,
-    source_hidden_states: Tensor | None = None,
-    region: Tensor | None = None,
-    anchor: Tensor | None = None,
-    still: Tensor | None = None,
-    class_labels: Tensor | None = None,
-    negative_class_labels: Tensor | None = None,
-    source_class_labels: Tensor | None = None,
-    return_source: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    callback: Callback = ignored,
+) -> Tensor:
     """Denoise `latents` to a clean video with classifier-free guidance (Ho & Salimans, arXiv 2207.12598).
 
     Args:
-        unet: `(b c f h w, t, text) -> b c f h w`, with a `dtype`; see `inflate`.
+        unet, condition, scheduler, num_steps: as in `ddim_invert`.
         latents: noise, `b c f h w`; random or from `ddim_invert`.
-        encoder_hidden_states: embedding of the prompt, `1 n d`, `b n d` or `(b f) n d`.
-        scheduler: any discrete diffusers scheduler; read, never changed.
-        num_steps: 1 ... num_train_timesteps.
-        guidance_scale: the paper uses 12.5; at most 1 runs the prompt alone, at half the cost.
-        negative_hidden_states: embedding of the negative (or empty) prompt, as long as the prompt's.
+        guidance_scale: the paper uses 12.5; at most 1 runs the condition alone, at half the cost.
+        negative_hidden_states: the negative (or empty) prompt, as long as the condition's; labels by default as there.
+        source_walk: takes the source clip back beside the edit, from the same noise without guidance, and lets it lead
+            the edit's attention or hold a part of it (see `injection`); needs a `VideoUNet`.
+        source_hidden_states: what the source clip was inverted with, for `source_walk`.
         eta: 0 (DDIM) to 1 (DDPM) share of fresh noise, drawn from `generator`.
         callback: as in `ddim_invert`, with stage "sample".
-        attention_injection: share of the steps, from the first on, in which a second walk from the same noise,
-            without guidance back to the source clip, leads the attention (see `attention`); needs a `VideoUNet`.
-        source_hidden_states: embedding that the source clip was inverted with, for the attention injection, `region` and `still`.
-        region: what the edit may change, 0 ... 1, `b 1 f h w`. A step goes towards the blend of the clean latents that
-            the two walks predict, `lerp(x0_source, x0, region)`; where it is 0, the source's walk is taken as it is.
-        anchor: where the clip's features lead as well in the first two thirds of these steps, 0 ... 1, `b 1 f h w`:
-            keeps the subject in its place.
-        still: where the edit stands still if the clip does, 0 ... 1, `b 1 f h w` (see `steady`).
-        class_labels: of the video, `1`, `b` or `(b f)`, where the U-Net has classes.
-        negative_class_labels: those beside the negative prompt, the label for no class if the U-Net has one; by default
-            `class_labels`.
-        source_class_labels: those that the source clip was inverted with; by default `class_labels`.
 
     Returns:
-        float32 `b c f h w`, or with `return_source` and a region also what the source's walk ends in.
+        float32 `b c f h w`.
 
     Raises:
-        TavError: guidance without `negative_hidden_states`, injection without `source_hidden_states`, an eta or
-            attention_injection outside 0 ... 1; see also `ddim_invert`.
+        TavError: guidance without `negative_hidden_states`, a walk without `source_hidden_states`, an eta outside
+            0 ... 1, texts of several lengths; see also `ddim_invert`.
     """
-    timesteps, levels, prediction_type = _schedule(scheduler, num_steps)
     guided = guidance_scale > 1
     if guided and negative_hidden_states is None:
-        raise TavError(f"guidance_scale={guidance_scale} needs negative_hidden_states; pass it or set 1")
-    for name, value in (("eta", eta), ("attention_injection", attention_injection)):
-        if not 0 <= value <= 1:
-            raise TavError(f"{name}={value} is out of range; give a number from 0 to 1")
-    injected_steps = round(attention_injection * num_steps)
-    walks = region is not None or still is not None
-    walking_steps = num_steps if walks else injected_steps
-    if walking_steps and source_hidden_states is None:
-        asks = (
-            f"attention_injection={attention_injection}" if not walks else "region" if region is not None else "still"
-        )
-        raise TavError(f"{asks} needs source_hidden_states; pass it or leave it out")
-
+        raise TavError("guidance_scale", guidance_scale, "needs negative_hidden_states", "pass it or set 1")
+    if not 0 <= eta <= 1:
+        raise TavError("eta", eta, "is out of range", "give a number from 0 to 1")
+    if source_walk is not None and source_hidden_states is None:
+        raise TavError("source_walk", None, "needs source_hidden_states", "pass it or leave it out")
+    schedule, condition = Schedule.of(scheduler, num_steps), Condition.of(condition)
     b, _, f, _, _ = latents.shape
-    texts = {"source_hidden_states": source_hidden_states, "negative_hidden_states": negative_hidden_states,
-             "encoder_hidden_states": encoder_hidden_states}  # fmt: skip
-    used = [bool(walking_steps), guided, True]
-    rows = [per_frame(name, text, b, f) for (name, text), use in zip(texts.items(), used) if use]
-    if len({row.shape for row in rows}) > 1:
-        shapes = ", ".join(f"{name} {text.shape[1]}" for (name, text), use in zip(texts.items(), used) if use)
-        raise TavError(f"the texts differ in their number of tokens ({shapes}); pad them to one length")
-    if anchor is not None:  # for every row, one mask a frame
-        anchor = rearrange(
-            anchor.expand(b, 1, *latents.shape[2:]).repeat(len(rows), 1, 1, 1, 1), "b c f h w -> (b f) c h w"
-        )
-    beside_text, text = torch.cat(rows), torch.cat(rows[bool(walking_steps) :])
-    beside_labels = labels = {}
-    if class_labels is not None:
-        given = {
-            "source_class_labels": source_class_labels,
-            "negative_class_labels": negative_class_labels,
-            "class_labels": class_labels,
-        }
-        rows = [
-            per_frame(name, class_labels if own is None else own, b, f)
-            for (name, own), use in zip(given.items(), used)
-            if use
-        ]
-        beside_labels, labels = labelled(torch.cat(rows)), labelled(torch.cat(rows[bool(walking_steps) :]))
+    prompts = {"condition": condition}
+    if guided:
+        prompts = {"negative_hidden_states": Condition.of(negative_hidden_states).or_labels_of(condition), **prompts}
+    edits = joined(prompts, b, f)
+    if source_walk is not None:
+        source_walk.begin()
+        source = {"source_hidden_states": Condition.of(source_hidden_states).or_labels_of(condition)}
+        with_source = joined(source | prompts, b, f)
 
-    x = latents.float().contiguous()
-    source = x
-    for i, t in reversed(list(enumerate(timesteps))):
-        videos = [x, x] if guided else [x]
-        if num_steps - i <= walking_steps:
-            leads = num_steps - i <= injected_steps
-            holds = anchor is not None and num_steps - i <= round(ANCHORED * injected_steps)
-            settings = {"anchor": anchor} if holds else {}
-            with unet.frame_context.led_by(b if leads else 0):
-                output = predict(unet, torch.cat([source, *videos]), t, beside_text, **settings, **beside_labels)
-            source_output, *outputs = output.split(b)
-            source_eps, source_x0 = to_eps_x0(source_output, source, levels[i + 1], prediction_type)
-            source = ddim_step(source_x0, source_eps, levels[i + 1], levels[i])
-        else:
-            outputs = predict(unet, torch.cat(videos), t, text, **labels).split(b)
-        output = outputs[-1]
-        if guided:
-            negative, positive = outputs
-            output = negative + guidance_scale * (positive - negative)
-        eps, x0 = to_eps_x0(output, x, levels[i + 1], prediction_type)
-        if still is not None:
-            x0 = steadied(x0, source_x0, still)
-        if region is not None:
-            x0 = torch.lerp(source_x0, x0, region)
-        if walks:
-            eps = (x - levels[i + 1].sqrt() * x0) / (1 - levels[i + 1]).sqrt()
+    def denoise(x: Tensor, step: int) -> Tensor:
+        """Of one video under all prompts, and beside it of the source where that leads."""
+
+        def ask(x: Tensor, led: "Led | None") -> Tensor:
+            if led is None:
+                return schedule.denoised(unet, x, step, edits)
+            with unet.frame_context.running(sources=led.sources):
+                return schedule.denoised(unet, x, step, with_source, **led.keywords)
+
+        x, sigma = torch.cat([x] * len(prompts)), schedule.sigmas[step]
+        x0 = ask(x, None) if source_walk is None else source_walk(ask, x, sigma, schedule.sigmas, len(prompts))
+        if not guided:
+            return x0
+        negative, positive = x0.chunk(2)
+        return negative + guidance_scale * (positive - negative)
+
+    x = from_latents(latents.float().contiguous(), schedule.sigmas[0])
+    for step, (sigma, lower) in enumerate(pairwise(schedule.sigmas)):
+        x0 = denoise(x, step)
         noise = randn_tensor(x.shape, generator, x.device, x.dtype) if eta > 0 else None
-        x = ddim_step(x0, eps, levels[i + 1], levels[i], eta, noise)
-        if region is not None:
-            x = torch.where(region > 0, x, source)  # no rounding, no fresh noise
-        if callback is not None:
-            callback(_progress("sample", num_steps - i, num_steps, t, x, x0))
-    return (x, source) if return_source else x
-
-
-def _progress(stage: str, step: int, total: int, t: int, x: Tensor, x0: Tensor) -> dict[str, Any]:
-    return {"stage": stage, "step": step, "total": total, "timestep": t, "latents": x, "pred_x0": x0}
+        x = ddim_step(x, x0, sigma, lower, eta, noise)
+        if source_walk is not None:
+            x = source_walk.held(x, lower)
+        z = to_latents(x, lower)
+        callback(DDIMStep("sample", step + 1, num_steps, schedule.timesteps[step], z, x0))
+    return to_latents(x, schedule.sigmas[-1])

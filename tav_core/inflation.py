@@ -33,7 +33,7 @@ class OverFrames:
     frame_context: FrameContext
 
     def forward(self, x: Tensor) -> Tensor:  # (b f) c h w
-        frames = self.frame_context.frames
+        frames = self.frame_context.forward.frames
         x = super().forward(rearrange(x, "(b f) c h w -> b c f h w", f=frames))
         return rearrange(x, "b c f h w -> (b f) c h w")
 
@@ -44,15 +44,10 @@ class TemporalTail:
     frame_context: FrameContext
 
     def forward(self, *args, **kwargs) -> Tensor:
-        x, context = super().forward(*args, **kwargs), self.frame_context  # (b f) n c
-        y = rearrange(x, "(b f) n c -> (b n) f c", f=context.frames)
-        y = temporal_attention(
-            self.attn_temp,
-            self.norm_temp(y),
-            self.temporal_causal,
-            context.attention_fn,
-            leaders=context.sources * x.shape[1],
-        )
+        x, now = super().forward(*args, **kwargs), self.frame_context.forward  # (b f) n c
+        y = self.norm_temp(rearrange(x, "(b f) n c -> (b n) f c", f=now.frames))
+        leaders = now.sources * x.shape[1]
+        y = temporal_attention(self.attn_temp, y, self.temporal_causal, now.attention_fn, leaders)
         return x + rearrange(y, "(b n) f c -> (b f) n c", n=x.shape[1])
 
 
@@ -68,7 +63,7 @@ class AnchoredResnetBlock(VideoResnetBlock):
     """The first resnet on the way up: its output tells best what is where."""
 
     def forward(self, *args, **kwargs) -> Tensor:
-        return anchored(super().forward(*args, **kwargs), self.frame_context)
+        return anchored(super().forward(*args, **kwargs), self.frame_context.forward)
 
 
 class VideoTransformerBlock(TemporalTail, BasicTransformerBlock):
@@ -86,7 +81,7 @@ class VideoUNet(UNet2DConditionModel):
     """A U-Net over videos, made by `inflate`.
 
     Attributes:
-        frame_context: shared by all modules; set its `attention_fn` to compute attention another way.
+        frame_context: shared by all modules; `frame_context.set(attention_fn=...)` computes attention another way.
         inflation: the options given to `inflate`.
         memory: one of `MEMORY`, see `set_memory`.
     """
@@ -133,7 +128,7 @@ class VideoUNet(UNet2DConditionModel):
             name: value if name == "cross_attention_kwargs" else per_frame(name, value, b, f)
             for name, value in kwargs.items()
         }
-        with self.frame_context.running(f, anchor):
+        with self.frame_context.running(f, anchor=anchor):
             (out,) = super().forward(
                 rearrange(latents, "b c f h w -> (b f) c h w"),
                 t.expand(b).repeat_interleave(f),

@@ -15,19 +15,12 @@ from torch.utils._pytree import tree_leaves
 
 from .inflation import VideoUNet, trainable_parameters
 from .recompute import MEMORY
+from .take import Take
 
 _MARGIN = 1.2  # of what is needed: for kernels' own buffers and gaps between blocks of memory, which nobody counts
 
 
-def needed_memory(
-    unet: VideoUNet,
-    latents: Tensor,
-    encoder_hidden_states: Tensor,
-    class_labels: Tensor | None,
-    dtype: torch.dtype,
-    memory: str,
-    device: torch.device,
-) -> int:
+def needed_memory(unet: VideoUNet, take: Take, dtype: torch.dtype, memory: str, device: torch.device) -> int:
     """Bytes that a tuning step takes beyond the weights of the U-Net, in a memory mode (one of `MEMORY`).
 
     The step is run, forward and backward, on tensors without content (fake tensors), which have all but the memory:
@@ -37,8 +30,7 @@ def needed_memory(
     Stable Diffusion.
 
     Args:
-        latents: `b c f h w`, of the largest take; nothing but its shape counts.
-        encoder_hidden_states, class_labels: as in the forward of `VideoUNet`.
+        take: the largest; nothing but its shapes counts.
         dtype: of the computation.
         device: where it will run; the U-Net may be elsewhere.
     """
@@ -50,16 +42,13 @@ def needed_memory(
 
         unet = without_content(unet, dtype, device)
         unet.set_memory(memory)
-        unet.frame_context.attention_fn = lambda q, k, v, mask=None: _FusedAttention.apply(q, k, v)
+        unet.frame_context.set(attention_fn=lambda q, k, v, mask=None: _FusedAttention.apply(q, k, v))
         unet.get_class_embed = super(VideoUNet, unet).get_class_embed  # which doesn't look at the labels' values
-        labels = {} if class_labels is None else {"class_labels": fake(class_labels)}
-        inputs = (
-            fake(latents, dtype),
-            torch.zeros((), dtype=torch.int64, device=device),
-            fake(encoder_hidden_states, dtype),
-        )
+        told, timestep = take.condition, torch.zeros((), dtype=torch.int64, device=device)
+        labels = {name: fake(value) for name, value in told.keywords.items()}
         with _Peak([*unet.parameters(), *unet.buffers()]) as count:
-            unet(*inputs, **labels).float().square().mean().backward()
+            predicted = unet(fake(take.latents, dtype), timestep, fake(told.encoder_hidden_states, dtype), **labels)
+            predicted.float().square().mean().backward()
     return count.peak + 3 * tuned_bytes
 
 
@@ -136,6 +125,17 @@ def offloaded(*models: nn.Module) -> Iterator[None]:
     finally:
         for model, device in zip(models, devices):
             nn.Module.to(model, device)
+
+
+class Device:
+    """Where a tuning runs, and what it may hold there."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def make_room(self, needed: Callable[[], int]) -> int:
+        """Makes what room it can for the model and for so many bytes beside it; returns how many are free beside it."""
+        return free_memory(self.device)
 
 
 def choose(needed: Callable[[str], int], free: int) -> tuple[str, str]:

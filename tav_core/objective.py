@@ -1,14 +1,13 @@
 """The training objective of tuning and its random draws."""
 
 import hashlib
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from .condition import labelled, predict
+from .condition import Condition, VideoModel, predict
 from .errors import TavError
 
 _STRATA = 16  # as many consecutive timesteps cover the range once
@@ -16,24 +15,21 @@ _MIN_SNR_GAMMA = 5.0  # arXiv 2303.09556
 
 
 def tuning_loss(
-    unet: Callable,
+    unet: VideoModel,
     scheduler: SchedulerMixin,
     latents: Tensor,
     noise: Tensor,
     timesteps: Tensor,
-    encoder_hidden_states: Tensor,
+    condition: Tensor | Condition,
     loss_weighting: str = "none",
-    class_labels: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error of what the model predicts for noised latents, a scalar (equation 3 of the paper).
 
     Args:
-        unet: see `ddim_invert`.
         latents, noise: float32 `b c f h w`.
         timesteps: int64 `b`, one per video.
-        encoder_hidden_states: `1 n d`, `b n d` or `(b f) n d`.
+        condition: of the clip; the embedding of its sentence alone will do.
         loss_weighting: "none" or "min_snr".
-        class_labels: `1`, `b` or `(b f)`, for a U-Net that is conditioned on them.
 
     Raises:
         TavError: a prediction type other than epsilon, v_prediction and sample.
@@ -50,8 +46,8 @@ def tuning_loss(
     elif prediction_type == "sample":
         target, weight = latents, snr.clamp(max=_MIN_SNR_GAMMA)
     else:
-        raise TavError(f"prediction_type={prediction_type!r} is unknown; use epsilon, v_prediction or sample")
-    predicted = predict(unet, noisy, timesteps, encoder_hidden_states, **labelled(class_labels))
+        raise TavError("prediction_type", prediction_type, "is unknown", "use epsilon, v_prediction or sample")
+    predicted = predict(unet, noisy, timesteps, Condition.of(condition))
     if loss_weighting == "none":
         return F.mse_loss(predicted, target)
     return (weight * (predicted - target).square().mean(dim=(1, 2, 3, 4))).mean()

@@ -1,7 +1,7 @@
 """Tune-A-Video from end to end: a clip and its sentence in, edited clips out.
 
 source = prepare(checkpoint, frames, prompt)        # latents and text embedding, computed once
-unet, result = tune_on(checkpoint, source, preset)   # one-shot tuning
+unet, result = tune_on(checkpoint, [source], preset) # one-shot tuning
 noise = invert(checkpoint, unet, source, preset)     # DDIM inversion
 subject = find_subject(checkpoint, unet, source, contrasts, preset)  # optional
 video = sample(checkpoint, unet, noise, "an edited prompt", preset, source_prompt=prompt, subject=subject)
@@ -17,43 +17,44 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video
-from .ddim import ddim_invert, ddim_sample
-from .errors import TavError
+from .condition import Condition
+from .ddim import Schedule, ddim_invert, ddim_sample
+from .errors import TavError, field
+from .events import Callback, ignored
 from .inflation import VideoUNet, inflate, trainable_parameters
+from .injection import EditPlaces, SourceWalk
 from .memory import offloaded
 from .presets import Preset
-from .subject import SOFTNESS, anchor_of, editable, outlined, pooled, put_back, softened, still_of, subject_mask
-from .tuning import Take, TuneResult, tune
+from .subject import SOFTNESS, outlined, pooled, put_back, softened, subject_mask
+from .take import Take
+from .tuning import TuneResult, tune
 from .video import to_pixels
 from .windows import ContextWindows, WindowedUNet
 
-Callback = Callable[[dict[str, Any]], None]
 
-
-@dataclass
+@dataclass(frozen=True)
 class Source:
-    """A clip, uint8 `f h w c`, and as the model sees it: posterior mean and std of its latents (`1 c f h w`, scaled), text
-    `1 n d`, and for a U-Net with classes its labels, `1` or `f`."""
+    """A clip as people see it, frames uint8 `f h w c` and a sentence, and as the model does."""
 
     frames: Tensor
     prompt: str
-    latents: Tensor
-    latents_std: Tensor
-    hidden_states: Tensor
-    class_labels: Tensor | None = None
+    take: Take
 
 
 def prepare(checkpoint: Checkpoint, frames: Tensor, prompt: str, class_labels: Tensor | None = None) -> Source:
     """Encodes a clip (uint8 `f h w c`) and its sentence once, for all stages.
 
+    Args:
+        class_labels: `1` or `f`, for a U-Net with classes.
+
     Raises:
         TavError: an empty prompt, or a size that the model can't halve as often as it must.
     """
     if not prompt.strip():
-        raise TavError('--prompt is empty; describe the clip in one sentence, e.g. "a man is skiing"')
+        raise TavError("prompt", None, "is empty", 'describe the clip in one sentence, e.g. "a man is skiing"')
     check_size(checkpoint, width=frames.shape[2], height=frames.shape[1])
     mean, std = encode_video(checkpoint, to_pixels(frames))
-    return Source(frames, prompt, mean, std, encode_prompt(checkpoint, prompt), class_labels)
+    return Source(frames, prompt, Take(mean, Condition(encode_prompt(checkpoint, prompt), class_labels), std))
 
 
 def check_size(checkpoint: Checkpoint, *, width: int, height: int):
@@ -62,7 +63,7 @@ def check_size(checkpoint: Checkpoint, *, width: int, height: int):
     for name, value in (("width", width), ("height", height)):
         if value % multiple or value <= 0:
             nearest = max(multiple, round(value / multiple) * multiple)
-            raise TavError(f"{name} {value} is not a multiple of {multiple}; use {nearest}")
+            raise TavError(name, value, f"is not a multiple of {multiple}", f"use {nearest}")
 
 
 def video_unet(
@@ -79,10 +80,9 @@ def video_unet(
     if not isinstance(checkpoint.unet, VideoUNet):
         return nn.Module.to(inflate(checkpoint.unet, **options), checkpoint.vae.device)
     if options != checkpoint.unet.inflation:
-        raise TavError(
-            f"--checkpoint {checkpoint.name} is a Tune-A-Video model, inflated with {checkpoint.unet.inflation}, not with "
-            f"{options}; leave --attention, --temporal-causal and --norm as they are by default"
-        )
+        problem = f"is a Tune-A-Video model, inflated with {checkpoint.unet.inflation}, not with {options}"
+        names = f"{field('attention')}, {field('temporal_causal')} and {field('norm')}"
+        raise TavError("checkpoint", checkpoint.name, problem, f"leave {names} as they are by default")
     unet = copy.deepcopy(checkpoint.unet)
     for parameter in trainable_parameters(unet).values():
         parameter.requires_grad_(True)
@@ -91,56 +91,36 @@ def video_unet(
 
 def tune_on(
     checkpoint: Checkpoint,
-    source: Source,
+    sources: Sequence[Source],
     preset: Preset,
     *,
-    attention: str = "sparse-causal",
-    temporal_causal: bool = False,
-    norm: str = "video",
-    more_sources: Sequence[Source] = (),
-    state_path: str | Path | None = None,
+    inflation: dict[str, Any] | None = None,
+    state_path: str | Path | Callable[[dict[str, Any]], Path] | None = None,
     resume: bool = True,
-    callback: Callback | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    callback: Callback = ignored,
 ) -> tuple[VideoUNet, TuneResult]:
-    """Inflates a copy of the checkpoint's U-Net and tunes it on the clip, or on several (see `inflate` and `tune`).
+    """Inflates a copy of the checkpoint's U-Net and tunes it on the clip, or on several (see `tune`).
 
     A published Tune-A-Video model is tuned further.
+
+    Args:
+        inflation: options of `inflate` that aren't as by default.
     """
-    more = [Take(other.latents, other.hidden_states, other.latents_std, other.class_labels) for other in more_sources]
-    unet = video_unet(checkpoint, attention=attention, temporal_causal=temporal_causal, norm=norm)
+    unet, takes = video_unet(checkpoint, **(inflation or {})), [source.take for source in sources]
     with offloaded(checkpoint.vae, checkpoint.text_encoder):
         result = tune(
-            unet,
-            checkpoint.scheduler,
-            source.latents,
-            source.hidden_states,
-            preset.tuning,
-            latents_std=source.latents_std,
-            class_labels=source.class_labels,
-            more_takes=more,
-            state_path=state_path,
-            resume=resume,
-            callback=callback,
-            say=say,
+            unet, checkpoint.scheduler, takes, preset.tuning, state_path=state_path, resume=resume, callback=callback
         )
     return unet, result
 
 
 def invert(
-    checkpoint: Checkpoint, unet: VideoUNet, source: Source, preset: Preset, callback: Callback | None = None
+    checkpoint: Checkpoint, unet: VideoUNet, source: Source, preset: Preset, callback: Callback = ignored
 ) -> Tensor:
     """The noise `1 c f h w` that carries the clip's structure: DDIM inversion."""
-    text = _inversion_text(checkpoint, source.prompt, preset)
-    return ddim_invert(
-        _windowed(unet, preset),
-        source.latents,
-        text,
-        checkpoint.scheduler,
-        preset.sampling_steps,
-        callback=callback,
-        class_labels=source.class_labels,
-    )
+    condition = Condition(_inversion_text(checkpoint, source.prompt, preset), source.take.condition.class_labels)
+    unet, latents, steps = _windowed(unet, preset), source.take.latents, preset.sampling_steps
+    return ddim_invert(unet, latents, condition, checkpoint.scheduler, steps, callback=callback)
 
 
 def _windowed(unet: VideoUNet, preset: Preset) -> VideoUNet | WindowedUNet:
@@ -167,15 +147,9 @@ def find_subject(
     """
     check_contrasts(source.prompt, contrasts)
     others = torch.cat([encode_prompt(checkpoint, contrast) for contrast in contrasts])
-    mask = subject_mask(
-        _windowed(unet, preset),
-        source.latents,
-        source.hidden_states,
-        others,
-        checkpoint.scheduler,
-        seed=preset.tuning.seed,
-        class_labels=source.class_labels,
-    )
+    take, seed = source.take, preset.tuning.seed
+    unet = _windowed(unet, preset)
+    mask = subject_mask(unet, take.latents, take.condition, others, checkpoint.scheduler, seed=seed)
     return softened(outlined(mask, source.frames), softness)
 
 
@@ -183,9 +157,8 @@ def check_contrasts(prompt: str, contrasts: Sequence[str]):
     """Raises a TavError for a contrast that is empty or the sentence itself."""
     for contrast in contrasts:
         if not contrast.strip() or contrast == prompt:
-            raise TavError(
-                f"--contrast {contrast!r} says nothing of another subject; change the subject's words in {prompt!r}"
-            )
+            remedy = f"change the subject's words in {prompt!r}"
+            raise TavError("contrast", repr(contrast), "says nothing of another subject", remedy)
 
 
 def sample(
@@ -202,57 +175,56 @@ def sample(
     class_labels: Tensor | None = None,
     negative_class_labels: Tensor | None = None,
     source_class_labels: Tensor | None = None,
-    callback: Callback | None = None,
+    callback: Callback = ignored,
 ) -> Tensor:
     """The clip of `prompt` from `noise`, uint8 `f h w c`.
 
     Args:
         source_prompt: the sentence of the clip that was inverted to `noise`; None for random noise, which has no clip
             to take attention or a caption from.
-        subject: mask of the clip's subject, `1 1 f h w` of pixels (see `find_subject`): attention injection keeps it in its place.
+        subject: mask of the clip's subject, `1 1 f h w` of pixels (see `find_subject`): attention injection keeps it in
+            its place.
         region: what the edit may change: "everything", the "subject" or the "background"; the rest is what the noise
             reconstructs. The last two need `subject` and `source_prompt`.
-        class_labels, negative_class_labels, source_class_labels: see `ddim_sample`.
+        class_labels: of the edit, `1` or `f`, for a U-Net with classes; those beside the negative prompt (the label for
+            no class if the U-Net has one) and those that the source was inverted with are the same by default.
 
     Raises:
         TavError: an empty prompt, settings out of range (see `ddim_sample`), or a region without subject.
     """
     if region != "everything" and (subject is None or source_prompt is None):
-        raise TavError(f"--region {region} needs to know where the subject is; invert the clip with --contrast")
+        problem = "needs to know where the subject is"
+        raise TavError("region", region, problem, f"invert the clip with {field('contrast')}")
     if not prompt.strip():
-        raise TavError("--edit is empty; describe the edited clip in one sentence")
-    negative, settings, changeable = encode_prompt(checkpoint, negative_prompt), {}, None
+        raise TavError("edit", None, "is empty", "describe the edited clip in one sentence")
+    walk = source = None
+    negative = encode_prompt(checkpoint, negative_prompt)
     if source_prompt is not None:
         negative = torch.lerp(negative, encode_prompt(checkpoint, source_prompt), preset.caption_as_negative)
-        settings = {"attention_injection": preset.attention_injection,
-                    "source_hidden_states": _inversion_text(checkpoint, source_prompt, preset)}  # fmt: skip
+        places = None
         if subject is not None:
             mask = pooled(subject, checkpoint.downscale).to(unet.device)
-            changeable = editable(region, mask, room=1)
-            settings |= {
-                "anchor": anchor_of(region, mask, changeable),
-                "region": changeable,
-                "return_source": changeable is not None,
-                "still": still_of(region, mask, room=1) if preset.steady else None,
-            }
+            places = EditPlaces.of(region, mask, room=1, steady=preset.steady)
+        walk = SourceWalk(preset.attention_injection, places)
+        source = Condition(_inversion_text(checkpoint, source_prompt, preset), source_class_labels)
     latents = ddim_sample(
         _windowed(unet, preset),
         noise.to(unet.device),
-        encode_prompt(checkpoint, prompt),
+        Condition(encode_prompt(checkpoint, prompt), class_labels),
         checkpoint.scheduler,
         preset.sampling_steps,
         guidance_scale=preset.guidance_scale,
-        negative_hidden_states=negative,
+        negative_hidden_states=Condition(negative, negative_class_labels),
+        source_walk=walk,
+        source_hidden_states=source,
         callback=callback,
-        class_labels=class_labels,
-        negative_class_labels=negative_class_labels,
-        source_class_labels=source_class_labels,
-        **settings,
     )
-    if changeable is None:
-        return decode_video(checkpoint, latents)
-    edit, source = (decode_video(checkpoint, each) for each in latents)
-    return put_back(edit, source, editable(region, subject, room=checkpoint.downscale))
+    edit = decode_video(checkpoint, latents)
+    if region == "everything":
+        return edit
+    end = Schedule.of(checkpoint.scheduler, preset.sampling_steps).sigmas[-1]
+    changed = EditPlaces.of(region, subject, room=checkpoint.downscale).changeable
+    return put_back(edit, decode_video(checkpoint, walk.latents(end)), changed)
 
 
 def _inversion_text(checkpoint: Checkpoint, prompt: str, preset: Preset) -> Tensor:

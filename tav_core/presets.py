@@ -1,6 +1,6 @@
 """Presets: the settings of a whole edit, from tuning to sampling."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from .errors import TavError
 from .tuning import TuneConfig
@@ -13,12 +13,12 @@ class Preset:
 
     Attributes:
         attention_injection: share of the sampling steps in which the edit attends as the clip does, 0 ... 1: more
-            keeps more of its layout and motion (see `attention`; 0 in the paper).
+            keeps more of its layout and motion (see `injection`; 0 in the paper).
         caption_as_negative: how much of the negative prompt is the clip's own sentence, 0 ... 1: guidance then
             follows what an edit changes in it, and the clip is inverted with it. 0 is the paper, 1 negative-prompt
             inversion (arXiv 2305.16807).
         steady: with a mask of the subject, a background that an edit draws anew stands still where the clip's does (see
-            `steady`). Turn it off for one that should move, such as a fire or a crowd.
+            `steadied`). Turn it off for one that should move, such as a fire or a crowd.
         context_overlap: frames that neighbouring windows share; with `tuning.context_length` all stages see a clip
             window by window (see `windows`).
     """
@@ -58,33 +58,15 @@ def default_preset(checkpoint_name: str) -> str:
     return "mini" if checkpoint_name == "mini" else "paper"
 
 
-def with_settings(
-    preset: Preset,
-    *,
-    steps: int | None = None,
-    learning_rate: float | None = None,
-    seed: int | None = None,
-    dtype: str | None = None,
-    memory: str | None = None,
-    sampling_steps: int | None = None,
-    guidance_scale: float | None = None,
-    attention_injection: float | None = None,
-    caption_as_negative: float | None = None,
-    steady: bool | None = None,
-    context_length: int | None = None,
-    context_overlap: int | None = None,
-) -> Preset:
-    """A preset with some of its settings replaced; None keeps the preset's own."""
-    tuning = dict(
-        steps=steps, learning_rate=learning_rate, seed=seed, dtype=dtype, memory=memory, context_length=context_length
-    )
-    sampling = dict(
-        sampling_steps=sampling_steps,
-        guidance_scale=guidance_scale,
-        attention_injection=attention_injection,
-        caption_as_negative=caption_as_negative,
-        steady=steady,
-        context_overlap=context_overlap,
-    )
-    tuning, sampling = ({k: v for k, v in s.items() if v is not None} for s in (tuning, sampling))
-    return replace(preset, tuning=replace(preset.tuning, **tuning), **sampling)
+def with_settings(preset: Preset, **changes) -> Preset:
+    """A preset with some of its settings, or of its tuning's, replaced; None keeps the preset's own.
+
+    Raises:
+        TavError: a setting that there isn't, or a value out of range.
+    """
+    own, of_tuning = ({each.name for each in fields(of)} - {"tuning"} for of in (Preset, TuneConfig))
+    if unknown := sorted(changes.keys() - own - of_tuning):
+        raise TavError(unknown[0], None, "is no setting", f"choose among {', '.join(sorted(own | of_tuning))}")
+    given = {name: value for name, value in changes.items() if value is not None}
+    tuning = replace(preset.tuning, **{name: value for name, value in given.items() if name in of_tuning})
+    return replace(preset, tuning=tuning, **{name: value for name, value in given.items() if name in own})

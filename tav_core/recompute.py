@@ -1,8 +1,9 @@
 """Gradient checkpointing: which parts of a video U-Net the backward pass computes again, so that they keep nothing.
 
-A unit is a module that changes class in place (`Recomputed`). What is computed again runs in the `Forward` of its first time:
-another one may have come between.
+A unit is a module that changes class in place (`Recomputed`).
 """
+
+import functools
 
 import torch
 from diffusers.models.attention import FeedForward
@@ -19,7 +20,7 @@ _PARTS = 4
 
 
 class Recomputed:
-    """Mixin: a unit of gradient checkpointing, recomputed in the backward pass with the frame count of its own forward.
+    """Mixin: a unit of gradient checkpointing, recomputed in the backward pass as it was in its own forward.
 
     Attributes:
         recomputed: whether it is so now.
@@ -31,16 +32,19 @@ class Recomputed:
     modes: tuple[str, ...]
 
     def forward(self, *args, **kwargs):
-        context, forward = self.frame_context, super().forward
+        context, run = self.frame_context, super().forward
         if not (self.recomputed and torch.is_grad_enabled()):
-            return forward(*args, **kwargs)
-        frames, anchor = context.frames, context.anchor  # another forward may run before the backward of this one
+            return run(*args, **kwargs)
+        own = context.forward  # another forward may run before the backward of this one
 
-        def run(*args, **kwargs):
-            with context.running(frames, anchor):
-                return forward(*args, **kwargs)
+        def again(*args, **kwargs):
+            with context.resumed(own):
+                return run(*args, **kwargs)
 
-        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        return checkpoint(again, *args, use_reentrant=False, **kwargs)
+
+    def __reduce__(self):
+        return _blank, (*type(self).made_of,), self.__dict__
 
 
 class RecomputedInParts(Recomputed):
@@ -56,7 +60,7 @@ class RecomputedInParts(Recomputed):
 
 
 def make_units(block: nn.Module, context: FrameContext):
-    """Chooses what of a block of the U-Net is recomputed in which of the `MEMORY` modes (see `VideoUNet.set_memory`)."""
+    """Chooses what of a block of the U-Net is recomputed in which `MEMORY` modes (see `VideoUNet.set_memory`)."""
     for module in list(block.modules()):
         if isinstance(module, ResnetBlock2D):
             _recompute(module, context, MEMORY[1:])
@@ -72,5 +76,16 @@ def make_units(block: nn.Module, context: FrameContext):
 
 
 def _recompute(module: nn.Module, context: FrameContext, modes: tuple[str, ...], how: type[Recomputed] = Recomputed):
-    module.__class__ = type(type(module).__name__, (how, type(module)), {"modes": modes})
+    module.__class__ = _unit_class(how, type(module), modes)
     module.frame_context = context
+
+
+@functools.cache
+def _unit_class(how: type[Recomputed], kind: type[nn.Module], modes: tuple[str, ...]) -> type[nn.Module]:
+    return type(kind.__name__, (how, kind), {"modes": modes, "made_of": (how, kind, modes)})
+
+
+def _blank(how: type[Recomputed], kind: type[nn.Module], modes: tuple[str, ...]) -> nn.Module:
+    """A unit without content, which a pickle or a copy fills: the classes have no name to be found by."""
+    made = _unit_class(how, kind, modes)
+    return made.__new__(made)

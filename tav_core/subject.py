@@ -1,4 +1,4 @@
-"""Where the subject of a clip is, and which part of the frames an edit may change.
+"""Where the subject of a clip is: masks of it, and what is made of them.
 
 By contrast: a sentence and the same sentence about another subject make the model predict different noise where the
 subject is (DiffEdit, Couairon et al., arXiv 2210.11427, section 3.2). By a word: its cross-attention is high there
@@ -10,7 +10,7 @@ Either knows latent pixels alone; the outline is found in the clip itself (GrabC
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -21,38 +21,35 @@ from diffusers.utils.torch_utils import randn_tensor
 from einops import rearrange
 from torch import Tensor, nn
 
-from .condition import labelled
+from .condition import Condition, VideoModel, predict
 from .ddim import ddim_invert
 from .errors import TavError
 
-REGIONS = ("everything", "subject", "background")
 _LEVELS = (0.16, 0.28, 0.40, 0.52)  # of the training timesteps: below, the picture says it all, above, it says nothing
 SOFTNESS = 3  # pixels
 
 
 @torch.no_grad()
 def subject_mask(
-    unet: Callable,
+    unet: VideoModel,
     latents: Tensor,
-    encoder_hidden_states: Tensor,
+    condition: Tensor | Condition,
     contrast_hidden_states: Tensor,
     scheduler: SchedulerMixin,
     *,
     threshold: float = 0.15,
     seed: int = 0,
-    class_labels: Tensor | None = None,
 ) -> Tensor:
     """Finds the subject by what sentences about other subjects change in the predicted noise.
 
     Args:
-        unet: `(b c f h w, t, text) -> b c f h w`, with a `dtype`; tuned on the clip it finds more.
+        unet: tuned on the clip it finds more.
         latents: clean latents of the clip, `1 c f h w`.
-        encoder_hidden_states: embedding of its sentence, `1 n d`.
+        condition: its sentence, or the embedding `1 n d` alone.
         contrast_hidden_states: embeddings of the sentence with other subjects, `k n d`; three or more, each with
             another colour and shape, find all of the subject.
         threshold: 0 ... 1 of the largest difference; less finds more.
         seed: of the noise.
-        class_labels: of the clip, `1` or `f`, where the U-Net has classes.
 
     Returns:
         float32 `1 1 f h w` of 0 and 1.
@@ -60,11 +57,12 @@ def subject_mask(
     Raises:
         TavError: a threshold out of range, or sentences that make no difference anywhere.
     """
-    texts = torch.cat([encoder_hidden_states, contrast_hidden_states]).to(unet.dtype)
-    predictions = []
+    condition, predictions = Condition.of(condition), []
+    texts = torch.cat([condition.encoder_hidden_states, contrast_hidden_states])
+    sentences = [Condition(text[None], condition.class_labels) for text in texts]
     for t, alpha, noise in probes(latents, scheduler, seed):
-        noisy = (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise).to(unet.dtype)
-        predictions.append(torch.cat([unet(noisy, t, text[None], **labelled(class_labels)).float() for text in texts]))
+        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        predictions.append(torch.cat([predict(unet, noisy, t, sentence) for sentence in sentences]))
     return mask_of(predictions, threshold)
 
 
@@ -72,14 +70,9 @@ def probes(latents: Tensor, scheduler: SchedulerMixin, seed: int) -> list[tuple[
     """Where a model is asked: timestep, cumulative alpha and the noise, as `latents`, of each level."""
     generator = torch.Generator().manual_seed(seed)
     timesteps = [round(level * scheduler.config.num_train_timesteps) for level in _LEVELS]
-    return [
-        (
-            t,
-            scheduler.alphas_cumprod[t].to(latents.device),
-            randn_tensor(latents.shape, generator, latents.device, torch.float32),
-        )
-        for t in timesteps
-    ]
+    alphas = [scheduler.alphas_cumprod[t].to(latents.device) for t in timesteps]
+    noises = [randn_tensor(latents.shape, generator, latents.device, torch.float32) for _ in timesteps]
+    return list(zip(timesteps, alphas, noises))
 
 
 def mask_of(predictions: list[Tensor], threshold: float) -> Tensor:
@@ -89,16 +82,17 @@ def mask_of(predictions: list[Tensor], threshold: float) -> Tensor:
         changes = (prediction[1:] - prediction[:1]).square().mean(1, keepdim=True)  # k 1 f h w
         share = changes / changes.mean((1, 2, 3, 4), keepdim=True).clamp(min=1e-12)
         difference = difference + share.sum(0, keepdim=True).cpu()
-    return _above(threshold, difference, "the contrast sentences change nothing; name another subject in them")
+    flat = TavError("contrast", None, "changes nothing of what is predicted", "name another subject in it")
+    return _above(threshold, difference, flat)
 
 
-def _above(threshold: float, values: Tensor, flat: str) -> Tensor:
-    """Where values are above a share of their range; raises what is `flat` if they have none."""
+def _above(threshold: float, values: Tensor, flat: TavError) -> Tensor:
+    """Where values are above a share of their range; raises `flat` if they have none."""
     if not 0 < threshold < 1:
-        raise TavError(f"threshold={threshold} is out of range; give a number between 0 and 1")
+        raise TavError("threshold", threshold, "is out of range", "give a number between 0 and 1")
     low, high = values.flatten().quantile(torch.tensor([0.02, 0.98]))
     if high <= low:
-        raise TavError(flat)
+        raise flat
     return (values > torch.lerp(low, high, threshold)).float()
 
 
@@ -106,7 +100,7 @@ def _above(threshold: float, values: Tensor, flat: str) -> Tensor:
 def word_mask(
     unet: nn.Module,
     latents: Tensor,
-    encoder_hidden_states: Tensor,
+    condition: Tensor | Condition,
     places: Sequence[int],
     scheduler: SchedulerMixin,
     *,
@@ -118,7 +112,7 @@ def word_mask(
     Args:
         unet: a `VideoUNet`; tuned on the clip it finds more.
         latents: clean latents of the clip, `1 c f h w`.
-        encoder_hidden_states: embedding of its sentence, `1 n d`.
+        condition: its sentence, or the embedding `1 n d` alone.
         places: of the word among the tokens (see `word_places`).
         steps: of the inversion.
         threshold: 0 ... 1 of the largest attention; less finds more.
@@ -127,7 +121,7 @@ def word_mask(
         float32 `1 1 f h w` of 0 and 1.
     """
     with word_attention(unet, places) as maps:
-        ddim_invert(unet, latents, encoder_hidden_states, scheduler, steps)
+        ddim_invert(unet, latents, condition, scheduler, steps)
     return mask_of_attention(maps, *latents.shape[-2:], threshold)
 
 
@@ -139,7 +133,7 @@ def word_places(sentence: Sequence[int], word: Sequence[int], name: str) -> list
     """
     starts = [i for i in range(len(sentence) - len(word) + 1) if list(sentence[i : i + len(word)]) == list(word)]
     if not word or not starts:
-        raise TavError(f"word {name!r} is not in the sentence; name one of its words")
+        raise TavError("word", repr(name), "is not in the sentence", "name one of its words")
     return [start + i for start in starts for i in range(len(word))]
 
 
@@ -172,9 +166,8 @@ def mask_of_attention(maps: dict[int, Tensor], height: int, width: int, threshol
     factor = round((height * width / places) ** 0.5)
     grid = rearrange(maps[places], "f (h w) -> f 1 h w", h=math.ceil(height / factor))
     values = F.interpolate(grid, (height, width), mode="bilinear")
-    return _above(
-        threshold, rearrange(values, "f 1 h w -> 1 1 f h w"), "the word is looked at alike everywhere; name another"
-    )
+    flat = TavError("word", None, "is looked at alike everywhere", "name another")
+    return _above(threshold, rearrange(values, "f 1 h w -> 1 1 f h w"), flat)
 
 
 def outlined(mask: Tensor, frames: Tensor) -> Tensor:
@@ -211,34 +204,6 @@ def outlined(mask: Tensor, frames: Tensor) -> Tensor:
         cv2.grabCut(np.ascontiguousarray(frame), kind, None, *colours, 1, cv2.GC_EVAL_FREEZE_MODEL)
     inside = torch.from_numpy((kinds == cv2.GC_FGD) | (kinds == cv2.GC_PR_FGD))[:, None] | (core > 0)
     return rearrange(inside.float(), "f 1 h w -> 1 1 f h w")
-
-
-def editable(region: str, mask: Tensor, room: int) -> Tensor | None:
-    """What an edit of `region` may change, 0 ... 1, `1 1 f h w`, given the subject's mask; None for everything.
-
-    An edit of the subject may go beyond it by `room` pixels of the mask, for one of another shape.
-
-    Raises:
-        TavError: an unknown region.
-    """
-    if region not in REGIONS:
-        raise TavError(f"region is {region!r}; choose one of {', '.join(REGIONS)}")
-    return {"everything": None, "subject": grown(mask, room), "background": 1 - mask}[region]
-
-
-def anchor_of(region: str, mask: Tensor, changeable: Tensor | None) -> Tensor | None:
-    """Where the clip's features lead an edit of `region`, given the subject's mask and what is `editable`.
-
-    An edit of the subject would lose it in some frames if they led it no farther than the old outline. One of the
-    background needs them nowhere: its subject is held already.
-    """
-    return {"everything": mask, "subject": changeable, "background": None}[region]
-
-
-def still_of(region: str, mask: Tensor, room: int) -> Tensor | None:
-    """Where an edit of `region` stands still if the clip does (see `steady`), given the subject's mask: the background,
-    as far as the edit may change it. One of everything may give the subject another shape, within `room` pixels."""
-    return {"everything": 1 - grown(mask, room), "subject": None, "background": 1 - mask}[region]
 
 
 def put_back(edit: Tensor, source: Tensor, region: Tensor) -> Tensor:

@@ -3,46 +3,44 @@
 import argparse
 import signal
 import sys
-from typing import Any
 
 from diffusers.utils import logging as diffusers_logging
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from .errors import Cancelled, TavError
+from .events import Event, Note, TuningStep
 from .memory import is_out_of_memory
+from .precision import DTYPES
 from .presets import PRESETS, Preset, default_preset, with_settings
 from .recompute import MEMORY
-from .tuning import DTYPES
 
 STAGES = {"tune": "tuning", "invert": "inversion", "sample": "sampling"}
 
 
 class Progress:
-    """Draws one bar a stage from the callbacks' dicts, and stops the stage after the step at which Ctrl-C came."""
+    """Draws one bar a stage from its events, and stops the stage after the step at which Ctrl-C came."""
 
     def __init__(self):
         self.bar = None
         self.stopped = False
 
-    def __call__(self, state: dict[str, Any]):
-        if self.bar is None or self.bar.desc != STAGES[state["stage"]]:
+    def __call__(self, event: Event):
+        if isinstance(event, Note):
+            tqdm.write(event.text)
+            return
+        stage = STAGES[event.stage]
+        if self.bar is None or self.bar.desc != stage:
             self.close()
-            self.bar = tqdm(
-                total=state["total"],
-                desc=STAGES[state["stage"]],
-                unit="step",
-                initial=state["step"] - 1,
-                mininterval=0.5,
-            )
-        self.bar.update(state["step"] - self.bar.n)
-        if "loss" in state:
-            self.bar.set_postfix(loss=f"{state['loss']:.4f}", probe=f"{state['probe_loss']:.4f}", refresh=False)
-        if state["step"] == state["total"]:
+            self.bar = tqdm(total=event.total, desc=stage, unit="step", initial=event.step - 1, mininterval=0.5)
+        self.bar.update(event.step - self.bar.n)
+        if isinstance(event, TuningStep):
+            self.bar.set_postfix(loss=f"{event.loss:.4f}", probe=f"{event.probe_loss:.4f}", refresh=False)
+        if event.step == event.total:
             self.close()
         if self.stopped:
             self.close()
-            raise Cancelled(f"stopped in {STAGES[state['stage']]} after step {state['step']} of {state['total']}")
+            raise Cancelled(f"stopped in {stage} after step {event.step} of {event.total}")
 
     def close(self):
         if self.bar is not None:

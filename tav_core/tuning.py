@@ -4,11 +4,9 @@ Beyond the paper, several takes can be learned in one tuning, so that what they 
 """
 
 import dataclasses
-import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +15,17 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
-from .condition import at_frames
-from .errors import OutOfMemory, TavError
+from .errors import OutOfMemory, TavError, field
+from .events import Callback, Note, TuningStep, ignored
 from .inflation import VideoUNet, trainable_parameters
-from .memory import choose, free_memory, is_out_of_memory, needed_memory, release
+from .memory import Device, choose, is_out_of_memory, needed_memory, release
 from .objective import draw_take, draw_timesteps, generator_for, tuning_loss
+from .precision import DTYPES, computing, half_precision_cost, next_scale
 from .recompute import MEMORY
+from .take import Take, check_takes
 from .tuning_state import TuneState, check_same_run, hash_tensors, read_state, restore, save_state
 from .windows import check_context_length, even_windows, random_window
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SCALE_INTERVAL = 2000  # good steps before the fp16 loss scale doubles
 _NOT_IN_FINGERPRINT = ("steps", "save_every", "probe_every", "memory")  # may change between the parts of a run
 
 
@@ -97,29 +95,6 @@ class TuneConfig:
 
 
 @dataclass(frozen=True)
-class Take:
-    """A clip and what is said of it: latents and their standard deviation (or None) `b c f h w`, the rest as in `tune`."""
-
-    latents: Tensor
-    encoder_hidden_states: Tensor
-    latents_std: Tensor | None = None
-    class_labels: Tensor | None = None
-
-    def to(self, device: torch.device) -> "Take":
-        """In float32 on that device, but for labels that are integers."""
-        moved = (None if x is None else x.to(device) for x in vars(self).values())
-        return Take(*(x.float() if x is not None and x.is_floating_point() else x for x in moved))
-
-    def at(self, frames: Tensor) -> "Take":
-        """Those frames of it."""
-        (b, _, f, _, _), std = self.latents.shape, self.latents_std
-        text, labels = (
-            at_frames(name, getattr(self, name), b, f, frames) for name in ("encoder_hidden_states", "class_labels")
-        )
-        return Take(self.latents[:, :, frames], text, None if std is None else std[:, :, frames], labels)
-
-
-@dataclass(frozen=True)
 class TuneResult:
     """A finished run.
 
@@ -127,6 +102,7 @@ class TuneResult:
         losses: training loss of every step.
         probe_losses: (step, loss on the fixed draws) at step 0, every `probe_every` and the end.
         steps: steps that the weights have seen.
+        started: steps of them that earlier calls had done.
         seconds: time of this call.
         weights: the tuned weights by name, float32 on the CPU, whatever the dtype of the U-Net.
     """
@@ -134,6 +110,7 @@ class TuneResult:
     losses: list[float]
     probe_losses: list[tuple[int, float]]
     steps: int
+    started: int
     seconds: float
     weights: dict[str, Tensor]
 
@@ -152,19 +129,15 @@ def make_optimizer(unet: nn.Module, config: TuneConfig) -> torch.optim.AdamW:
 def tune(
     unet: VideoUNet,
     scheduler: SchedulerMixin,
-    latents: Tensor,
-    encoder_hidden_states: Tensor,
+    takes: Sequence[Take],
     config: TuneConfig,
     *,
-    latents_std: Tensor | None = None,
-    class_labels: Tensor | None = None,
-    more_takes: Sequence[Take] = (),
-    state_path: str | Path | None = None,
+    state_path: str | Path | Callable[[dict[str, Any]], Path] | None = None,
     resume: bool = True,
-    callback: Callable[[dict[str, Any]], None] | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    device: Device | None = None,
+    callback: Callback = ignored,
 ) -> TuneResult:
-    """Fit `unet`, in place, to one clip and its caption, or to several.
+    """Fit `unet`, in place, to a clip and its caption, or to several.
 
     A run that was stopped, by an exception of the callback or by force, goes on from its state file and ends
     in the very weights of an uninterrupted one: every draw depends on the seed and the step alone.
@@ -172,242 +145,220 @@ def tune(
     Args:
         unet: from `inflate`; its parameters come back in the dtype they had.
         scheduler: gives alphas_cumprod and the prediction type.
-        latents: the clip, mean of the VAE posterior times the scaling factor, `b c f h w`.
-        encoder_hidden_states: embedding of the caption, `1 n d`, `b n d` or `(b f) n d`.
-        latents_std: standard deviation of the posterior in the scale of `latents`; it is sampled anew at
-            every step. Without it the mean is used.
-        class_labels: of the clip, one for all (`1`), per video (`b`) or per frame (`(b f)`), where the U-Net has classes.
-        more_takes: further clips, each with its own sentence, size and length. Every step learns from one of all,
-            in a random order in which all have their turn; the probe loss is the mean of theirs.
-        state_path: state file (safetensors), read if it exists and `resume`, written on the way.
-        callback: called after every step with a dict of stage "tune", step (from 1), total, loss,
-            grad_norm, probe_loss (the latest or None), lr and seconds; raises to stop.
-        say: called with a line where `memory` is chosen, or lowered because a step ran out of memory, and where `dtype` is
-            one that this CPU has no arithmetic for.
+        takes: the clip, or several, each with its own sentence, size and length. Every step learns from one of all,
+            in a random order in which all have their turn; the probe loss is the mean of theirs. Where a take has a
+            standard deviation, its posterior is sampled anew at every step.
+        state_path: state file (safetensors), read if it exists and `resume`, written on the way; or what chooses one by
+            the run's fingerprint (see `run_fingerprint`).
+        device: where to run and what may be held there; by default where the U-Net is.
+        callback: gets a `TuningStep` after every step, and a `Note` where `memory` is chosen, or lowered because a step
+            ran out of memory, and where `dtype` is one that this CPU has no arithmetic for; raises to stop.
 
     Raises:
         TavError: the state file belongs to another run or cannot be written; a clip shorter than the
             context_length; a loss or gradient that is not finite, after which the weights are those of the
             last save (or of the start); a step that runs out of memory, and again in the next lower memory mode.
     """
-    takes = [Take(latents, encoder_hidden_states, latents_std, class_labels), *more_takes]
-    for number, take in enumerate(takes, 1):
-        shape, std = tuple(take.latents.shape), take.latents_std
-        if len(shape) != 5:
-            raise TavError(f"latents must be b c f h w, got shape {shape}; reshape them")
-        if std is not None and std.shape != shape:
-            raise TavError(f"latents_std has shape {tuple(std.shape)}, latents {shape}; give both one shape")
-        if shape[1] != latents.shape[1]:
-            raise TavError(
-                f"take {number} has {shape[1]} channels, the first {latents.shape[1]}; encode all with one VAE"
-            )
-        if config.context_length is not None:
-            check_context_length(config.context_length, shape[2])
+    check_takes(takes, config.context_length)
     if not isinstance(unet, VideoUNet):
-        raise TavError(f"unet is a {type(unet).__name__}, which has nothing to tune; inflate it first")
+        raise TavError("unet", None, f"is a {type(unet).__name__}, which has nothing to tune", "inflate it first")
     started = time.monotonic()
-    state_path = Path(state_path) if state_path is not None else None
-    parameters = trainable_parameters(unet)
-    device = next(iter(parameters.values())).device
-    takes = [take.to(device) for take in takes]
-    total, length = len(scheduler.alphas_cumprod), config.context_length
-
-    def loss_at(mean_or_sample: Tensor, noise: Tensor, t: Tensor, seen: Take, weighting: str) -> Tensor:
-        return tuning_loss(
-            unet,
-            scheduler,
-            mean_or_sample,
-            noise,
-            t.to(device),
-            seen.encoder_hidden_states,
-            weighting,
-            seen.class_labels,
+    fingerprint = run_fingerprint(unet, scheduler, takes, config)
+    path = state_path(fingerprint) if callable(state_path) else state_path
+    device = device or Device(next(unet.parameters()).device)
+    best = MEMORY[0] if config.memory == "auto" else config.memory
+    free = device.make_room(lambda: step_memory(unet, takes, config, best, device.device))
+    with computing(unet, config.dtype, config.memory), torch.enable_grad():
+        run = TuningRun(
+            unet, scheduler, [take.to(device.device) for take in takes], config, fingerprint, path, callback
         )
+        if path is not None and resume and Path(path).exists():
+            run.resume()
+        first = run.state.step
+        if not run.state.probe_losses:
+            run.state.probe_losses.append((0, run.probe()))
+        if config.memory == "auto" and first < config.steps:
+            memory, line = choose(lambda memory: step_memory(unet, takes, config, memory, device.device), free)
+            unet.set_memory(memory)
+            callback(Note(line))
+        dtype = DTYPES[config.dtype]
+        if config.dtype != "fp32" and device.device.type == "cpu" and (times := half_precision_cost(dtype)) > 2:
+            slow = f"makes this CPU compute matrix products {times:.0f} times as slowly as fp32 does; use fp32"
+            callback(Note(f"dtype: {config.dtype} {slow}"))
+        while run.state.step < config.steps:
+            loss, grad_norm, lr = run.step()
+            step, probe_loss, seconds = run.state.step, run.state.probe_losses[-1][1], time.monotonic() - started
+            try:
+                callback(TuningStep("tune", step, config.steps, loss, grad_norm, probe_loss, lr, seconds, first))
+            except BaseException:
+                run.save()
+                raise
+            if step % config.save_every == 0 or step == config.steps:
+                run.save()
+        weights = {name: parameter.detach().float().cpu().clone() for name, parameter in run.parameters.items()}
+    state = run.state
+    return TuneResult(state.losses, state.probe_losses, state.step, first, time.monotonic() - started, weights)
+
+
+class TuningRun:
+    """A tuning between two steps: the optimiser, what the state file holds, and the weights of the last save."""
+
+    def __init__(
+        self,
+        unet: VideoUNet,
+        scheduler: SchedulerMixin,
+        takes: Sequence[Take],
+        config: TuneConfig,
+        fingerprint: dict[str, Any],
+        state_path: str | Path | None,
+        callback: Callback,
+    ):
+        self.unet, self.scheduler, self.takes, self.config = unet, scheduler, takes, config
+        self.state_path, self.callback = None if state_path is None else Path(state_path), callback
+        self.device = takes[0].latents.device
+        self.parameters = trainable_parameters(unet)
+        self.optimizer = make_optimizer(unet, config)
+        self.state = TuneState(fingerprint, loss_scale=(2.0**16 if config.dtype == "fp16" else 1.0, 0))
+        self.keep()
+
+    def keep(self):
+        """Weights to go back to, if a later step fails."""
+        self.good = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    def save(self):
+        for name, parameter in self.parameters.items():
+            self.good[name].copy_(parameter.detach())
+        if self.state_path is not None:
+            save_state(self.state_path, self.state, dataclasses.asdict(self.config), self.parameters, self.optimizer)
+
+    def resume(self):
+        """Goes on from the state file.
+
+        Raises:
+            TavError: it belongs to another run.
+        """
+        state, tensors = read_state(self.state_path)
+        check_same_run(self.state_path, state.fingerprint, self.state.fingerprint, tensors)
+        restore(tensors, self.parameters, self.optimizer)
+        self.state = state
+        self.keep()
+
+    def loss(self, take: Take, sample: Tensor, noise: Tensor, t: Tensor, weighting: str) -> Tensor:
+        t = t.to(self.device)
+        return tuning_loss(self.unet, self.scheduler, sample, noise, t, take.condition, weighting)
 
     @torch.no_grad()
-    def probe() -> float:
-        draws = config.probe_size
-        generator = generator_for(config.seed, "probe", 0)
-        levels = (torch.arange(draws) + 0.5) / draws * total
+    def probe(self) -> float:
+        """The loss on fixed draws, which shows the progress that random timesteps hide."""
+        draws, length = self.config.probe_size, self.config.context_length
+        generator = generator_for(self.config.seed, "probe", 0)
+        levels = (torch.arange(draws) + 0.5) / draws * len(self.scheduler.alphas_cumprod)
         losses = []
-        for take in takes:
+        for take in self.takes:
             parts = [take] * draws
             if length is not None:
                 parts = [take.at(window) for window in even_windows(take.latents.shape[2], length, draws)]
-            for t, seen in zip(levels.long(), parts):
-                noise = torch.randn(seen.latents.shape, generator=generator).to(device)
-                t = t.expand(len(seen.latents))
-                losses.append(loss_at(seen.latents, noise, t, seen, "none").item())
+            for t, part in zip(levels.long(), parts):
+                noise = torch.randn(part.latents.shape, generator=generator).to(self.device)
+                losses.append(self.loss(part, part.latents, noise, t.expand(len(noise)), "none").item())
         return sum(losses) / len(losses)
 
-    with computing(unet, config), torch.enable_grad():
-        optimizer = make_optimizer(unet, config)
-        fingerprint = run_fingerprint(unet, scheduler, takes, config)
-        state = TuneState(fingerprint, loss_scale=(2.0**16 if config.dtype == "fp16" else 1.0, 0))
-        if state_path is not None and resume and state_path.exists():
-            state, tensors = read_state(state_path)
-            check_same_run(state_path, state.fingerprint, fingerprint, tensors)
-            restore(tensors, parameters, optimizer)
-        good = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    def step(self) -> tuple[float, float, float]:
+        """One step of AdamW; its loss, the norm of the gradient, and the learning rate.
 
-        def save() -> None:
-            for name, parameter in parameters.items():
-                good[name].copy_(parameter.detach())
-            if state_path is not None:
-                save_state(state_path, state, dataclasses.asdict(config), parameters, optimizer)
+        Raises:
+            TavError: a loss or gradient that is not finite, or too little memory.
+        """
+        config, state = self.config, self.state
+        lr = config.learning_rate * min(1.0, (state.step + 1) / max(1, config.warmup_steps))
+        self.optimizer.param_groups[0]["lr"] = lr
+        scale, age = state.loss_scale
+        loss = self.differentiated_somehow(scale, *self.draw())
+        if not torch.isfinite(loss):
+            raise self.failed("loss")
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.div_(scale)
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm).item()
+        if math.isfinite(grad_norm):
+            self.optimizer.step()
+        elif config.dtype != "fp16" or scale <= 1:
+            raise self.failed("gradient")
+        if config.dtype == "fp16":  # a step that overflows is left out
+            state.loss_scale = next_scale(scale, age, math.isfinite(grad_norm))
+        state.step += 1
+        state.losses.append(loss.item())
+        if state.step % config.probe_every == 0 or state.step == config.steps:
+            state.probe_losses.append((state.step, self.probe()))
+        return state.losses[-1], grad_norm, lr
 
-        def fail(what: str, step: int) -> TavError:
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(good[name])
-            remedy = f"lower learning_rate (now {config.learning_rate:g})"
-            remedy += "" if config.dtype == "fp32" else f" or set dtype to fp32 (now {config.dtype})"
-            return TavError(f"{what} at step {step + 1} is not finite; {remedy}")
+    def draw(self) -> tuple[Take, Tensor, Tensor, Tensor]:
+        """What the step learns from: a take or a window of it, a sample of its posterior, noise and timesteps."""
+        config, step = self.config, self.state.step
+        take = self.takes[draw_take(config.seed, step, len(self.takes))]
+        if config.context_length is not None:
+            generator = generator_for(config.seed, "window", step)
+            take = take.at(random_window(take.latents.shape[2], config.context_length, generator))
+        mean, std = take.latents, take.latents_std
+        generator = generator_for(config.seed, "step", step)
+        noise = torch.randn(mean.shape, generator=generator).to(self.device)
+        posterior = torch.randn(mean.shape, generator=generator).to(self.device)
+        total = len(self.scheduler.alphas_cumprod)
+        t = draw_timesteps(config.timestep_sampling, config.seed, step, len(mean), total)
+        return take, mean if std is None else mean + std * posterior, noise, t
 
-        def differentiated(scale: float, *args) -> Tensor | None:
-            """The loss, its gradients (times scale) in the parameters; None, and nothing kept, if the memory runs out."""
-            optimizer.zero_grad(set_to_none=True)
-            try:
-                loss = loss_at(*args)
-                if torch.isfinite(loss):
-                    (loss * scale).backward()
-                return loss.detach()
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-            optimizer.zero_grad(set_to_none=True)
-            return None  # only here: the error's traceback held the graph
+    def differentiated_somehow(self, scale: float, *drawn) -> Tensor:
+        """`differentiated`, again in the next lower memory mode if the memory runs out.
 
-        if not state.probe_losses:
-            state.probe_losses.append((0, probe()))
-        if config.memory == "auto" and state.step < config.steps:
-            memory, line = choose(lambda memory: step_memory(unet, takes, config, memory, device), free_memory(device))
-            unet.set_memory(memory)
-            say(line)
-        if config.dtype != "fp32" and device.type == "cpu" and (times := half_precision_cost(DTYPES[config.dtype])) > 2:
-            say(
-                f"dtype: {config.dtype} makes this CPU compute matrix products {times:.0f} times as slowly as fp32 does; use fp32"
-            )
-        for step in range(state.step, config.steps):
-            seen = takes[draw_take(config.seed, step, len(takes))]
-            if length is not None:
-                window = random_window(seen.latents.shape[2], length, generator_for(config.seed, "window", step))
-                seen = seen.at(window)
-            mean, std = seen.latents, seen.latents_std
-            generator = generator_for(config.seed, "step", step)
-            noise = torch.randn(mean.shape, generator=generator).to(device)
-            posterior = torch.randn(mean.shape, generator=generator).to(device)
-            t = draw_timesteps(config.timestep_sampling, config.seed, step, len(mean), total)
-            sample = mean if std is None else mean + std * posterior
-            lr = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
-            optimizer.param_groups[0]["lr"] = lr
+        Raises:
+            OutOfMemory: it runs out there, too, or there is no lower one.
+        """
+        unet, number = self.unet, self.state.step + 1
+        loss = self.differentiated(scale, *drawn)
+        if loss is None and unet.memory != MEMORY[-1]:
+            release(self.device)
+            lower = MEMORY[MEMORY.index(unet.memory) + 1]
+            self.callback(Note(f"memory: {lower} from step {number} on, since {unet.memory} ran out of memory"))
+            unet.set_memory(lower)
+            loss = self.differentiated(scale, *drawn)
+        if loss is None:
+            release(self.device)
+            self.save()
+            lower = "" if unet.memory == MEMORY[-1] else f", {field('memory')} {MEMORY[-1]}"
+            remedy = f"use fewer or smaller frames, {field('context_length')}{lower} or {field('dtype')} bf16"
+            raise OutOfMemory("memory", unet.memory, f"ran out of memory at step {number}", remedy)
+        return loss
 
-            scale, age = state.loss_scale
-            loss = differentiated(scale, sample, noise, t, seen, config.loss_weighting)
-            if loss is None and unet.memory != MEMORY[-1]:
-                release(device)
-                lower = MEMORY[MEMORY.index(unet.memory) + 1]
-                say(f"memory: {lower} from step {step + 1} on, since {unet.memory} ran out of memory")
-                unet.set_memory(lower)
-                loss = differentiated(scale, sample, noise, t, seen, config.loss_weighting)
-            if loss is None:
-                release(device)
-                save()
-                lower = "" if unet.memory == MEMORY[-1] else f", --memory {MEMORY[-1]}"
-                raise OutOfMemory(
-                    f"step {step + 1} ran out of memory, with --memory {unet.memory}; use fewer or smaller frames, "
-                    f"--context-length (in ComfyUI: Context Windows){lower} or --dtype bf16"
-                )
-            if not torch.isfinite(loss):
-                raise fail("loss", step)
-            for parameter in parameters.values():
-                if parameter.grad is not None:
-                    parameter.grad.div_(scale)
-            grad_norm = nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm).item()
-            if math.isfinite(grad_norm):
-                optimizer.step()
-            elif config.dtype != "fp16" or scale <= 1:
-                raise fail("gradient", step)
-            if config.dtype == "fp16":  # dynamic loss scaling: a step that overflows is left out
-                state.loss_scale = _next_scale(scale, age, math.isfinite(grad_norm))
-
-            state.step = step + 1
-            state.losses.append(loss.item())
-            if state.step % config.probe_every == 0 or state.step == config.steps:
-                state.probe_losses.append((state.step, probe()))
-            try:
-                if callback is not None:
-                    callback(
-                        {
-                            "stage": "tune",
-                            "step": state.step,
-                            "total": config.steps,
-                            "loss": state.losses[-1],
-                            "grad_norm": grad_norm,
-                            "probe_loss": state.probe_losses[-1][1],
-                            "lr": lr,
-                            "seconds": time.monotonic() - started,
-                        }
-                    )
-            except BaseException:
-                save()
+    def differentiated(self, scale: float, *drawn) -> Tensor | None:
+        """The loss, its gradients (times scale) in the parameters; None, and nothing kept, if the memory runs out."""
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            loss = self.loss(*drawn, self.config.loss_weighting)
+            if torch.isfinite(loss):
+                (loss * scale).backward()
+            return loss.detach()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
                 raise
-            if state.step % config.save_every == 0 or state.step == config.steps:
-                save()
-        weights = {name: parameter.detach().float().cpu().clone() for name, parameter in parameters.items()}
-    return TuneResult(state.losses, state.probe_losses, state.step, time.monotonic() - started, weights)
+        self.optimizer.zero_grad(set_to_none=True)
+        return None  # only here: the error's traceback held the graph
+
+    def failed(self, what: str) -> TavError:
+        """The error of a step whose loss or gradient is not finite; the weights are those of the last save."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.good[name])
+        remedy, dtype = "lower it", self.config.dtype
+        remedy += "" if dtype == "fp32" else f", or set {field('dtype')} to fp32 (now {dtype})"
+        problem = f"is too much: the {what} at step {self.state.step + 1} is not finite"
+        return TavError("learning_rate", self.config.learning_rate, problem, remedy)
 
 
 def step_memory(unet: VideoUNet, takes: Sequence[Take], config: TuneConfig, memory: str, device: torch.device) -> int:
     """Bytes that a step of the tuning needs on a device in a memory mode, beyond the weights (see `needed_memory`)."""
-    seen = takes if config.context_length is None else [take.at(torch.arange(config.context_length)) for take in takes]
-    largest = max(seen, key=lambda take: take.latents.numel())
-    return needed_memory(
-        unet, largest.latents, largest.encoder_hidden_states, largest.class_labels, DTYPES[config.dtype], memory, device
-    )
-
-
-@functools.cache
-def half_precision_cost(dtype: torch.dtype) -> float:
-    """How many times longer than in float32 a matrix product in that dtype takes on this CPU; a few hundredths of a second."""
-    best = dict.fromkeys((torch.float32, dtype), math.inf)
-    for _ in range(6):
-        for of in best:
-            a = torch.ones(192, 192, dtype=of)
-            started = time.perf_counter()
-            a @ a
-            best[of] = min(best[of], time.perf_counter() - started)
-    return best[dtype] / best[torch.float32]
-
-
-def _next_scale(scale: float, age: int, finite: bool) -> tuple[float, int]:
-    if not finite:
-        return scale / 2, 0
-    return (scale * 2, 0) if age + 1 == _SCALE_INTERVAL else (scale, age + 1)
-
-
-@contextmanager
-def computing(unet: VideoUNet, config: TuneConfig) -> Iterator[None]:
-    """Frozen weights in the computing dtype, trainable ones in float32; all as they were on leaving."""
-    parameters = trainable_parameters(unet)
-    tuned, dtype = set(map(id, parameters.values())), DTYPES[config.dtype]
-    # originals wait on the CPU, or computing in half precision would not save device memory
-    cast = [(p, p.device, p.data.cpu()) for p in unet.parameters() if id(p) not in tuned and p.dtype != dtype]
-    dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
-    memory = unet.memory
-    try:
-        for parameter, _, _ in cast:
-            parameter.data = parameter.data.to(dtype)
-        for parameter in parameters.values():
-            parameter.data = parameter.data.float()
-        unet.set_memory(memory if config.memory == "auto" else config.memory)
-        yield
-    finally:
-        for parameter, device, original in cast:
-            parameter.data = original.to(device)
-        for name, parameter in parameters.items():
-            parameter.data, parameter.grad = parameter.data.to(dtypes[name]), None
-        unet.set_memory(memory)
+    parts = takes if config.context_length is None else [take.at(torch.arange(config.context_length)) for take in takes]
+    largest = max(parts, key=lambda take: take.latents.numel())
+    return needed_memory(unet, largest, DTYPES[config.dtype], memory, device)
 
 
 def run_fingerprint(
@@ -416,17 +367,18 @@ def run_fingerprint(
     """What must be equal for a run to go on from its state file: name to hash or value."""
     parameters = trainable_parameters(unet)
     options = dataclasses.asdict(config) | {"betas": list(config.betas)}  # as JSON has it
-    labels = [take.class_labels for take in takes if take.class_labels is not None]
+    takes = [take.to(torch.device("cpu")) for take in takes]
+    labels = [take.condition.class_labels for take in takes if take.condition.class_labels is not None]
     return {
         "latents": hash_tensors(take.latents for take in takes),
         "latents_std": hash_tensors(take.latents_std for take in takes if take.latents_std is not None),
-        "encoder_hidden_states": hash_tensors(take.encoder_hidden_states for take in takes),
+        "encoder_hidden_states": hash_tensors(take.condition.encoder_hidden_states for take in takes),
         **({"class_labels": hash_tensors(labels)} if labels else {}),
         "noise schedule": hash_tensors([scheduler.alphas_cumprod]),
         "prediction_type": scheduler.config.prediction_type,
         "inflation": unet.inflation,
         "trainable parameters": {name: list(parameter.shape) for name, parameter in parameters.items()},
-        "initial weights": hash_tensors(parameters.values()),
+        "initial weights": hash_tensors(parameter.float() for parameter in parameters.values()),
         # without None, so that a state from before there was an option goes on
         **{name: value for name, value in options.items() if name not in _NOT_IN_FINGERPRINT and value is not None},
     }

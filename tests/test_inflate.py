@@ -174,7 +174,7 @@ def test_the_source_leads_the_attention(layout, mode):
     )
     other, wish = source.flip(2), text.flip(1)
     alone = [unet(x, 10, y, **labels) for x, y in ((source, text), (other, wish))]
-    with unet.frame_context.led_by(1):
+    with unet.frame_context.running(sources=1):
         led = unet(torch.cat([source, other, source]), 10, torch.cat([text, wish, text]), **labels).split(1)
     assert difference(led[0], alone[0]) < 1e-5  # the source is as ever
     assert difference(led[2], alone[0]) < 1e-5  # who is like it, too
@@ -284,7 +284,7 @@ def test_attention_can_be_replaced_and_copies_are_independent():
         return sdpa(q, k, v, mask)
 
     twin = copy.deepcopy(unet)
-    twin.frame_context.attention_fn = counted
+    twin.frame_context.set(attention_fn=counted)
     assert torch.equal(unet(x, t, text), expected) and not calls
     assert torch.equal(twin(x, t, text), expected)
     assert (

@@ -370,7 +370,7 @@ def test_nothing_is_hooked_without_patches_or_after_an_error(pack, models, monke
     broken.set_model_attn2_output_patch(lambda out, options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sample(broken, steps=2)
-    assert wrapped.model.diffusion_model.frame_context.patches is None
+    assert wrapped.model.diffusion_model.frame_context.forward.patches is None
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in wrapped.model.diffusion_model.modules())
     monkeypatch.setattr(module, "_Patches", None)
     assert relative(sample(wrapped, steps=2), models[2]) < 1e-4

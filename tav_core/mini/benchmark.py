@@ -17,10 +17,12 @@ import torch
 from einops import rearrange
 
 from ..checkpoint import Checkpoint
+from ..events import Callback, Note, ignored
 from ..inflation import inflate
+from ..injection import EditPlaces
 from ..metrics import psnr
-from ..pipeline import Preset, Source, find_subject, invert, prepare, sample, tune_on
-from ..subject import editable
+from ..pipeline import Source, find_subject, invert, prepare, sample, tune_on
+from ..presets import Preset, with_settings
 from . import world
 from .evaluate import ATTRIBUTES
 from .judge import Judge, Verdict, locate, verdict
@@ -174,7 +176,7 @@ def benchmark(
     seeds: int = 2,
     clips: list[BenchmarkClip] | None = None,
     on_video: Callable[[str, np.ndarray], None] | None = None,
-    progress: Callable[[str], None] = lambda line: None,
+    callback: Callback = ignored,
 ) -> dict:
     """Tunes, inverts and edits every clip with every seed.
 
@@ -218,7 +220,7 @@ def benchmark(
         frames = world.render_clip(clip.scenes())
         source: Source = prepare(checkpoint, torch.from_numpy(frames), clip.caption())
         untuned = inflate(checkpoint.unet)
-        progress(f"clip {number + 1}/{len(clips)}: {clip.caption()}, untuned")
+        callback(Note(f"clip {number + 1}/{len(clips)}: {clip.caption()}, untuned"))
         # without tuning and with eta 0 nothing is random: one run stands for all seeds
         run(
             "untuned",
@@ -230,9 +232,9 @@ def benchmark(
             find_subject(checkpoint, untuned, source, clip.contrasts(), preset),
         )
         for seed in range(seeds):
-            progress(f"clip {number + 1}/{len(clips)}: {clip.caption()}, tuned with seed {seed}")
-            seeded = replace(preset, tuning=replace(preset.tuning, seed=seed))
-            tuned, _ = tune_on(checkpoint, source, seeded)
+            callback(Note(f"clip {number + 1}/{len(clips)}: {clip.caption()}, tuned with seed {seed}"))
+            seeded = with_settings(preset, seed=seed)
+            tuned, _ = tune_on(checkpoint, [source], seeded)
             name = f"clip{number}-seed{seed}"
             run(
                 "tuned",
@@ -243,17 +245,13 @@ def benchmark(
                 frames,
                 find_subject(checkpoint, tuned, source, clip.contrasts(), seeded),
             )
-            noise = torch.randn(source.latents.shape, generator=torch.Generator().manual_seed(seed))
+            noise = torch.randn(source.take.latents.shape, generator=torch.Generator().manual_seed(seed))
             run("random_noise", name, clip, tuned, noise, frames)
     return {arm: {content: s.means() for content, s in by.items()} for arm, by in scores.items()}
 
 
 def untouched(
-    checkpoint: Checkpoint,
-    preset: Preset,
-    *,
-    clips: list[BenchmarkClip] | None = None,
-    progress: Callable[[str], None] = lambda line: None,
+    checkpoint: Checkpoint, preset: Preset, *, clips: list[BenchmarkClip] | None = None, callback: Callback = ignored
 ) -> dict[str, dict[str, float]]:
     """How well edits of the subject and of the background leave all else as the noise reconstructs the clip.
 
@@ -266,16 +264,17 @@ def untouched(
     figures: dict[str, list[list[float]]] = {"subject": [], "background": []}
     clips = clips or benchmark_clips()
     for number, clip in enumerate(clips):
-        progress(f"clip {number + 1}/{len(clips)}: {clip.caption()}")
+        callback(Note(f"clip {number + 1}/{len(clips)}: {clip.caption()}"))
         source = prepare(checkpoint, torch.from_numpy(world.render_clip(clip.scenes())), clip.caption())
-        unet, _ = tune_on(checkpoint, source, preset)
+        unet, _ = tune_on(checkpoint, [source], preset)
         noise = invert(checkpoint, unet, source, preset)
         subject = find_subject(checkpoint, unet, source, clip.contrasts(), preset)
         draw = partial(sample, checkpoint, unet, noise, source_prompt=clip.caption())
         again = draw(clip.caption(), replace(preset, guidance_scale=1.0, attention_injection=0.0))
         for kind, rows in figures.items():
             caption, region = clip.caption(**{KINDS[kind]: clip.edits[kind]}), REGIONS[kind]
-            outside = editable(region, subject.round(), room=checkpoint.downscale)[0, 0] == 0  # f h w
+            places = EditPlaces.of(region, subject.round(), room=checkpoint.downscale)
+            outside = places.changeable[0, 0] == 0  # f h w
             edits = (
                 draw(caption, preset),
                 draw(caption, preset, subject=subject),

@@ -125,7 +125,7 @@ def _benchmark(args):
         seeds=args.seeds,
         clips=clips,
         on_video=keep if args.videos else None,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
+        callback=lambda note: print(note.text, file=sys.stderr, flush=True),
     )
     print(json.dumps(figures, indent=2))
 
@@ -139,7 +139,7 @@ def _regions(args):
         load_checkpoint("mini"),
         preset_of(args),
         clips=clips,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
+        callback=lambda note: print(note.text, file=sys.stderr, flush=True),
     )
     print(json.dumps(figures, indent=2))
 

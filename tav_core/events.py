@@ -1,0 +1,65 @@
+"""What a long stage tells while it runs. A callback gets every event; it stops the stage by raising, `Cancelled` as a rule."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Note:
+    """A line for people."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step is done.
+
+    Attributes:
+        stage: "tune", "invert" or "sample".
+        step: from 1 to total.
+    """
+
+    stage: str
+    step: int
+    total: int
+
+
+@dataclass(frozen=True)
+class TuningStep(Step):
+    """A step of the tuning.
+
+    Attributes:
+        probe_loss: the latest loss on the fixed draws.
+        lr: the learning rate.
+        seconds: since this call began, after `started` steps of earlier ones.
+    """
+
+    loss: float
+    grad_norm: float
+    probe_loss: float
+    lr: float
+    seconds: float
+    started: int
+
+
+@dataclass(frozen=True)
+class DDIMStep(Step):
+    """A step of inversion or sampling; `latents` and the clean ones seen in them, `pred_x0`, are `b c f h w`."""
+
+    timestep: int
+    latents: Tensor
+    pred_x0: Tensor
+
+    def __repr__(self) -> str:
+        return f"DDIMStep({self.stage} {self.step}/{self.total}, timestep {self.timestep})"
+
+
+Event = Note | Step
+Callback = Callable[[Event], None]
+
+
+def ignored(event: Event):
+    """The callback of those who don't want to know."""

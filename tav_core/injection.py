@@ -1,0 +1,200 @@
+"""Attention injection: the source clip walks back from the noise beside an edit, leads it, and holds what it may not change.
+
+Beyond the paper. In the first steps of a sampling the edit attends as its source clip does, which keeps the clip's layout
+and motion (after Plug-and-Play, arXiv 2211.12572, section 4.1, and FateZero, arXiv 2303.09535, section 3.2); the U-Net's
+part of it is in `attention`. Where the subject is known, the clip's features hold it in its place, an edit of a region
+leaves the rest as the noise reconstructs it, and a background that is drawn anew stands as still as the clip's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from .ddim import ddim_step, to_latents
+from .errors import TavError
+from .subject import grown
+
+REGIONS = ("everything", "subject", "background")
+ANCHORED = 2 / 3  # of the led steps, the first, in which an anchor holds; longer, and an edit may lose its subject
+STILL = 0.1  # root mean square over the channels, of latents with a standard deviation of about 1
+
+
+@dataclass(frozen=True)
+class EditPlaces:
+    """What of a clip an edit may change and where the clip leads it, each 0 ... 1, `b 1 f h w`; None: see there.
+
+    Attributes:
+        changeable: what the edit may change. A step goes towards the blend of the clean latents that the two walks
+            predict, `lerp(x0_source, x0, changeable)`; where it is 0, the source's walk is taken as it is. None: all.
+        anchor: where the clip's features lead as well, which keeps the subject in its place. None: nowhere.
+        still: where the edit stands still if the clip does (see `steadied`). None: nowhere.
+    """
+
+    changeable: Tensor | None = None
+    anchor: Tensor | None = None
+    still: Tensor | None = None
+
+    @classmethod
+    def of(cls, region: str, subject: Tensor, room: int, steady: bool = True) -> "EditPlaces":
+        """Those of an edit of a region, given the subject's mask, `1 1 f h w`.
+
+        An edit of everything is anchored at the subject. One of the subject may go beyond it by `room` pixels of the
+        mask, for one of another shape, and is anchored there: it would lose the subject in some frames if the clip led
+        it no farther than the old outline. One of the background needs no anchor: its subject is held already.
+
+        Args:
+            region: one of `REGIONS`.
+            steady: whether the background stands still, as far as the edit draws it anew.
+
+        Raises:
+            TavError: an unknown region.
+        """
+        if region not in REGIONS:
+            raise TavError("region", region, "is unknown", f"choose one of {', '.join(REGIONS)}")
+        wide, rest = grown(subject, room), 1 - subject
+        if region == "everything":
+            return cls(None, subject, 1 - wide if steady else None)
+        return cls(wide, wide, None) if region == "subject" else cls(rest, None, rest if steady else None)
+
+
+@dataclass(frozen=True)
+class LedSteps:
+    """In which steps the clip leads: the first share of a sampling whose N + 1 noise levels fall along `sigmas`.
+
+    A sampler's second look at a step, at a level that is none of `sigmas`, counts as well.
+    """
+
+    sigmas: Tensor
+    share: float
+
+    def leads(self, sigma: Tensor) -> bool:
+        return self._within(round(self.share * (len(self.sigmas) - 1)), sigma)
+
+    def anchors(self, sigma: Tensor) -> bool:
+        return self._within(round(ANCHORED * round(self.share * (len(self.sigmas) - 1))), sigma)
+
+    def _within(self, steps: int, sigma: Tensor) -> bool:
+        return steps > 0 and bool(sigma >= self.sigmas[steps - 1] * (1 - 1e-4))
+
+
+@dataclass(frozen=True)
+class Led:
+    """How the source, the first videos of a batch, leads the others.
+
+    Attributes:
+        sources: so many videos lead the attention; 0 if they only walk beside.
+        anchor: see `VideoUNet.forward`, `(b f) 1 h w` of the whole batch.
+    """
+
+    sources: int
+    anchor: Tensor | None
+
+    @property
+    def keywords(self) -> dict[str, Tensor]:
+        return {} if self.anchor is None else {"anchor": self.anchor}
+
+
+class SourceWalk:
+    """The source clip's own way back from the noise, beside an edit's, without guidance.
+
+    It begins with the sampling and goes from level to level by `ddim_step`, whatever the sampler of the edit does. Only
+    the first call at a level takes it further: guidance of some kinds calls the model again, changed.
+
+    Args:
+        share: of the steps, from the first on, in which the clip leads, 0 ... 1. 0: nowhere, as in the paper.
+        places: what it holds or anchors, for all of the sampling.
+
+    Raises:
+        TavError: a share out of range.
+    """
+
+    def __init__(self, share: float, places: EditPlaces | None = None):
+        if not 0 <= share <= 1:
+            raise TavError("attention_injection", share, "is out of range", "give a number from 0 to 1")
+        self.share = share
+        self.begin(places or EditPlaces())
+
+    def begin(self, places: EditPlaces | None = None):
+        """Another sampling begins, with other places if there are any."""
+        self.places = places or self.places
+        self.x = self.x0 = self.sigma = None  # of the source, at the level of the last call
+
+    @property
+    def holds(self) -> bool:
+        return self.places.changeable is not None or self.places.still is not None
+
+    def __call__(
+        self, ask: Callable[[Tensor, Led | None], Tensor], x: Tensor, sigma: Tensor, sigmas: Tensor, prompts: int
+    ) -> Tensor:
+        """The clean latents of an edit at a noise level, as `ask` predicts them beside the source.
+
+        Args:
+            ask: `(x, led) -> x0`; with a `led`, `x` has the source's videos in front.
+            x: the videos of the edit under each prompt, `(prompts b) c f h w`, all alike.
+            sigma, sigmas: the level, and all of the sampling, falling.
+        """
+        steps = LedSteps(sigmas, self.share)
+        leads = steps.leads(sigma)
+        if not leads and not self.holds:
+            return ask(x, None)
+        b = len(x) // prompts
+        source = x[:b] if self.sigma is None else self.at(sigma)
+        anchor = self.places.anchor if steps.anchors(sigma) else None
+        if anchor is not None:
+            anchor = rearrange(_for_all(anchor, x[:b], prompts + 1), "b 1 f h w -> (b f) 1 h w")
+        out = ask(torch.cat([source, x]), Led(b if leads else 0, anchor))
+        source_x0, x0 = out[:b], out[b:]
+        if self.sigma is None or sigma != self.sigma:
+            self.x, self.x0, self.sigma = source, source_x0, sigma
+        # the same for all prompts, so that guidance keeps to it
+        source_x0 = source_x0.repeat(prompts, 1, 1, 1, 1)
+        if self.places.still is not None:
+            x0 = steadied(x0, source_x0, _for_all(self.places.still, x[:b], prompts))
+        if self.places.changeable is not None:
+            x0 = torch.lerp(source_x0, x0, _for_all(self.places.changeable, x[:b], prompts))
+        return x0
+
+    def at(self, sigma: Tensor) -> Tensor:
+        """Where the walk has come to at a level, `b c f h w` with that much noise."""
+        return self.x if sigma == self.sigma else ddim_step(self.x, self.x0, self.sigma, sigma)
+
+    def held(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The edit at its next level, where it may change nothing the source itself: no rounding, no fresh noise."""
+        if self.places.changeable is None:
+            return x
+        return torch.where(self.places.changeable.to(x.device) > 0, x, self.at(sigma))
+
+    def latents(self, sigma: Tensor) -> Tensor:
+        """The latents that the walk ends in, at the last level of a sampling of a walk that holds something."""
+        return to_latents(self.at(sigma), sigma)
+
+
+def _for_all(mask: Tensor, videos: Tensor, times: int) -> Tensor:
+    """A mask, `1 1 f h w` or `b 1 f h w`, for some times the videos, `b c f h w`."""
+    return mask.to(videos).expand(len(videos), 1, *videos.shape[2:]).repeat(times, 1, 1, 1, 1)
+
+
+def steadied(x0: Tensor, clip: Tensor, places: Tensor) -> Tensor:
+    """Latents of an edit, averaged over the frames in which the clip is alike, so that the edit stands as still as it.
+
+    An edit is drawn from noise that differs a little from frame to frame, and what it makes up (waves, blades of grass)
+    differs with it. Frame g counts in frame f, at each place, as exp(-|clip_f - clip_g|^2 / 2 STILL^2), with the mean
+    square over the channels (a cross-bilateral filter along time, Petschnig et al., SIGGRAPH 2004). The steps that follow
+    draw crisply what the average only hints at. Nothing is averaged where a camera or a thing moves.
+
+    Args:
+        x0: clean latents of the edit, `b c f h w`.
+        clip: those of the clip, `b c f h w`.
+        places: where, 0 ... 1, `b 1 f h w`; elsewhere `x0` neither changes nor counts.
+    """
+    frames = []
+    for f in range(x0.shape[2]):
+        here = slice(f, f + 1)
+        distance = (clip - clip[:, :, here]).square().mean(1, keepdim=True)  # b 1 f h w
+        weights = torch.exp(distance / (-2 * STILL**2)) * places
+        mean = (weights * x0).sum(2) / weights.sum(2).clamp(min=1e-6)
+        frames.append(torch.lerp(x0[:, :, f], mean, places[:, :, f]))
+    return torch.stack(frames, 2)
