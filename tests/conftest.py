@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_install import SITE, comfyui_path, enable
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from support.comfyui_install import SITE, comfyui_path, enable
 from tav_core.checkpoint import CONFIGS, MINI, load_checkpoint
 from tav_core.errors import TavError
 
@@ -80,14 +80,14 @@ def checkpoint(folder):
 @pytest.fixture(scope="session")
 def server(request, tmp_path_factory):
     """A ComfyUI with this pack, the demo clip in its input folder and a second checkpoint beside the mini one."""
-    from comfyui_server import Server  # needs packages that only the tests with a server need
+    from support.comfyui_server import Server  # needs packages that only the tests with a server need
 
     comfyui = comfyui_path(request.config.cache.mkdir("comfyui"))
     server = Server(comfyui, tmp_path_factory.mktemp("comfyui"))
     tiny = make_folder(server.home / "models" / "diffusers" / "tiny")
     (tiny / "model_index.json").write_text("{}")
     shutil.copy(MINI.parent / "demo.mp4", server.home / "input" / "clip.mp4")
-    shutil.copy(ROOT / "tests" / "short_of_memory.py", server.home / "custom_nodes")
+    shutil.copy(ROOT / "tests" / "support" / "short_of_memory.py", server.home / "custom_nodes")
     server.start()
     yield server
     server.stop()

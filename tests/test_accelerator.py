@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.utils.backend_registration
-from comfyui_install import comfyui_path, has_dynamic_vram
-from comfyui_server import SOURCE, Graph, Server, pictures
 from safetensors.torch import load_file
 
+from support.comfyui_install import comfyui_path, has_dynamic_vram
+from support.comfyui_server import SOURCE, Graph, Server, pictures
 from tav_core import load_video, save_video
 from tav_core.checkpoint import MINI
 from tav_core.mini import world
@@ -56,7 +56,7 @@ def expected(tmp_path_factory):
 def test_an_edit_stays_on_its_device_and_ends_as_on_the_cpu(expected, dtype, memory, error, difference, tmp_path):
     videos, found = edited(
         tmp_path / "edit",
-        ROOT / "tests" / "accelerator.py",
+        ROOT / "tests" / "support" / "accelerator.py",
         *EDIT,
         "--device",
         "npu",
@@ -76,7 +76,7 @@ def test_an_edit_stays_on_its_device_and_ends_as_on_the_cpu(expected, dtype, mem
 def test_windows_of_a_long_clip_stay_on_their_device(tmp_path):
     edited(
         tmp_path / "edit",
-        ROOT / "tests" / "accelerator.py",
+        ROOT / "tests" / "support" / "accelerator.py",
         *EDIT,
         "--device",
         "npu",
@@ -96,7 +96,7 @@ def test_windows_of_a_long_clip_stay_on_their_device(tmp_path):
 def test_the_benchmark_stays_on_its_device():
     options = ["bench", "--device", "npu", "--gpu", "--layout", "small", "--size", "8", "--frames", "2", "--dtype", "fp32", "--memory", "selective",
                "--runs", "1", "--threads", "1", "--no-memory"]  # fmt: skip
-    lines = ["import accelerator, sys", "accelerator.register()", "from tav_core import bench", "from tav_core.cli import main",
+    lines = ["import sys", "from support import accelerator", "accelerator.register()", "from tav_core import bench", "from tav_core.cli import main",
              "edit = bench.Subject.edit", "bench.Subject.edit = lambda self, mode: edit(self, mode, steps=2)",
              f"sys.argv[1:] = {options}", "main()"]  # fmt: skip
     done = python("-c", "\n".join(lines))
@@ -105,7 +105,7 @@ def test_the_benchmark_stays_on_its_device():
 
 
 def test_what_a_stage_does_not_need_waits_on_the_cpu():
-    lines = ["import accelerator, torch", "accelerator.register()", "from tav_core.memory import offloaded",
+    lines = ["import torch", "from support import accelerator", "accelerator.register()", "from tav_core.memory import offloaded",
              "model = torch.nn.Linear(2, 2).to('npu')", "before = model.weight.detach().cpu()",
              "try:", "    with offloaded(model):", "        assert model.weight.device.type == 'cpu'", "        raise KeyboardInterrupt",
              "except KeyboardInterrupt:", "    assert model.weight.device.type == 'npu'",
@@ -121,7 +121,7 @@ MISTAKES = {
 
 
 def test_what_a_gpu_refuses_is_refused():
-    lines = ["import accelerator, torch", "accelerator.register()", "there, here = torch.ones(2, device='npu'), torch.ones(2)",
+    lines = ["import torch", "from support import accelerator", "accelerator.register()", "there, here = torch.ones(2, device='npu'), torch.ones(2)",
              "assert (there + here.to(there.device) + here.sum()).cpu().tolist() == [4, 4]"]  # fmt: skip
     for mistake in MISTAKES:
         lines += ["try:", f"    {mistake}", "    print('taken')", "except RuntimeError as error:", "    print(error)"]

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser_install import chromium
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from support.browser_install import chromium
 from tav_core import load_video
 from workflows.build import WORKFLOWS
 from workflows.graph import SHOWS, Workflow

@@ -4,11 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_folder, refused
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from test_inflate import difference, inputs, make_unet, stir
-from test_tuning import CONFIG, Cancelled, equal, stop_at, weights
 
+from conftest import make_folder, refused
 from tav_core import (
     PRESETS,
     ContextWindows,
@@ -25,6 +23,8 @@ from tav_core import (
     tune_on,
 )
 from tav_core.tuning import Take
+from test_inflate import difference, inputs, make_unet, stir
+from test_tuning import CONFIG, Cancelled, equal, stop_at, weights
 
 SCHEDULER = DDIMScheduler(clip_sample=False)
 CLASSES = dict(num_class_embeds=5)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from reduced import clip, inflated, native, prompt, relative, sample
+
+from support.native_models import clip, inflated, native, prompt, relative, sample
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 

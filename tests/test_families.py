@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from reduced import POOLED, TEXT, clip, inflated, native, prompt, relative, sample
+
+from support.native_models import POOLED, TEXT, clip, inflated, native, prompt, relative, sample
 from test_control import control_net, controlled, hints, steered, t2i_adapter
 
 pytestmark = pytest.mark.usefixtures("inference_mode")

@@ -5,17 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reduced import native, relative
 from safetensors.torch import save_file
-from test_families import lora as random_lora
-from test_native import plain
 
+from support.native_models import native, relative
 from tav_core import PRESETS, inflate, invert, load_checkpoint, prepare, sample
 from tav_core.mini import world
 from tav_core.mini.demo import DEMO, PROMPT
 from tav_core.mini.evaluate import evaluate_neon
 from tav_core.mini.judge import load_judge
 from tav_core.mini.train_lora import LORA, layers, load_lora, make_lora, with_lora
+from test_families import lora as random_lora
+from test_native import plain
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
-from reduced import clip, inflated, native, prompt, relative, sample
 
+from support.native_models import clip, inflated, native, prompt, relative, sample
 from tav_core import (
     TuneConfig,
     ddim_invert,

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from reduced import TEXT, clip, inflated, native, prompt, relative, sample
+
+from support.native_models import TEXT, clip, inflated, native, prompt, relative, sample
 from test_control import control_net, controlled, hints, steered, t2i_adapter
 
 pytestmark = pytest.mark.usefixtures("inference_mode")

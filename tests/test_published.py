@@ -6,19 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import refused, write
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import is_torch_version
 from einops import rearrange
-from reduced import relative
 from safetensors.torch import load_file
-from test_cli import ROOT, tav
-from test_golden import GOLDEN, close, load
 
+from conftest import refused, write
+from support.native_models import relative
 from tav_core import TuneConfig, VideoUNet, base_fingerprint, ddim_invert, inflate, load_tuned, pipeline, save_tuned
 from tav_core.checkpoint import load_checkpoint
 from tav_core.cli import _load_tuned_unet
 from tav_core.presets import Preset
+from test_cli import ROOT, tav
+from test_golden import GOLDEN, close, load
 
 CONFIG = json.loads((GOLDEN / "unet" / "config.json").read_text()) | {
     "_class_name": "UNet3DConditionModel",

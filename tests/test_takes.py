@@ -4,16 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import refused, write
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_tuning import CONFIG, Cancelled, clip, equal, make_unet, run, stop_at, weights
-from test_windows import tav  # noqa: F401
 
+from conftest import refused, write
 from tav_core import TuneConfig, encode_prompt, inflate, load_video, read_tuned, save_video, tune
 from tav_core.mini.demo import CLIP
 from tav_core.objective import draw_take
 from tav_core.tuning import Take
+from test_tuning import CONFIG, Cancelled, clip, equal, make_unet, run, stop_at, weights
+from test_windows import tav  # noqa: F401
 
 
 def take(seed, frames=3, height=4, tokens=5, channels=4, std=0.1):

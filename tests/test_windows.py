@@ -7,13 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import refused
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from reduced import clip, inflated, native, prompt, relative, sample
 from safetensors.torch import load_file
-from test_tuning import CONFIG, SCHEDULER, Cancelled, equal, make_unet, run, stop_at, weights
 
 import tav_core.cli as command_line
+from conftest import refused
+from support.native_models import clip, inflated, native, prompt, relative, sample
 from tav_core import (
     ContextWindows,
     TuneConfig,
@@ -34,6 +33,7 @@ from tav_core import (
 from tav_core.mini import world
 from tav_core.mini.demo import CLIP
 from tav_core.windows import random_window
+from test_tuning import CONFIG, SCHEDULER, Cancelled, equal, make_unet, run, stop_at, weights
 
 
 def video(frames, b=1, seed=0):
