@@ -12,13 +12,14 @@ import torch
 import torch.utils.backend_registration
 from safetensors.torch import load_file
 
-from support.comfyui_install import comfyui_path, has_dynamic_vram
+from support import ROOT
+from support.comfyui_install import has_dynamic_vram
 from support.comfyui_server import SOURCE, Graph, Server, pictures
 from tav_core import load_video, save_video
 from tav_core.checkpoint import MINI
 from tav_core.mini import world
 
-ROOT = Path(__file__).parent.parent
+ACCELERATOR = ROOT / "tests" / "support" / "accelerator.py"
 EDIT = [
     "edit", "--prompt", "a red ball is sliding on the grass", "--frames", "3", "--steps", "1", "--sampling-steps", "2",
     "--edit", "a blue ball is sliding on the grass", "--region", "subject", "--contrast", "a blue star is sliding on the grass",
@@ -54,17 +55,8 @@ def expected(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype, memory, error, difference", [("fp32", "fast", 1e-5, 1), ("bf16", "low", 0.02, 2.5)])
 def test_an_edit_stays_on_its_device_and_ends_as_on_the_cpu(expected, dtype, memory, error, difference, tmp_path):
-    videos, found = edited(
-        tmp_path / "edit",
-        ROOT / "tests" / "support" / "accelerator.py",
-        *EDIT,
-        "--device",
-        "npu",
-        "--dtype",
-        dtype,
-        "--memory",
-        memory,
-    )
+    on = ["--device", "npu", "--dtype", dtype, "--memory", memory]
+    videos, found = edited(tmp_path / "edit", ACCELERATOR, *EDIT, *on)
     noise = expected[1]["latents"]
     assert (found["latents"] - noise).norm() / noise.norm() < error
     assert (found["subject"] - expected[1]["subject"]).abs().mean() < error
@@ -74,23 +66,8 @@ def test_an_edit_stays_on_its_device_and_ends_as_on_the_cpu(expected, dtype, mem
 
 
 def test_windows_of_a_long_clip_stay_on_their_device(tmp_path):
-    edited(
-        tmp_path / "edit",
-        ROOT / "tests" / "support" / "accelerator.py",
-        *EDIT,
-        "--device",
-        "npu",
-        "--frames",
-        "5",
-        "--context-length",
-        "3",
-        "--context-overlap",
-        "2",
-        "--steps",
-        "1",
-        "--sampling-steps",
-        "2",
-    )
+    windows = ["--device", "npu", "--frames", "5", "--context-length", "3", "--context-overlap", "2"]
+    edited(tmp_path / "edit", ACCELERATOR, *EDIT, *windows)
 
 
 def test_the_benchmark_stays_on_its_device():
@@ -138,9 +115,8 @@ MEMORY = {"whole models": (16_000_000_000, None), "models in parts": (1_000_000_
 
 
 @pytest.fixture(params=MEMORY)
-def accelerated(request, tmp_path):
+def accelerated(request, comfyui, tmp_path):
     """A ComfyUI that has the device for its GPU."""
-    comfyui = comfyui_path(request.config.cache.mkdir("comfyui"))
     memory, dynamic = MEMORY[request.param]
     environment = {"PRETEND_ACCELERATOR": str(memory)}
     if dynamic:

@@ -15,7 +15,8 @@ from diffusers.utils import is_torch_version
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from conftest import make_folder, refused, write
+from support.checkpoints import make_folder, write
+from support.errors import refused
 from support.ldm_keys import TEXT, UNET, VAE, clip_text, open_clip_text, unet_and_vae
 from tav_core.checkpoint import CONFIGS, decode_video, encode_prompt, encode_video, load_checkpoint
 

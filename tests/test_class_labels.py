@@ -6,7 +6,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from conftest import make_folder, refused
+from support.checkpoints import make_folder
+from support.errors import refused
+from support.tiny_unets import difference, inputs, make_unet, stir
+from support.tuning_runs import CONFIG, equal, stop_at, weights
 from tav_core import (
     PRESETS,
     ContextWindows,
@@ -22,9 +25,8 @@ from tav_core import (
     tune,
     tune_on,
 )
+from tav_core.errors import Cancelled
 from tav_core.tuning import Take
-from test_inflate import difference, inputs, make_unet, stir
-from test_tuning import CONFIG, Cancelled, equal, stop_at, weights
 
 SCHEDULER = DDIMScheduler(clip_sample=False)
 CLASSES = dict(num_class_embeds=5)

@@ -11,14 +11,15 @@ import torch
 from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from conftest import refused, write
+from support.checkpoints import write
+from support.controls import controlled, hints, steered
+from support.errors import refused
 from support.native_models import TEXT, clip, inflated, native, prompt, relative, sample
 from tav_core import ddim_sample, decode_video, encode_prompt, inflate, load_controlnet
 from tav_core.checkpoint import MINI_CONTROLNET
 from tav_core.mini import evaluate, world
 from tav_core.mini.evaluate import evaluate_controlnet, overlap, silhouettes
 from tav_core.mini.judge import load_judge
-from test_control import controlled, hints, steered
 
 ALL = (0.8, 0.0, 1.0)  # strength, start, end
 

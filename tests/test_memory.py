@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from support.tuning_runs import CONFIG, make_unet, run, stop_at, weights
 from tav_core import bench
 from tav_core.errors import Cancelled, OutOfMemory
 from tav_core.memory import _Peak, choose, is_out_of_memory, needed_memory
 from tav_core.recompute import MEMORY
 from tav_core.tuning import tuning_loss
-from test_tuning import CONFIG, make_unet, run, stop_at, weights
 
 GB = 10**9
 NEEDED = {"fast": 10 * GB, "selective": 7 * GB, "checkpointing": 5 * GB, "low": 2 * GB}

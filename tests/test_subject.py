@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from transformers import CLIPTokenizer
 
-from conftest import refused
+from support.errors import refused
 from tav_core import (
     PRESETS,
     TavError,
