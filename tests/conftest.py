@@ -18,7 +18,7 @@ from tav_core.checkpoint import MINI, load_checkpoint
 
 pytest.register_assert_rewrite("support")
 ROOT = Path(__file__).parents[1]
-LONG = 20  # seconds: on a machine that does nothing else, a test of half as many is slow
+SLOW = 15  # seconds that the processor may work for a test without that marker
 
 # the models are tiny: more threads only wait for each other, for minutes on a busy machine
 torch.set_num_threads(1)
@@ -44,10 +44,15 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(name)
 
 
-def pytest_terminal_summary(terminalreporter):
-    for report in terminalreporter.getreports("passed"):
-        if report.duration > LONG and not {"slow", "comfyui", "browser"} & report.keywords.keys():
-            terminalreporter.line(f"{report.nodeid} took {report.duration:.0f} s: does it need the marker slow?")
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Tells of tests that lack the marker slow. Clocks would tell of others where a machine is busy."""
+    before = sum(os.times()[:4])  # of this process and of those that it waited for
+    result = yield
+    seconds = sum(os.times()[:4]) - before
+    if seconds > SLOW and not {mark.name for mark in item.iter_markers()} & {"slow", "comfyui", "browser"}:
+        item.warn(pytest.PytestWarning(f"took the processor {seconds:.0f} s; it needs the marker slow"))
+    return result
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -53,6 +53,7 @@ def expected(tmp_path_factory):
     return edited(tmp_path_factory.mktemp("cpu") / "edit", "-m", "tav_core", *EDIT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, memory, error, difference", [("fp32", "fast", 1e-5, 1), ("bf16", "low", 0.02, 2.5)])
 def test_an_edit_stays_on_its_device_and_ends_as_on_the_cpu(expected, dtype, memory, error, difference, tmp_path):
     on = ["--device", "npu", "--dtype", dtype, "--memory", memory]
@@ -65,11 +66,13 @@ def test_an_edit_stays_on_its_device_and_ends_as_on_the_cpu(expected, dtype, mem
     ).abs().mean() < difference  # a level of one pixel makes the codec draw others a little otherwise
 
 
+@pytest.mark.slow
 def test_windows_of_a_long_clip_stay_on_their_device(tmp_path):
     windows = ["--device", "npu", "--frames", "5", "--context-length", "3", "--context-overlap", "2"]
     edited(tmp_path / "edit", ACCELERATOR, *EDIT, *windows)
 
 
+@pytest.mark.slow
 def test_the_benchmark_stays_on_its_device():
     options = ["bench", "--device", "npu", "--gpu", "--layout", "small", "--size", "8", "--frames", "2", "--dtype", "fp32", "--memory", "selective",
                "--runs", "1", "--threads", "1", "--no-memory"]  # fmt: skip

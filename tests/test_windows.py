@@ -178,6 +178,7 @@ class Counting:
         return self.unet(latents, *args)
 
 
+@pytest.mark.slow
 def test_80_frames_are_one_video():
     scenes = 2 * world.clip_scenes(world.Scene(radius=0.2), "circle", 40)  # the same speed all along
     checkpoint = load_checkpoint("mini")
