@@ -1,23 +1,58 @@
+"""Fixtures of several test modules, and the markers that tests get by them.
+
+What only tests with a ComfyUI need is imported by their fixtures, so that the others run without it.
+"""
+
 import importlib.util
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from comfyui_install import SITE, comfyui_path, enable
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tav_core.checkpoint import CONFIGS, MINI, load_checkpoint
-from tav_core.errors import TavError
+from tav_core import cli
+from tav_core.checkpoint import MINI, load_checkpoint
 
+pytest.register_assert_rewrite("support")
 ROOT = Path(__file__).parents[1]
+SLOW = 15  # seconds that the processor may work for a test without that marker
 
 # the models are tiny: more threads only wait for each other, for minutes on a busy machine
 torch.set_num_threads(1)
+
+
+class PlainFolder:
+    """Collects the folder of the pack as any other: its `__init__.py`, which pytest would import, needs ComfyUI."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collect_directory(self, path, parent):
+        return pytest.Dir.from_parent(parent, path=path) if path == ROOT else None
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(PlainFolder())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for name in ("comfyui", "browser"):
+            if name in item.fixturenames:
+                item.add_marker(name)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Tells of tests that lack the marker slow. Clocks would tell of others where a machine is busy."""
+    before = sum(os.times()[:4])  # of this process and of those that it waited for
+    result = yield
+    seconds = sum(os.times()[:4]) - before
+    if seconds > SLOW and not {mark.name for mark in item.iter_markers()} & {"slow", "comfyui", "browser"}:
+        item.warn(pytest.PytestWarning(f"took the processor {seconds:.0f} s; it needs the marker slow"))
+    return result
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,50 +61,17 @@ def torch_home(tmp_path_factory):
     os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("torch"))
 
 
-def make_folder(folder: Path, cross: int = 32, **scheduler) -> Path:
-    """A tiny diffusers folder of the layout of Stable Diffusion, random weights."""
-    torch.manual_seed(0)
-    UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 16, 32, 32),
-        layers_per_block=2,
-        norm_num_groups=8,
-        cross_attention_dim=cross,
-        attention_head_dim=4,
-        use_linear_projection=cross == 1024,
-    ).save_pretrained(folder / "unet")
-    AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        norm_num_groups=4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        sample_size=64,
-    ).save_pretrained(folder / "vae")
-    CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=49408 if cross == 32 else 64,
-            hidden_size=cross,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-        )
-    ).save_pretrained(folder / "text_encoder")
-    CLIPTokenizer.from_pretrained(CONFIGS / "tokenizer").save_pretrained(folder / "tokenizer")
-    DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        **scheduler,
-    ).save_pretrained(folder / "scheduler")
-    return folder
-
-
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
+    """A tiny checkpoint as a folder of diffusers."""
+    from support.checkpoints import make_folder
+
     return make_folder(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+@pytest.fixture
+def copied(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "copy")
 
 
 @pytest.fixture(scope="session")
@@ -77,17 +79,46 @@ def checkpoint(folder):
     return load_checkpoint(folder)
 
 
-@pytest.fixture(scope="session")
-def server(request, tmp_path_factory):
-    """A ComfyUI with this pack, the demo clip in its input folder and a second checkpoint beside the mini one."""
-    from comfyui_server import Server  # needs packages that only the tests with a server need
+@pytest.fixture
+def tav(monkeypatch, capsys):
+    """Runs a command in this process, which has imported all: what it prints, or with `fails` its error."""
 
-    comfyui = comfyui_path(request.config.cache.mkdir("comfyui"))
+    def run(*args, fails=False, main=cli.main) -> str:
+        monkeypatch.setattr(sys, "argv", ["tav_core", *map(str, args)])
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        out, told = capsys.readouterr()
+        assert code == (2 if fails else 0), told
+        return told.strip() if fails else out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def comfyui(request) -> Path:
+    """The folder of a ComfyUI."""
+    from support.comfyui_install import comfyui_path
+
+    return comfyui_path(request.config.cache.mkdir("comfyui"))
+
+
+@pytest.fixture(scope="session")
+def server(comfyui, tmp_path_factory):
+    """A running ComfyUI with this pack, the demo clip in its input folder, a second checkpoint beside the mini one."""
+    from support.checkpoints import make_folder
+    from support.comfyui_server import Server
+
     server = Server(comfyui, tmp_path_factory.mktemp("comfyui"))
     tiny = make_folder(server.home / "models" / "diffusers" / "tiny")
     (tiny / "model_index.json").write_text("{}")
     shutil.copy(MINI.parent / "demo.mp4", server.home / "input" / "clip.mp4")
-    shutil.copy(ROOT / "tests" / "short_of_memory.py", server.home / "custom_nodes")
+    shutil.copy(ROOT / "tests" / "support" / "short_of_memory.py", server.home / "custom_nodes")
     server.start()
     yield server
     server.stop()
@@ -100,9 +131,11 @@ def inference_mode():
 
 
 @pytest.fixture(scope="session")
-def pack(request):
+def pack(comfyui):
     """The pack as ComfyUI imports it, beside the `tav_core` of the tests."""
-    enable(comfyui_path(request.config.cache.mkdir("comfyui")))
+    from support.comfyui_install import enable
+
+    enable(comfyui)
     spec = importlib.util.spec_from_file_location(
         "tune_a_video", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )
@@ -140,23 +173,9 @@ def mini(pack):
 @pytest.fixture
 def without_comfyui(monkeypatch):
     """For processes that take over this one's path: it isn't ComfyUI's, which other tests may have added to it."""
+    from support.comfyui_install import SITE
+
     homes = [Path(path).parent for path in sys.path if Path(path).name == SITE]
     monkeypatch.setattr(
         sys, "path", [path for path in sys.path if not {Path(path), Path(path).parent}.intersection(homes)]
     )
-
-
-@pytest.fixture
-def copied(folder, tmp_path):
-    return shutil.copytree(folder, tmp_path / "copy")
-
-
-def write(path: Path, tensors: dict, metadata=None) -> Path:
-    save_file({name: value.clone().contiguous() for name, value in tensors.items()}, path, metadata)
-    return path
-
-
-def refused(told, *args, call=load_checkpoint, **kwargs):
-    with pytest.raises(TavError, match=told) as error:
-        call(*args, **kwargs)
-    assert len(str(error.value).splitlines()) == 1

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.utils.backend_registration
-from comfyui_install import comfyui_path, has_dynamic_vram
-from comfyui_server import SOURCE, Graph, Server, pictures
 from safetensors.torch import load_file
 
+from support import ROOT
+from support.comfyui_install import has_dynamic_vram
+from support.comfyui_server import SOURCE, Graph, Server, pictures
 from tav_core import load_video, save_video
 from tav_core.checkpoint import MINI
 from tav_core.mini import world
 
-ROOT = Path(__file__).parent.parent
+ACCELERATOR = ROOT / "tests" / "support" / "accelerator.py"
 EDIT = [
     "edit", "--prompt", "a red ball is sliding on the grass", "--frames", "3", "--steps", "1", "--sampling-steps", "2",
     "--edit", "a blue ball is sliding on the grass", "--region", "subject", "--contrast", "a blue star is sliding on the grass",
@@ -52,19 +53,11 @@ def expected(tmp_path_factory):
     return edited(tmp_path_factory.mktemp("cpu") / "edit", "-m", "tav_core", *EDIT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, memory, error, difference", [("fp32", "fast", 1e-5, 1), ("bf16", "low", 0.02, 2.5)])
 def test_an_edit_stays_on_its_device_and_ends_as_on_the_cpu(expected, dtype, memory, error, difference, tmp_path):
-    videos, found = edited(
-        tmp_path / "edit",
-        ROOT / "tests" / "accelerator.py",
-        *EDIT,
-        "--device",
-        "npu",
-        "--dtype",
-        dtype,
-        "--memory",
-        memory,
-    )
+    on = ["--device", "npu", "--dtype", dtype, "--memory", memory]
+    videos, found = edited(tmp_path / "edit", ACCELERATOR, *EDIT, *on)
     noise = expected[1]["latents"]
     assert (found["latents"] - noise).norm() / noise.norm() < error
     assert (found["subject"] - expected[1]["subject"]).abs().mean() < error
@@ -73,30 +66,17 @@ def test_an_edit_stays_on_its_device_and_ends_as_on_the_cpu(expected, dtype, mem
     ).abs().mean() < difference  # a level of one pixel makes the codec draw others a little otherwise
 
 
+@pytest.mark.slow
 def test_windows_of_a_long_clip_stay_on_their_device(tmp_path):
-    edited(
-        tmp_path / "edit",
-        ROOT / "tests" / "accelerator.py",
-        *EDIT,
-        "--device",
-        "npu",
-        "--frames",
-        "5",
-        "--context-length",
-        "3",
-        "--context-overlap",
-        "2",
-        "--steps",
-        "1",
-        "--sampling-steps",
-        "2",
-    )
+    windows = ["--device", "npu", "--frames", "5", "--context-length", "3", "--context-overlap", "2"]
+    edited(tmp_path / "edit", ACCELERATOR, *EDIT, *windows)
 
 
+@pytest.mark.slow
 def test_the_benchmark_stays_on_its_device():
     options = ["bench", "--device", "npu", "--gpu", "--layout", "small", "--size", "8", "--frames", "2", "--dtype", "fp32", "--memory", "selective",
                "--runs", "1", "--threads", "1", "--no-memory"]  # fmt: skip
-    lines = ["import accelerator, sys", "accelerator.register()", "from tav_core import bench", "from tav_core.cli import main",
+    lines = ["import sys", "from support import accelerator", "accelerator.register()", "from tav_core import bench", "from tav_core.cli import main",
              "edit = bench.Subject.edit", "bench.Subject.edit = lambda self, mode: edit(self, mode, steps=2)",
              f"sys.argv[1:] = {options}", "main()"]  # fmt: skip
     done = python("-c", "\n".join(lines))
@@ -105,7 +85,7 @@ def test_the_benchmark_stays_on_its_device():
 
 
 def test_what_a_stage_does_not_need_waits_on_the_cpu():
-    lines = ["import accelerator, torch", "accelerator.register()", "from tav_core.memory import offloaded",
+    lines = ["import torch", "from support import accelerator", "accelerator.register()", "from tav_core.memory import offloaded",
              "model = torch.nn.Linear(2, 2).to('npu')", "before = model.weight.detach().cpu()",
              "try:", "    with offloaded(model):", "        assert model.weight.device.type == 'cpu'", "        raise KeyboardInterrupt",
              "except KeyboardInterrupt:", "    assert model.weight.device.type == 'npu'",
@@ -121,7 +101,7 @@ MISTAKES = {
 
 
 def test_what_a_gpu_refuses_is_refused():
-    lines = ["import accelerator, torch", "accelerator.register()", "there, here = torch.ones(2, device='npu'), torch.ones(2)",
+    lines = ["import torch", "from support import accelerator", "accelerator.register()", "there, here = torch.ones(2, device='npu'), torch.ones(2)",
              "assert (there + here.to(there.device) + here.sum()).cpu().tolist() == [4, 4]"]  # fmt: skip
     for mistake in MISTAKES:
         lines += ["try:", f"    {mistake}", "    print('taken')", "except RuntimeError as error:", "    print(error)"]
@@ -138,9 +118,8 @@ MEMORY = {"whole models": (16_000_000_000, None), "models in parts": (1_000_000_
 
 
 @pytest.fixture(params=MEMORY)
-def accelerated(request, tmp_path):
+def accelerated(request, comfyui, tmp_path):
     """A ComfyUI that has the device for its GPU."""
-    comfyui = comfyui_path(request.config.cache.mkdir("comfyui"))
     memory, dynamic = MEMORY[request.param]
     environment = {"PRETEND_ACCELERATOR": str(memory)}
     if dynamic:

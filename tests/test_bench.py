@@ -84,6 +84,7 @@ def test_the_switches_change_what_runs(subject, monkeypatch):
     assert called
 
 
+@pytest.mark.slow
 def test_operations_are_counted_as_a_run_of_plain_makes_them(subject):
     counts = {stage: subject.flops(stage) for stage in bench.COUNTED}
     latents, (said, empty, _) = subject.latents, subject.texts
@@ -103,6 +104,7 @@ def run(monkeypatch, *options):
     main()
 
 
+@pytest.mark.slow
 def test_a_table_and_json(monkeypatch, tmp_path, capsys):
     file = tmp_path / "bench.json"
     run(
@@ -142,6 +144,7 @@ def test_a_table_and_json(monkeypatch, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_the_figures_of_a_gpu_run_on_a_cpu_too(monkeypatch, tmp_path, without_comfyui):
     file = tmp_path / "bench.json"
     monkeypatch.setattr(bench.Subject, "edit", lambda self, mode, real=bench.Subject.edit: real(self, mode, 2))
@@ -174,6 +177,7 @@ def test_the_figures_of_a_gpu_run_on_a_cpu_too(monkeypatch, tmp_path, without_co
         assert 0.1 < of["tune"]["before"] <= of["tune"]["peak"] < 4
 
 
+@pytest.mark.slow
 def test_on_a_small_gpu_only_what_fits_is_measured(monkeypatch, tmp_path, capsys):
     file = tmp_path / "bench.json"
     monkeypatch.setattr(bench.Subject, "edit", lambda self, mode: 1.0)

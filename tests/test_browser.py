@@ -7,19 +7,18 @@ import json
 import os
 import re
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
-from browser_install import chromium
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from support import ROOT
+from support.browser_install import chromium
 from tav_core import load_video
 from workflows.build import WORKFLOWS
 from workflows.graph import SHOWS, Workflow
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "nodes" / "web" / "docs"
 PICTURES = bool(os.environ.get("TAV_PICTURES"))
 FIRST, SAVES, LOADS = "01-one-shot-edit-mini", "02-four-edits-mini", "04-reuse-tuned-weights-mini"

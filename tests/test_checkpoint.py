@@ -9,14 +9,15 @@ import warnings
 
 import pytest
 import torch
-from conftest import make_folder, refused, write
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from diffusers.utils import is_torch_version
-from ldm_keys import TEXT, UNET, VAE, clip_text, open_clip_text, unet_and_vae
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from support.checkpoints import make_folder, write
+from support.errors import refused
+from support.ldm_keys import TEXT, UNET, VAE, clip_text, open_clip_text, unet_and_vae
 from tav_core.checkpoint import CONFIGS, decode_video, encode_prompt, encode_video, load_checkpoint
 
 

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_folder, refused
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from test_inflate import difference, inputs, make_unet, stir
-from test_tuning import CONFIG, Cancelled, equal, stop_at, weights
 
+from support.checkpoints import make_folder
+from support.errors import refused
+from support.tiny_unets import difference, inputs, make_unet, stir
+from support.tuning_runs import CONFIG, equal, stop_at, weights
 from tav_core import (
     PRESETS,
     ContextWindows,
@@ -24,6 +25,7 @@ from tav_core import (
     tune,
     tune_on,
 )
+from tav_core.errors import Cancelled
 from tav_core.tuning import Take
 
 SCHEDULER = DDIMScheduler(clip_sample=False)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,42 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from support.commands import environment, tav_process
 from tav_core import load_video, save_video, terminal
-from tav_core.cli import main
 from tav_core.mini import world
 
-ROOT = Path(__file__).parent.parent
 FAST = ["--steps", "4", "--sampling-steps", "4"]
 CONTRAST = ["--contrast", "a blue star is sliding on the grass", "--contrast", "a green ring is sliding on the grass"]
-
-
-def environment(**more: str) -> dict[str, str]:
-    # two threads on two busy cores wait for each other in each of a step's thousands of operations: it takes 20 times as long
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
-
-
-def tav(*args, module="tav_core", check=True, **kwargs) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, "-m", module, *map(str, args)], capture_output=True, text=True, env=environment(), **kwargs
-    )
-    assert not check or done.returncode == 0, done.stderr
-    return done
-
-
-@pytest.fixture
-def here(monkeypatch, capsys):
-    """Runs a command in this process, which has imported all: its exit code and what it says on stderr."""
-
-    def run(*args) -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["tav_core", *map(str, args)])
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return code, capsys.readouterr().err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -63,27 +32,10 @@ def clip(tmp_path_factory) -> Path:
 def edited(clip, tmp_path_factory) -> Path:
     """The output folder of a short edit."""
     output = tmp_path_factory.mktemp("edit")
-    tav(
-        "edit",
-        "--video",
-        clip,
-        "--prompt",
-        "a red ball is sliding on the grass",
-        "--frames",
-        4,
-        "--edit",
-        "a blue ball is sliding on the grass",
-        "--edit",
-        "a red star, on the snow!",
-        "--output",
-        output,
-        "--region",
-        "subject",
-        "--region",
-        "everything",
-        *CONTRAST,
-        *FAST,
-    )
+    edits = ["--edit", "a blue ball is sliding on the grass", "--edit", "a red star, on the snow!"]
+    regions = ["--region", "subject", "--region", "everything", *CONTRAST]
+    source = ["--video", clip, "--prompt", "a red ball is sliding on the grass", "--frames", 4]
+    tav_process("edit", *source, *edits, *regions, "--output", output, *FAST)
     return output
 
 
@@ -118,33 +70,20 @@ def test_edit_writes_videos_pictures_weights_and_a_summary(edited):
     assert near < far / 2  # what a region leaves alone isn't what an edit of everything makes of it
 
 
-def test_invert_and_sample_alone_give_the_edit_again(clip, edited, here, tmp_path):
+def test_invert_and_sample_alone_give_the_edit_again(clip, edited, tav, tmp_path):
     tuned, noise = ["--tuned", edited / "tuned.safetensors", *FAST], tmp_path / "n.safetensors"
-    assert here("invert", "--video", clip, *tuned, "--output", noise, *CONTRAST)[0] == 0
-    assert (
-        here(
-            "sample",
-            *tuned,
-            "--noise",
-            noise,
-            "--output",
-            tmp_path,
-            "--edit",
-            "a blue ball is sliding on the grass",
-            "--region",
-            "subject",
-        )[0]
-        == 0
-    )
+    tav("invert", "--video", clip, *tuned, "--output", noise, *CONTRAST)
+    edit = ["--edit", "a blue ball is sliding on the grass", "--region", "subject"]
+    tav("sample", *tuned, "--noise", noise, "--output", tmp_path, *edit)
     name = "edit-1-a-blue-ball-is-sliding-on-the-grass.mp4"
     again, before = load_video(tmp_path / name).frames.float(), load_video(edited / name).frames.float()
     assert (again - before).abs().mean() < 0.5
 
 
-def test_an_interrupted_tuning_is_kept_and_resumed_to_the_same_weights(clip, here, tmp_path):
+def test_an_interrupted_tuning_is_kept_and_resumed_to_the_same_weights(clip, tav, tmp_path):
     # so many steps that Ctrl-C comes before the last one; and other memory modes give other last bits
     common = ["tune", "--video", clip, "--prompt", "a red ball", "--frames", "2", "--steps", "60", "--memory", "fast"]
-    assert here(*common, "--output", tmp_path / "whole")[0] == 0
+    tav(*common, "--output", tmp_path / "whole")
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "tav_core", *map(str, common), "--output", tmp_path / "parts"],
@@ -158,9 +97,8 @@ def test_an_interrupted_tuning_is_kept_and_resumed_to_the_same_weights(clip, her
         code = process.wait(300)
     assert code == 130, (tmp_path / "log").read_text()
     assert "add --resume to go on" in (tmp_path / "log").read_text().splitlines()[-1]
-    code, told = here(*common, "--output", tmp_path / "parts")
-    assert code == 2 and "--resume" in told
-    assert here(*common, "--output", tmp_path / "parts", "--resume")[0] == 0
+    assert "--resume" in tav(*common, "--output", tmp_path / "parts", fails=True)
+    tav(*common, "--output", tmp_path / "parts", "--resume")
     assert {p.name for p in (tmp_path / "parts").iterdir()} == {"tuned.safetensors", "loss.png"}
     from safetensors.torch import load_file
 
@@ -168,7 +106,7 @@ def test_an_interrupted_tuning_is_kept_and_resumed_to_the_same_weights(clip, her
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, here, tmp_path):
+def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, tav, tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(clip.read_bytes()[:700])
     base = {
@@ -196,30 +134,18 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, here, t
         ({"--contrast": "a red ball"}, "--contrast 'a red ball' says nothing of another subject"),
     ]
     for change, words in cases:
-        code, told = here("edit", *(x for pair in {**base, **change}.items() for x in pair))
-        assert code == 2, (change, told)
-        assert len(told.strip().splitlines()) == 1 and words in told, (change, told)
+        told = tav("edit", *(x for pair in {**base, **change}.items() for x in pair), fails=True)
+        assert len(told.splitlines()) == 1 and words in told, (change, told)
         assert not (tmp_path / "out").exists(), change
-    code, told = here("invert", "--softness", "-1")
-    assert code == 2 and told.strip().endswith("'-1' is no width; give a number of pixels, 0 for a hard edge")
-    tuned = [
-        "sample",
-        "--tuned",
-        edited / "tuned.safetensors",
-        "--noise",
-        edited / "noise.safetensors",
-        "--edit",
-        "x",
-        "--output",
-        tmp_path,
-        *FAST,
-    ]
-    code, told = here(*tuned, "--region", "subject", "--region", "background")
-    assert code == 2 and "there are 2 --region for 1 --edit" in told
-    code, told = here("sample", "--tuned", edited / "noise.safetensors", "--edit", "x", "--output", tmp_path)
-    assert code == 2 and "tuned weights" in told
-    code, told = here(*tuned, "--caption-as-negative", "0")
-    assert code == 2 and "inverted with the caption; give it a value above 0" in told
+    told = tav("invert", "--softness", "-1", fails=True)
+    assert told.endswith("'-1' is no width; give a number of pixels, 0 for a hard edge")
+    sample = ["sample", "--edit", "x", "--output", tmp_path]
+    tuned = [*sample, "--tuned", edited / "tuned.safetensors", "--noise", edited / "noise.safetensors", *FAST]
+    told = tav(*tuned, "--region", "subject", "--region", "background", fails=True)
+    assert "there are 2 --region for 1 --edit" in told
+    assert "tuned weights" in tav(*sample, "--tuned", edited / "noise.safetensors", fails=True)
+    told = tav(*tuned, "--caption-as-negative", "0", fails=True)
+    assert "inverted with the caption; give it a value above 0" in told
 
 
 @pytest.mark.parametrize("error", [
@@ -253,7 +179,7 @@ def test_other_errors_keep_their_traceback(monkeypatch):
 
 
 def test_render_makes_the_clip_of_the_world(tmp_path):
-    done = tav(
+    done = tav_process(
         "render", "--shape", "star", "--motion", "bounce", "--output", tmp_path / "a.mp4", module="tav_core.mini"
     )
     assert done.stdout.strip().endswith("a red star is bouncing on the grass")

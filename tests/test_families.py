@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
-from reduced import POOLED, TEXT, clip, inflated, native, prompt, relative, sample
-from test_control import control_net, controlled, hints, steered, t2i_adapter
+
+from support.controls import control_net, controlled, hints, steered, t2i_adapter
+from support.native_models import POOLED, TEXT, attention_lora, clip, inflated, native, prompt, relative, sample
+from support.native_patches import agrees, at_the_time_embedding, on_attn1_inputs, on_attn2_output
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
@@ -110,28 +112,12 @@ def test_split_guidance_and_prompts_per_frame(models, monkeypatch):
     assert relative(sample(wrapped, 2), together) < 1e-5
 
 
-def lora(model, name_of, seed=0):
-    """A LoRA on every attention projection; `name_of` makes its name from those of diffusers and of the native model."""
-    from comfy.utils import unet_to_diffusers
-
-    generator, tensors = torch.Generator().manual_seed(seed), {}
-    shapes = {name: weight.shape for name, weight in model.model.diffusion_model.state_dict().items()}
-    for name, key in unet_to_diffusers(model.model.model_config.unet_config).items():
-        if ".attn" not in name or not name.endswith(".weight"):
-            continue
-        out, into = shapes[key]
-        base = name_of(name.removesuffix(".weight"), key.removesuffix(".weight"))
-        tensors[f"{base}.lora_down.weight"] = torch.randn(2, into, generator=generator) * into**-0.5
-        tensors[f"{base}.lora_up.weight"] = torch.randn(out, 2, generator=generator) * 0.5
-    return tensors
-
-
 def test_loras(pack, models):
     import comfy.sd
 
     model, wrapped = models
-    original = lora(model, lambda name, key: "lora_unet_" + key.replace(".", "_"))  # as most SDXL files
-    diffusers = lora(model, lambda name, key: "lora_unet_" + name.replace(".", "_"))
+    original = attention_lora(model, lambda name, key: "lora_unet_" + key.replace(".", "_"))  # as most SDXL files
+    diffusers = attention_lora(model, lambda name, key: "lora_unet_" + name.replace(".", "_"))
     with_lora, _ = comfy.sd.load_lora_for_models(model, None, original, 0.7, 0)
     expected = sample(with_lora)
     assert relative(expected, sample(model)) > 1e-2
@@ -217,11 +203,9 @@ def test_the_copy_that_is_tuned_predicts_what_the_model_does(pack, models):
 
 
 def test_patches_of_deeper_transformers(pack, models):
-    import test_patches
-
     model, wrapped = models
-    for patch in (test_patches.on_attn1_inputs, test_patches.on_attn2_output, test_patches.at_the_time_embedding):
-        test_patches.agrees((model, wrapped, sample(model, steps=2)), patch)
+    for patch in (on_attn1_inputs, on_attn2_output, at_the_time_embedding):
+        agrees((model, wrapped, sample(model, steps=2)), patch)
 
 
 def test_foreign_conditioning_is_refused(pack, models):
@@ -242,7 +226,7 @@ def test_loras_of_another_family_are_refused(pack, models):
     first = native(context_dim=32)
     for source in (models[0], first):
         foreign = first if source is models[0] else models[0]
-        tensors = lora(source, lambda name, key: "lora_unet_" + name.replace(".", "_"))
+        tensors = attention_lora(source, lambda name, key: "lora_unet_" + name.replace(".", "_"))
         patched, _ = comfy.sd.load_lora_for_models(foreign, None, tensors, 1.0, 0)
         with pytest.raises(ValueError, match="the LoRA is for another family of models"):
             inflated(pack, patched)

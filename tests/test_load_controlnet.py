@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import refused, write
 from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
-from reduced import TEXT, clip, inflated, native, prompt, relative, sample
 from safetensors.torch import load_file
-from test_control import controlled, hints, steered
 
+from support.checkpoints import write
+from support.controls import controlled, hints, steered
+from support.errors import refused
+from support.native_models import TEXT, clip, inflated, native, prompt, relative, sample
 from tav_core import ddim_sample, decode_video, encode_prompt, inflate, load_controlnet
 from tav_core.checkpoint import MINI_CONTROLNET
 from tav_core.mini import evaluate, world

@@ -5,11 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reduced import native, relative
 from safetensors.torch import save_file
-from test_families import lora as random_lora
-from test_native import plain
 
+from support.native_models import attention_lora, native, plain, relative
 from tav_core import PRESETS, inflate, invert, load_checkpoint, prepare, sample
 from tav_core.mini import world
 from tav_core.mini.demo import DEMO, PROMPT
@@ -158,7 +156,7 @@ def test_a_lora_on_a_tuned_model_adds_to_what_was_tuned(pack, load, mini, infere
 def test_loras_of_another_family_are_refused_in_one_sentence(pack, load, mini, tmp_path, monkeypatch, xl):
     import folder_paths
 
-    foreign = random_lora(native(xl=xl), lambda name, key: "lora_unet_" + (key if xl else name).replace(".", "_"))
+    foreign = attention_lora(native(xl=xl), lambda name, key: "lora_unet_" + (key if xl else name).replace(".", "_"))
     save_file(foreign, tmp_path / "foreign.safetensors")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
     for model in (mini.model, mini.inflated):

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_tuning import CONFIG, make_unet, run, stop_at, weights
 
+from support.tuning_runs import CONFIG, make_unet, run, stop_at, weights
 from tav_core import bench
 from tav_core.errors import Cancelled, OutOfMemory
 from tav_core.memory import _Peak, choose, is_out_of_memory, needed_memory

@@ -44,6 +44,7 @@ def test_the_judge_is_right_on_fresh_renders(judge):
     assert (right >= 0.95).all(), right
 
 
+@pytest.mark.slow
 def test_pictures_show_what_the_prompt_says(checkpoint, judge):
     figures, images, _ = evaluate(checkpoint, judge, count=30, steps=12, seed=5)
     assert images.shape == (30, 128, 128, 3)
@@ -52,6 +53,7 @@ def test_pictures_show_what_the_prompt_says(checkpoint, judge):
     assert set(figures["unseen"]) == set(figures["classifier"]) == {"shape", "colour", "background", "style", "all"}
 
 
+@pytest.mark.slow
 def test_tuning_edits_a_clip_and_earns_its_keep_on_unknown_content(checkpoint, judge):
     preset = PRESETS["mini"]
     preset = replace(preset, tuning=replace(preset.tuning, steps=60), sampling_steps=10)

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
-from reduced import clip, inflated, native, prompt, relative, sample
 
+from support.native_models import clip, inflated, native, plain, prompt, relative, sample
 from tav_core import (
     TuneConfig,
     ddim_invert,
@@ -318,24 +318,6 @@ def test_text_and_latents_are_those_of_the_core(mini):
 def test_the_2d_checkpoint_is_a_native_model(mini):
     one = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     assert relative(plain(mini.inflated, one, mini), plain(mini.model, one, mini)) < 1e-4
-
-
-def plain(model, noise, mini):
-    import comfy.sample
-
-    return comfy.sample.sample(
-        model,
-        noise,
-        3,
-        4.0,
-        "euler",
-        "normal",
-        mini.encode("a red ball"),
-        mini.encode(""),
-        torch.zeros_like(noise),
-        disable_pbar=True,
-        seed=3,
-    )
 
 
 def test_inversion_and_sampling_are_those_of_the_core(pack, mini):

@@ -35,7 +35,7 @@ def test_the_comfyui_that_is_needed_is_the_one_that_is_tested():
     needed = PYPROJECT["tool"]["comfy"]["requires-comfyui"]
     assert re.fullmatch(r">=\d+\.\d+\.\d+", needed)  # the registry takes three numbers only
     assert f"a real ComfyUI {needed.removeprefix('>=')}" in README
-    assert f"ComfyUI {needed.removeprefix('>=')} " in (ROOT / "tests" / "comfyui_install.py").read_text()
+    assert f"ComfyUI {needed.removeprefix('>=')} " in (ROOT / "tests" / "support" / "comfyui_install.py").read_text()
 
 
 def test_the_python_that_is_needed():

@@ -2,24 +2,28 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import refused, write
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import is_torch_version
 from einops import rearrange
-from reduced import relative
 from safetensors.torch import load_file
-from test_cli import ROOT, tav
-from test_golden import GOLDEN, close, load
 
+from support import ROOT
+from support.checkpoints import write
+from support.commands import tav_process
+from support.errors import refused
+from support.native_models import relative
+from support.tiny_unets import difference
 from tav_core import TuneConfig, VideoUNet, base_fingerprint, ddim_invert, inflate, load_tuned, pipeline, save_tuned
 from tav_core.checkpoint import load_checkpoint
 from tav_core.cli import _load_tuned_unet
 from tav_core.presets import Preset
 
+GOLDEN = Path(__file__).parent / "golden"
 CONFIG = json.loads((GOLDEN / "unet" / "config.json").read_text()) | {
     "_class_name": "UNet3DConditionModel",
     "mid_block_type": "UNetMidBlock3DCrossAttn",
@@ -27,6 +31,10 @@ CONFIG = json.loads((GOLDEN / "unet" / "config.json").read_text()) | {
     "up_block_types": ["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 3,
 }
 OLD_VAE = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def load(name):
+    return load_file(GOLDEN / f"{name}.safetensors")
 
 
 def parameters():
@@ -97,7 +105,7 @@ def test_outputs_are_those_of_the_reference(published, copied, kind):
     assert not any(p.requires_grad for p in checkpoint.unet.parameters())
     for case in "ABCDE":
         *given, expected = inputs(case)
-        close(checkpoint.unet(*given), expected, 1e-5)
+        assert difference(checkpoint.unet(*given), expected) <= 1e-5
     for part in ("vae", "text_encoder"):
         ours, theirs = (getattr(c, part).state_dict() for c in (checkpoint, plain))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours), part
@@ -150,7 +158,7 @@ def test_tuned_weights_can_be_taken_out_of_it(published, copied, tmp_path):
     save_tuned(path, unet, **facts)
     load_tuned(path, base)
     *given, _ = inputs("A")
-    close(base(*given), unet(*given), 1e-5)
+    assert difference(base(*given), unet(*given)) <= 1e-5
 
 
 def test_tuning_goes_on_from_its_weights(published):
@@ -176,9 +184,9 @@ def test_tuning_goes_on_from_its_weights(published):
 def test_commands_need_no_tuned_weights(published, tmp_path):
     clip, noise = ROOT / "tav_core" / "mini" / "demo.mp4", tmp_path / "noise.safetensors"
     common = ["--checkpoint", published, "--sampling-steps", "2"]
-    tav("invert", "--video", clip, "--prompt", "a ball", "--frames", "3", "--output", noise, *common)
+    tav_process("invert", "--video", clip, "--prompt", "a ball", "--frames", "3", "--output", noise, *common)
     assert load_file(noise)["latents"].shape == (1, 4, 3, 8, 8)
-    tav("sample", "--noise", noise, "--edit", "a star", "--output", tmp_path, *common)
+    tav_process("sample", "--noise", noise, "--edit", "a star", "--output", tmp_path, *common)
     assert (tmp_path / "edit-1-a-star.mp4").exists()
     refused(
         "--tuned is missing; give a file of `tune` or `edit`, or a --checkpoint that is a Tune-A-Video model",

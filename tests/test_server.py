@@ -5,11 +5,11 @@ import re
 
 import pytest
 import torch
-from comfyui_server import FRAMES, SIZE, SOURCE, STEPS, Failed, Graph, Interrupted, Refused, pictures
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from support.comfyui_server import FRAMES, SIZE, SOURCE, STEPS, Failed, Graph, Interrupted, Refused, pictures
 from tav_core import load_video
 
 NODES = {

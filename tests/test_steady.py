@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import refused
 
+from support.errors import refused
 from tav_core import PRESETS, TuneConfig, ddim_sample, find_subject, inflate, invert, load_checkpoint, prepare, sample
 from tav_core.mini import world
 from tav_core.mini.benchmark import BenchmarkClip

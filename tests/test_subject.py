@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refused
 from diffusers import DDIMScheduler
 from transformers import CLIPTokenizer
 
+from support.errors import refused
 from tav_core import (
     PRESETS,
     TavError,

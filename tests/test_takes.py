@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import refused, write
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_tuning import CONFIG, Cancelled, clip, equal, make_unet, run, stop_at, weights
-from test_windows import tav  # noqa: F401
 
+from support.checkpoints import write
+from support.errors import refused
+from support.tuning_runs import CONFIG, clip, equal, make_unet, run, stop_at, weights
 from tav_core import TuneConfig, encode_prompt, inflate, load_video, read_tuned, save_video, tune
+from tav_core.errors import Cancelled
 from tav_core.mini.demo import CLIP
 from tav_core.objective import draw_take
 from tav_core.tuning import Take
@@ -103,7 +104,7 @@ def test_takes_that_do_not_fit():
 # --------------------------------------------------------------------------------------------- the command line
 
 
-def test_commands_with_several_takes(tav, tmp_path):  # noqa: F811
+def test_commands_with_several_takes(tav, tmp_path):
     other, out = tmp_path / "flipped.mp4", tmp_path / "out"
     save_video(load_video(CLIP).frames.flip(2), other, 8)
     fast = ["--steps", 2, "--sampling-steps", 2]
@@ -146,7 +147,7 @@ def test_commands_with_several_takes(tav, tmp_path):  # noqa: F811
         assert file.metadata()["prompt"] == "a red ball rolls back"
 
 
-def test_files_from_before_there_were_takes(tav, tmp_path):  # noqa: F811
+def test_files_from_before_there_were_takes(tav, tmp_path):
     tav(
         "tune",
         "--video",

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import refused, write
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from support.checkpoints import write
+from support.errors import refused
 from tav_core.checkpoint import load_checkpoint
 from tav_core.errors import TavError
 from tav_core.inflation import inflate, trainable_parameters

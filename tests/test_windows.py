@@ -1,19 +1,17 @@
 """Context windows: how they divide a clip, that they compute what one look computes, long clips, and the nodes."""
 
 import inspect
-import signal
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import refused
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from reduced import clip, inflated, native, prompt, relative, sample
 from safetensors.torch import load_file
-from test_tuning import CONFIG, SCHEDULER, Cancelled, equal, make_unet, run, stop_at, weights
 
-import tav_core.cli as command_line
+from support.controls import control_net, controlled, hints, steered
+from support.errors import refused
+from support.native_models import clip, inflated, native, prompt, relative, sample
+from support.tuning_runs import CONFIG, SCHEDULER, equal, make_unet, run, stop_at, weights
 from tav_core import (
     ContextWindows,
     TuneConfig,
@@ -31,6 +29,7 @@ from tav_core import (
     trainable_parameters,
     tune,
 )
+from tav_core.errors import Cancelled
 from tav_core.mini import world
 from tav_core.mini.demo import CLIP
 from tav_core.windows import random_window
@@ -179,6 +178,7 @@ class Counting:
         return self.unet(latents, *args)
 
 
+@pytest.mark.slow
 def test_80_frames_are_one_video():
     scenes = 2 * world.clip_scenes(world.Scene(radius=0.2), "circle", 40)  # the same speed all along
     checkpoint = load_checkpoint("mini")
@@ -264,23 +264,6 @@ def test_a_context_length_for_tuning_that_cannot_be():
 # --------------------------------------------------------------------------------------------- the command line
 
 
-@pytest.fixture
-def tav(monkeypatch, capsys):
-    def call(*args, fails=False):
-        monkeypatch.setattr(sys, "argv", ["tav_core", *map(str, args)])
-        handler = signal.getsignal(signal.SIGINT)
-        try:
-            command_line.main()
-        except SystemExit as end:
-            assert fails, capsys.readouterr().err
-            assert end.code == 2
-            return capsys.readouterr().err.strip().splitlines()[-1]
-        finally:
-            signal.signal(signal.SIGINT, handler)
-
-    return call
-
-
 def test_commands_on_long_clips(tav, tmp_path):
     fast = ["--steps", 2, "--sampling-steps", 2, "--size", 64]
     edit = ["edit", "--video", CLIP, "--prompt", "a red ball", "--edit", "a blue ball", "--frames", 8, *fast]
@@ -300,33 +283,10 @@ def test_commands_on_long_clips(tav, tmp_path):
 
     save_video(load_video(CLIP).frames.repeat(2, 1, 1, 1), tmp_path / "long.mp4", 8)
     noise, fast = tmp_path / "noise.safetensors", fast[:4]
-    tav(
-        "invert",
-        "--video",
-        tmp_path / "long.mp4",
-        "--frames",
-        13,
-        "--tuned",
-        out / "tuned.safetensors",
-        "--output",
-        noise,
-        "--context-overlap",
-        2,
-        *fast,
-    )
+    tuned = ["--tuned", out / "tuned.safetensors", "--context-overlap", 2, *fast]
+    tav("invert", "--video", tmp_path / "long.mp4", "--frames", 13, "--output", noise, *tuned)
     assert load_file(noise)["latents"].shape == (1, 4, 13, 8, 8)
-    sample = [
-        "sample",
-        "--tuned",
-        out / "tuned.safetensors",
-        "--edit",
-        "a star",
-        "--output",
-        out,
-        "--context-overlap",
-        2,
-        *fast,
-    ]
+    sample = ["sample", "--edit", "a star", "--output", out, *tuned]
     for more, frames in ((["--noise", noise], 13), (["--frames", 9], 9)):
         tav(*sample, *more)
         assert len(load_video(out / "edit-1-a-star.mp4").frames) == frames
@@ -493,8 +453,6 @@ def test_room_is_made_for_a_window(pack, inference_mode, monkeypatch):
 
 
 def test_each_frame_has_its_hint_in_every_window(pack, inference_mode):
-    from test_control import control_net, controlled, hints, steered
-
     # frames that look at frame 0 alone are predicted in windows as at once
     model, noise = inflated(pack, native(), norm="frame", attention="first"), clip(6)
     windowed = pack.nodes.ContextWindows.execute(model, 4, 2).args[0]

@@ -583,13 +583,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("server", help="address of a running ComfyUI with this pack")
     parser.add_argument("--thumbnails", action="store_true", help="run the mini workflows and render their pictures")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder for the files (this one)")
     arguments = parser.parse_args()
     definitions = json.loads(fetch(f"{arguments.server}/object_info"))
     frames = {}
     for name, describe in WORKFLOWS.items():
         workflow = Workflow(definitions)
         describe(workflow, name)
-        (HERE / f"{name}.json").write_text(json.dumps(workflow.json(name), indent=1) + "\n")
+        (arguments.output / f"{name}.json").write_text(json.dumps(workflow.json(name), indent=1) + "\n")
         print(name, len(workflow.nodes), "nodes")
         if arguments.thumbnails and name.endswith("mini"):
             frames[name] = frames_of_run(arguments.server, workflow)
@@ -598,7 +599,7 @@ def main():
             "01-one-shot-edit-mini"
         ]  # the same graph, which needs a large checkpoint
         for name, (caption, rows) in PICTURES.items():
-            thumbnail(frames[name], caption, rows).save(HERE / f"{name}.jpg", quality=85)
+            thumbnail(frames[name], caption, rows).save(arguments.output / f"{name}.jpg", quality=85)
 
 
 if __name__ == "__main__":

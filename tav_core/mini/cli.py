@@ -20,22 +20,24 @@ def _train(args):
     device = torch.device(args.device)
     args.work.mkdir(parents=True, exist_ok=True)
     if args.stage in ("vae", "all"):
-        train.train_vae(args.work, device, args.vae_steps, 16, 1.5e-3)
+        train.train_vae(args.work, device, args.renders, args.vae_steps, 16, 1.5e-3)
     if args.stage in ("unet", "all"):
-        train.train_unet(args.work, device, args.unet_steps, 64, 1e-3)
+        train.train_unet(args.work, device, args.renders, args.unet_steps, 64, 1e-3)
     if args.stage in ("judge", "all"):
-        train.train_judge(args.work, device, args.judge_steps, 48, 2e-3)
+        train.train_judge(args.work, device, min(args.renders, 16_000), args.judge_steps, 48, 2e-3)
     if args.stage in ("export", "all"):
         train.export(args.work, args.output)
     if args.stage in ("controlnet", "all"):
         from .train_controlnet import export_controlnet, train_controlnet
 
-        train_controlnet(args.work, args.output / "checkpoint", device, args.controlnet_steps, 32, 1e-3)
+        checkpoint = args.output / "checkpoint"
+        train_controlnet(args.work, checkpoint, device, args.renders, args.controlnet_steps, 32, 1e-3)
         export_controlnet(args.work, args.output)
     if args.stage in ("lora", "all"):
         from .train_lora import export_lora, train_lora
 
-        train_lora(args.work, args.output / "checkpoint", device, args.lora_steps, 32, 2e-3)
+        checkpoint, renders = args.output / "checkpoint", min(args.renders, 4000)
+        train_lora(args.work, checkpoint, device, renders, args.lora_steps, 32, 2e-3)
         export_lora(args.work, args.output)
 
 
@@ -136,7 +138,7 @@ def _regions(args):
     clips = benchmark_clips()
     clips = [clips[i] for i in args.clips] if args.clips else clips
     figures = untouched(
-        load_checkpoint("mini"),
+        load_checkpoint(args.checkpoint),
         preset_of(args),
         clips=clips,
         callback=lambda note: print(note.text, file=sys.stderr, flush=True),
@@ -165,6 +167,12 @@ def main():
         help="where checkpoint/, the judge, controlnet/ and lora/ go",
     )
     train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    train.add_argument(
+        "--renders",
+        type=int,
+        default=24_000,
+        help="pictures to learn from, at most; at least 48, and the same for all stages",
+    )
     train.add_argument("--vae-steps", type=int, default=3600, help="batches of 16")
     train.add_argument("--unet-steps", type=int, default=3000, help="batches of 64")
     train.add_argument("--judge-steps", type=int, default=1600, help="batches of 48")
@@ -228,5 +236,6 @@ def main():
     regions = command("regions", _regions, "how well edits of a region leave the rest alone (PSNR in dB); prints JSON")
     regions.add_argument("--clips", type=int, nargs="*", help="numbers of the clips to run; all without it")
     add_preset_arguments(regions)
+    regions.set_defaults(checkpoint="mini")
 
     run(parser)

@@ -32,7 +32,6 @@ from . import world
 from .judge import Judge, judge_loss
 from .preview import LATENT_COLOURS, write_latent_colours
 
-NUM_RENDERS = 24_000
 TOKENS = 32
 WIDTH = 96  # of the text encoder
 
@@ -40,7 +39,7 @@ WIDTH = 96  # of the text encoder
 # ------------------------------------------------------------------------------------------------ the data
 
 
-def training_scenes(count: int = NUM_RENDERS, seed: int = 0) -> list[world.Scene]:
+def training_scenes(count: int, seed: int = 0) -> list[world.Scene]:
     """Random scenes without the held-out combinations."""
     rng = random.Random(seed)
     allowed = sorted(set(world.combinations()) - world.held_out())
@@ -239,10 +238,10 @@ def _to_pixels(images: np.ndarray, device: torch.device) -> torch.Tensor:
     return rearrange(x, "b h w c -> b c h w").float() / 127.5 - 1
 
 
-def train_vae(work: Path, device: torch.device, steps: int, batch: int, lr: float):
+def train_vae(work: Path, device: torch.device, renders: int, steps: int, batch: int, lr: float):
     """L1 on pixels and on their differences (edges), and a slight KL term that keeps the latents smooth."""
     torch.manual_seed(1)
-    images = render_all(training_scenes(), work / "renders.npy")
+    images = render_all(training_scenes(renders), work / "renders.npy")
     vae = make_vae().to(device, memory_format=torch.channels_last)
 
     def loss_of_step(step: int) -> torch.Tensor:
@@ -302,10 +301,10 @@ def noisy_batch(
     return chosen, a.sqrt() * latents + (1 - a).sqrt() * noise, t, noise, weight
 
 
-def train_unet(work: Path, device: torch.device, steps: int, batch: int, lr: float):
+def train_unet(work: Path, device: torch.device, renders: int, steps: int, batch: int, lr: float):
     """Noise prediction on cached latents; the text encoder learns with the U-Net."""
     torch.manual_seed(2)
-    scenes = training_scenes()
+    scenes = training_scenes(renders)
     vae = load_average(make_vae(), work / "vae.safetensors").to(device)
     mean, std = encode_all(vae, render_all(scenes, work / "renders.npy"), work / "moments.npy", device)
     scale = scaling_factor(mean)
@@ -342,11 +341,11 @@ def decode_half(vae: AutoencoderKL, images: np.ndarray, path: Path) -> np.ndarra
     return np.load(path, mmap_mode="r")
 
 
-def train_judge(work: Path, device: torch.device, steps: int, batch: int, lr: float):
+def train_judge(work: Path, device: torch.device, renders: int, steps: int, batch: int, lr: float):
     """The judge sees every combination and the unknown content, every other picture as the VAE decodes it."""
     torch.manual_seed(3)
     rng = random.Random(3)
-    scenes = [world.random_scene(rng) for _ in range(16_000)]
+    scenes = [world.random_scene(rng) for _ in range(renders)]
     for i in range(0, len(scenes), 5):  # a fifth of what the checkpoint never sees, so that clips of it can be judged
         scenes[i] = replace(
             scenes[i], pattern=rng.choice(world.PATTERNS), second_colour=rng.choice(list(world.COLOURS))
@@ -355,10 +354,8 @@ def train_judge(work: Path, device: torch.device, steps: int, batch: int, lr: fl
             scenes[i] = replace(scenes[i], shape=rng.choice(list(world.UNKNOWN_SHAPES)))
         if rng.random() < 0.4:
             scenes[i] = replace(scenes[i], background=rng.choice(list(world.UNKNOWN_BACKGROUNDS)))
-    renders = render_all(scenes, work / "judge_renders.npy")
-    images = decode_half(
-        load_average(make_vae(), work / "vae.safetensors").to(device), renders, work / "judge_images.npy"
-    )
+    vae = load_average(make_vae(), work / "vae.safetensors").to(device)
+    images = decode_half(vae, render_all(scenes, work / "judge_renders.npy"), work / "judge_images.npy")
     judge = Judge().to(device, memory_format=torch.channels_last)
 
     def loss_of_step(step: int) -> torch.Tensor:

@@ -39,10 +39,12 @@ def make_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
     return controlnet
 
 
-def train_controlnet(work: Path, checkpoint_folder: Path, device: torch.device, steps: int, batch: int, lr: float):
+def train_controlnet(
+    work: Path, checkpoint_folder: Path, device: torch.device, renders: int, steps: int, batch: int, lr: float
+):
     """Noise prediction of the frozen U-Net, given the silhouette."""
     torch.manual_seed(4)
-    scenes = training_scenes()
+    scenes = training_scenes(renders)
     checkpoint = load_checkpoint(checkpoint_folder, device=device)
     mean, std = encode_all(checkpoint.vae, render_all(scenes, work / "renders.npy"), work / "moments.npy", device)
     scale, unet = checkpoint.vae.config.scaling_factor, checkpoint.unet

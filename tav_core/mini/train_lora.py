@@ -23,7 +23,6 @@ from ..checkpoint import Checkpoint, encode_prompt, load_checkpoint
 from .train import autocast, encode_all, fit, load_average, noisy_batch, render_all, training_caption, training_scenes
 
 LORA = Path(__file__).parent / "lora" / "mini-neon.safetensors"
-COUNT = 4000  # pictures in the style
 RANK = 8
 _LAYERS = re.compile(r"\.(attn\d\.to_([qkv]|out\.0)|ff\.net\.0\.proj|ff\.net\.2|conv\d)$")
 
@@ -58,12 +57,14 @@ def with_lora(checkpoint: Checkpoint, tensors: dict[str, Tensor], strength: floa
     return checkpoint
 
 
-def train_lora(work: Path, checkpoint_folder: Path, device: torch.device, steps: int, batch: int, lr: float):
+def train_lora(
+    work: Path, checkpoint_folder: Path, device: torch.device, renders: int, steps: int, batch: int, lr: float
+):
     """Noise prediction; the checkpoint itself is frozen."""
     torch.manual_seed(5)
-    checkpoint, scenes = load_checkpoint(checkpoint_folder, device=device), training_scenes(COUNT)
-    renders = render_all([dataclasses.replace(scene, style="neon") for scene in scenes], work / "lora_renders.npy")
-    mean, std = encode_all(checkpoint.vae, renders, work / "lora_moments.npy", device)
+    checkpoint, scenes = load_checkpoint(checkpoint_folder, device=device), training_scenes(renders)
+    pictures = render_all([dataclasses.replace(scene, style="neon") for scene in scenes], work / "lora_renders.npy")
+    mean, std = encode_all(checkpoint.vae, pictures, work / "lora_moments.npy", device)
     scenes = [dataclasses.replace(scene, style="plain") for scene in scenes]  # as their captions have it
     scale = checkpoint.vae.config.scaling_factor
     lora = make_lora(checkpoint).to(device)

@@ -10,7 +10,8 @@ import sys
 import types
 
 import torch
-from accelerator import OnDevice
+
+from support.accelerator import OnDevice
 
 MODULES = ("control", "host_buffer", "model_mmap", "model_vbar", "torch", "vram_buffer")
 

@@ -3,7 +3,7 @@
 Its tensors hold CPU tensors and compute with them, but meet no tensor of the CPU, except where a GPU's do too: numbers
 (no dimensions), indices and copies. So a run on it fails where one on a GPU would, and ends in the numbers of the CPU.
 
-    python tests/accelerator.py [arguments of python -m tav_core, with --device npu]
+    python tests/support/accelerator.py [arguments of python -m tav_core, with --device npu]
 """
 
 import torch

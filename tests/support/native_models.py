@@ -97,3 +97,24 @@ def relative(a, b):
 
 def inflated(pack, model, **options):
     return pack.nodes.native.inflate_model(model, **options)
+
+
+def plain(model, noise, mini):
+    """What stock sampling makes of a MODEL of the mini checkpoint."""
+    return sample(model, noise=noise, positive=mini.encode("a red ball"), negative=mini.encode(""))
+
+
+def attention_lora(model, name_of, seed=0):
+    """A LoRA on every attention projection; `name_of` makes its name from those of diffusers and of the native model."""
+    from comfy.utils import unet_to_diffusers
+
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+    shapes = {name: weight.shape for name, weight in model.model.diffusion_model.state_dict().items()}
+    for name, key in unet_to_diffusers(model.model.model_config.unet_config).items():
+        if ".attn" not in name or not name.endswith(".weight"):
+            continue
+        out, into = shapes[key]
+        base = name_of(name.removesuffix(".weight"), key.removesuffix(".weight"))
+        tensors[f"{base}.lora_down.weight"] = torch.randn(2, into, generator=generator) * into**-0.5
+        tensors[f"{base}.lora_up.weight"] = torch.randn(out, 2, generator=generator) * 0.5
+    return tensors

@@ -20,9 +20,9 @@ import torch
 import websocket
 from PIL import Image
 
+from support import ROOT
 from tav_core import load_video
 
-ROOT = Path(__file__).parents[1]
 TEXT, PREVIEW = 3, 4  # binary events of its protocol.py
 FRAMES, SIZE, STEPS = 4, 64, 4
 SOURCE, EDIT = "a red ball is sliding on the grass", "a blue ball is sliding on the sand"
@@ -72,7 +72,7 @@ class Server:
         self.messages: list[dict] = []
 
     def start(self):
-        command = [sys.executable, str(ROOT / "tests" / "comfyui_install.py"), str(self.comfyui), "--port", str(self.port),
+        command = [sys.executable, str(ROOT / "tests" / "support" / "comfyui_install.py"), str(self.comfyui), "--port", str(self.port),
                    "--base-directory", str(self.home), "--database-url", "sqlite:///:memory:", "--disable-api-nodes",
                    "--disable-auto-launch", "--preview-method", "latent2rgb"]  # fmt: skip
         # several threads would only wait for each other: the models are tiny
