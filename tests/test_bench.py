@@ -14,10 +14,11 @@ from tav_core import bench
 from tav_core.attention_choice import ATTENTIONS
 from tav_core.block_attention import block_attention
 from tav_core.cli import main
-from tav_core.condition import predict
+from tav_core.condition import Condition, predict
 from tav_core.errors import TavError
 from tav_core.inflation import trainable_parameters
-from tav_core.tuning import TuneConfig, computing, tuning_loss
+from tav_core.objective import tuning_loss
+from tav_core.precision import computing
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +42,9 @@ def computed(subject, off=(), memory="fast", dtype="fp32"):
     unet = copy.deepcopy(subject.unet)
     bench.set_attention(unet, off)
     noise = torch.randn(subject.latents.shape, generator=torch.Generator().manual_seed(1))
-    with computing(unet, TuneConfig(dtype=dtype, memory=memory)):
+    with computing(unet, dtype, memory):
         with torch.no_grad():
-            out = predict(unet, noise, 500, subject.texts[0])
+            out = predict(unet, noise, 500, Condition(subject.texts[0]))
         loss = tuning_loss(
             unet, subject.checkpoint.scheduler, subject.latents, noise, torch.tensor([500]), subject.texts[0]
         )

@@ -8,10 +8,12 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from support.checkpoints import make_folder
 from support.errors import refused
+from support.led_sampling import led_sample
 from support.tiny_unets import difference, inputs, make_unet, stir
-from support.tuning_runs import CONFIG, equal, stop_at, weights
+from support.tuning_runs import CONFIG, equal, stop_at, take, weights
 from tav_core import (
     PRESETS,
+    Condition,
     ContextWindows,
     WindowedUNet,
     ddim_invert,
@@ -26,7 +28,6 @@ from tav_core import (
     tune_on,
 )
 from tav_core.errors import Cancelled
-from tav_core.tuning import Take
 
 SCHEDULER = DDIMScheduler(clip_sample=False)
 CLASSES = dict(num_class_embeds=5)
@@ -77,7 +78,9 @@ def test_each_frame_may_have_its_label():
 def tuned(unet, labels, **kwargs):
     latents, _, text = inputs()
     config = kwargs.pop("config", CONFIG)
-    return tune(unet, SCHEDULER, latents, text, config, class_labels=labels, **kwargs)
+    return tune(
+        unet, SCHEDULER, [take(latents, text, class_labels=labels), *kwargs.pop("more_takes", ())], config, **kwargs
+    )
 
 
 def test_tuning_learns_under_the_label_and_goes_on_with_no_other(tmp_path):
@@ -101,22 +104,24 @@ def test_tuning_learns_under_the_label_and_goes_on_with_no_other(tmp_path):
         fresh(),
         label(2),
         config=windows,
-        more_takes=[Take(latents.repeat(1, 1, 2, 1, 1), text, class_labels=label(0, 1, 2, 3, 4, 0))],
+        more_takes=[take(latents.repeat(1, 1, 2, 1, 1), text, class_labels=label(0, 1, 2, 3, 4, 0))],
     )
     assert len(several.losses) == 6
 
 
 def test_inversion_and_sampling_take_labels(unet):
     latents, _, text = inputs()
-    noise = {n: ddim_invert(unet, latents, text, SCHEDULER, 8, class_labels=label(n)) for n in (1, 3)}
+    told = {n: Condition(text, label(n)) for n in (0, 1, 3)}
+    noise = {n: ddim_invert(unet, latents, told[n], SCHEDULER, 8) for n in (1, 3)}
     assert difference(noise[1], noise[3]) > 1e-3
-    back = {n: ddim_sample(unet, noise[1], text, SCHEDULER, 8, guidance_scale=1, class_labels=label(n)) for n in (1, 3)}
+    back = {n: ddim_sample(unet, noise[1], told[n], SCHEDULER, 8, guidance_scale=1) for n in (1, 3)}
     assert difference(back[1], latents) < 0.5 * difference(back[3], latents)
 
-    settings = dict(guidance_scale=4.0, negative_hidden_states=text, class_labels=label(3))
-    free = ddim_sample(unet, noise[1], text, SCHEDULER, 4, **settings, negative_class_labels=label(0))
-    alone = ddim_sample(unet, noise[1], text, SCHEDULER, 4, guidance_scale=1, class_labels=label(3))
-    same = ddim_sample(unet, noise[1], text, SCHEDULER, 4, **settings)
+    free, same = (
+        ddim_sample(unet, noise[1], told[3], SCHEDULER, 4, guidance_scale=4.0, negative_hidden_states=negative)
+        for negative in (told[0], text)
+    )
+    alone = ddim_sample(unet, noise[1], told[3], SCHEDULER, 4, guidance_scale=1)
     assert (
         difference(same, alone) < 1e-3 < 1e-2 < difference(free, same)
     )  # without labels of its own, nothing to be led away from
@@ -124,10 +129,14 @@ def test_inversion_and_sampling_take_labels(unet):
 
 def test_the_leading_clip_keeps_its_label(unet):
     noise, _, text = inputs()
-    led = dict(guidance_scale=1, attention_injection=1.0, source_hidden_states=text)
-    plain = ddim_sample(unet, noise, text, SCHEDULER, 4, guidance_scale=1, class_labels=label(3))
-    own = ddim_sample(unet, noise, text, SCHEDULER, 4, **led, class_labels=label(3))
-    other = ddim_sample(unet, noise, text, SCHEDULER, 4, **led, class_labels=label(3), source_class_labels=label(1))
+    told = Condition(text, label(3))
+    plain = ddim_sample(unet, noise, told, SCHEDULER, 4, guidance_scale=1)
+    own, other = (
+        led_sample(
+            unet, noise, told, SCHEDULER, 4, guidance_scale=1, attention_injection=1.0, source_hidden_states=source
+        )
+        for source in (text, Condition(text, label(1)))
+    )
     assert difference(own, plain) < 1e-4 < 1e-3 < difference(other, plain)
 
 
@@ -135,10 +144,10 @@ def test_the_leading_clip_keeps_its_label(unet):
 def test_windows_and_the_search_for_the_subject_take_labels(unet):
     still, _, text = inputs(f=1)
     windowed = WindowedUNet(unet, ContextWindows(3, 2))
-    wanted = ddim_invert(unet, still, text, SCHEDULER, 3, class_labels=label(2))
-    out = ddim_invert(windowed, still.expand(-1, -1, 7, -1, -1), text, SCHEDULER, 3, class_labels=label(*[2] * 7))
+    wanted = ddim_invert(unet, still, Condition(text, label(2)), SCHEDULER, 3)
+    out = ddim_invert(windowed, still.expand(-1, -1, 7, -1, -1), Condition(text, label(*[2] * 7)), SCHEDULER, 3)
     assert difference(out, wanted.expand_as(out)) < 1e-4
-    masks = [subject_mask(unet, inputs()[0], text, text.flip(1), SCHEDULER, class_labels=label(n)) for n in (1, 3)]
+    masks = [subject_mask(unet, inputs()[0], Condition(text, label(n)), text.flip(1), SCHEDULER) for n in (1, 3)]
     assert masks[0].shape == (1, 1, 3, 8, 8) and not torch.equal(*masks)
 
 
@@ -154,8 +163,8 @@ def test_labels_that_do_not_fit(unet, labels, told):
     given = {} if labels is None else {"class_labels": labels}
     refused(told, latents, t, text, **given, call=unet)
     refused(told, unet, labels, call=tuned)
-    refused(told, unet, latents, text, SCHEDULER, 2, class_labels=labels, call=ddim_invert)
-    refused(told, unet, latents, text, SCHEDULER, 2, guidance_scale=1, class_labels=labels, call=ddim_sample)
+    refused(told, unet, latents, Condition(text, labels), SCHEDULER, 2, call=ddim_invert)
+    refused(told, unet, latents, Condition(text, labels), SCHEDULER, 2, guidance_scale=1, call=ddim_sample)
 
 
 def test_labels_for_a_model_without_classes():
@@ -185,7 +194,7 @@ def test_an_edit_from_end_to_end(classes):
     preset = replace(preset, tuning=replace(preset.tuning, steps=2))
     frames = torch.randint(0, 255, (3, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     source = prepare(checkpoint, frames, "a dog runs", class_labels=label(1))
-    unet, _ = tune_on(checkpoint, source, preset)
+    unet, _ = tune_on(checkpoint, [source], preset)
     noise = invert(checkpoint, unet, source, preset)
     dog, cat = (
         sample(
@@ -202,7 +211,8 @@ def test_an_edit_from_end_to_end(classes):
         for n in (1, 2)
     )
     assert dog.shape == frames.shape and not torch.equal(dog, cat)
-    refused("got none; pass class_labels", checkpoint, prepare(checkpoint, frames, "a dog runs"), preset, call=tune_on)
+    unlabelled = prepare(checkpoint, frames, "a dog runs")
+    refused("got none; pass class_labels", checkpoint, [unlabelled], preset, call=tune_on)
 
 
 def test_nodes_refuse_what_conditioning_cannot_say(pack, classes):

@@ -14,7 +14,7 @@ from diffusers import (
 )
 
 from tav_core.condition import per_frame
-from tav_core.ddim import ddim_invert, ddim_sample, ddim_step, ddim_timesteps, to_eps_x0
+from tav_core.ddim import ddim_invert, ddim_sample, ddim_step, ddim_timesteps, from_latents, to_x0
 from tav_core.errors import Cancelled, TavError
 
 SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1)
@@ -73,8 +73,9 @@ def test_conversions(prediction_type):
     x = alpha.sqrt() * x0 + (1 - alpha).sqrt() * eps
     v = alpha.sqrt() * eps - (1 - alpha).sqrt() * x0
     output = {"epsilon": eps, "v_prediction": v, "sample": x0}[prediction_type]
-    got_eps, got_x0 = to_eps_x0(output, x, alpha, prediction_type)
-    assert torch.allclose(got_eps, eps, atol=1e-6) and torch.allclose(got_x0, x0, atol=1e-6)
+    sigma = ((1 - alpha) / alpha).sqrt()
+    assert torch.allclose(to_x0(output, x, sigma, prediction_type), x0, atol=1e-6)
+    assert torch.allclose(from_latents(x, sigma), x0 + sigma * eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7])
@@ -89,17 +90,27 @@ def test_sampling_is_that_of_diffusers(prediction_type, eta):
         output = negative + 3.0 * (positive - negative)
         x = reference.step(output, t, x, eta=eta, generator=generator).prev_sample
     generator = torch.Generator().manual_seed(3)
-    out = ddim_sample(model, latents(), TEXT, scheduler, 10, 3.0, NEGATIVE, eta=eta, generator=generator)
+    out = ddim_sample(
+        model,
+        latents(),
+        TEXT,
+        scheduler,
+        10,
+        guidance_scale=3.0,
+        negative_hidden_states=NEGATIVE,
+        eta=eta,
+        generator=generator,
+    )
     assert (out - x).abs().max() <= 2e-5
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 def test_a_step_there_and_back(spacing):
     x, eps = latents(), latents().flip(3)
-    for low, high in ((0.99, 0.9), (0.5, 0.1)):
+    for low, high in ((0.1, 0.3), (1.0, 3.0)):
         low, high = torch.tensor(low), torch.tensor(high)
-        up = ddim_step((x - (1 - low).sqrt() * eps) / low.sqrt(), eps, low, high)
-        down = ddim_step((up - (1 - high).sqrt() * eps) / high.sqrt(), eps, high, low)
+        up = ddim_step(x, x - low * eps, low, high)
+        down = ddim_step(up, up - high * eps, high, low)
         assert (down - x).abs().max() <= 2e-6
 
 
@@ -113,6 +124,26 @@ def test_inversion_comes_back(prediction_type, spacing):
         back = ddim_sample(model, noise, TEXT, scheduler, steps, guidance_scale=1.0)
         errors.append((back - latents()).abs().max().item())
     assert errors[1] < 0.3 * errors[0]  # first order in the step size
+
+
+def test_a_schedule_may_end_in_pure_noise():
+    scheduler = DDIMScheduler(
+        **SD,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+        clip_sample=False,
+    )
+    reference, model, x = copy.deepcopy(scheduler), Model(scheduler, "v_prediction"), latents()
+    model.alphas = model.alphas.clamp(min=1e-12)
+    reference.set_timesteps(10)
+    assert scheduler.alphas_cumprod[reference.timesteps[0]] < 1e-6
+    for t in reference.timesteps:
+        x = reference.step(model(x, t, TEXT), t, x).prev_sample
+    out = ddim_sample(model, latents(), TEXT, scheduler, 10, guidance_scale=1)
+    assert (out - x).abs().max() <= 1e-4
+    noise = ddim_invert(model, latents(), TEXT, scheduler, 10)
+    assert torch.isfinite(noise).all() and noise.abs().max() < 10
 
 
 def test_inversion_does_not_depend_on_the_parametrisation():
@@ -130,27 +161,33 @@ def test_guidance():
     ddim_sample(model, latents(2), TEXT, DDIM, 2, guidance_scale=1.0, negative_hidden_states=NEGATIVE)
     ddim_sample(model, latents(2), TEXT, DDIM, 2, guidance_scale=2.0, negative_hidden_states=NEGATIVE)
     assert model.batches == [2, 2, 4, 4]
-    same = ddim_sample(model, latents(), TEXT, DDIM, 5, 4.0, TEXT)
-    assert torch.allclose(same, ddim_sample(model, latents(), TEXT, DDIM, 5, 1.0), atol=1e-5)
-    per_frame = ddim_sample(model, latents(), TEXT.expand(3, -1, -1), DDIM, 5, 4.0, NEGATIVE)
-    assert torch.allclose(per_frame, ddim_sample(model, latents(), TEXT, DDIM, 5, 4.0, NEGATIVE), atol=1e-5)
+    same = ddim_sample(model, latents(), TEXT, DDIM, 5, guidance_scale=4.0, negative_hidden_states=TEXT)
+    assert torch.allclose(same, ddim_sample(model, latents(), TEXT, DDIM, 5, guidance_scale=1.0), atol=1e-5)
+    per_frame = ddim_sample(
+        model, latents(), TEXT.expand(3, -1, -1), DDIM, 5, guidance_scale=4.0, negative_hidden_states=NEGATIVE
+    )
+    assert torch.allclose(
+        per_frame,
+        ddim_sample(model, latents(), TEXT, DDIM, 5, guidance_scale=4.0, negative_hidden_states=NEGATIVE),
+        atol=1e-5,
+    )
 
 
 def test_callback_reports_and_stops():
     seen = []
     ddim_invert(Model(), latents(), TEXT, DDIM, 4, callback=seen.append)
-    ddim_sample(Model(), latents(), TEXT, DDIM, 4, 1.0, callback=seen.append)
-    assert [(p["stage"], p["step"], p["total"]) for p in seen] == [
+    ddim_sample(Model(), latents(), TEXT, DDIM, 4, guidance_scale=1.0, callback=seen.append)
+    assert [(done.stage, done.step, done.total) for done in seen] == [
         (stage, step, 4) for stage in ("invert", "sample") for step in (1, 2, 3, 4)
     ]
-    assert [p["timestep"] for p in seen] == [1, 251, 501, 751, 751, 501, 251, 1]
-    assert all(p["latents"].shape == p["pred_x0"].shape == latents().shape for p in seen)
+    assert [done.timestep for done in seen] == [1, 251, 501, 751, 751, 501, 251, 1]
+    assert all(done.latents.shape == done.pred_x0.shape == latents().shape for done in seen)
 
-    def stop(progress):
+    def stop(step):
         raise Cancelled
 
     with pytest.raises(Cancelled):
-        ddim_sample(Model(), latents(), TEXT, DDIM, 4, 1.0, callback=stop)
+        ddim_sample(Model(), latents(), TEXT, DDIM, 4, guidance_scale=1.0, callback=stop)
 
 
 def test_the_model_runs_in_its_dtype_and_the_schedule_in_float32():
@@ -161,7 +198,12 @@ def test_the_model_runs_in_its_dtype_and_the_schedule_in_float32():
             assert x.dtype == text.dtype == torch.bfloat16
             return super().__call__(x, t, text).bfloat16()
 
-    assert ddim_sample(Half(), latents().bfloat16(), TEXT, DDIM, 3, 2.0, NEGATIVE).dtype == torch.float32
+    assert (
+        ddim_sample(
+            Half(), latents().bfloat16(), TEXT, DDIM, 3, guidance_scale=2.0, negative_hidden_states=NEGATIVE
+        ).dtype
+        == torch.float32
+    )
 
 
 @pytest.mark.parametrize("call, message", [
@@ -171,9 +213,9 @@ def test_the_model_runs_in_its_dtype_and_the_schedule_in_float32():
     (lambda: ddim_timesteps(DDIM, 10.0), "num_steps=10.0"),
     (lambda: ddim_timesteps(FlowMatchEulerDiscreteScheduler(), 10), "FlowMatch"),
     (lambda: ddim_timesteps(DDPMScheduler(prediction_type="flow"), 10), "prediction_type='flow'"),
-    (lambda: ddim_sample(Model(), latents(), TEXT, DDIM, 3, 7.5), "negative_hidden_states"),
-    (lambda: ddim_sample(Model(), latents(), TEXT, DDIM, 3, 7.5, NEGATIVE[:, :3]), "pad them"),
-    (lambda: ddim_sample(Model(), latents(), TEXT, DDIM, 3, 1.0, eta=1.5), "eta=1.5"),
+    (lambda: ddim_sample(Model(), latents(), TEXT, DDIM, 3), "negative_hidden_states"),
+    (lambda: ddim_sample(Model(), latents(), TEXT, DDIM, 3, negative_hidden_states=NEGATIVE[:, :3]), "pad them"),
+    (lambda: ddim_sample(Model(), latents(), TEXT, DDIM, 3, guidance_scale=1.0, eta=1.5), "eta=1.5"),
 ])  # fmt: skip
 def test_mistakes_are_named(call, message):
     with pytest.raises(TavError, match=message):

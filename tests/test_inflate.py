@@ -9,9 +9,9 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from einops import rearrange
 
+from support.led_sampling import led_sample
 from support.tiny_unets import CROSS_DOWN, CROSS_UP, DOWN, UP, difference, inputs, make_unet, stir
 from tav_core.attention import FrameAttnProcessor, FrameContext, sdpa, temporal_attention
-from tav_core.ddim import ddim_sample
 from tav_core.errors import TavError
 from tav_core.inflation import VideoUNet, inflate, trainable_parameters
 from tav_core.recompute import MEMORY
@@ -167,7 +167,7 @@ def test_attention_injection_in_sampling():
     unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
 
     def sampled(words, **changes):
-        return ddim_sample(unet, noise, words, scheduler, 4, **{**settings, **changes})
+        return led_sample(unet, noise, words, scheduler, 4, **{**settings, **changes})
 
     led = [sampled(wish, attention_injection=share, source_hidden_states=text) for share in (0.0, 0.5, 1.0)]
     assert calls == [2] * 4 + [3, 3, 2, 2] + [3] * 4

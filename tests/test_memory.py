@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from support.tuning_runs import CONFIG, make_unet, run, stop_at, weights
+from support.tuning_runs import CONFIG, make_unet, notes, run, stop_at, take, weights
 from tav_core import bench
 from tav_core.errors import Cancelled, OutOfMemory
 from tav_core.memory import _Peak, choose, is_out_of_memory, needed_memory
+from tav_core.objective import tuning_loss
 from tav_core.recompute import MEMORY
-from tav_core.tuning import tuning_loss
 
 GB = 10**9
 NEEDED = {"fast": 10 * GB, "selective": 7 * GB, "checkpointing": 5 * GB, "low": 2 * GB}
@@ -28,9 +28,12 @@ def of_each():
 
 def trained(memory, **kwargs):
     unet, lines = make_unet(), []
-    result = run(unet, replace(CONFIG, memory=memory), say=lines.append, **kwargs)
+    stop = kwargs.pop("callback", lambda event: None)
+    result = run(
+        unet, replace(CONFIG, memory=memory), callback=lambda event: (lines.append(event), stop(event)), **kwargs
+    )
     assert unet.memory == "fast"  # as it was
-    return result, weights(unet), lines
+    return result, weights(unet), notes(lines)
 
 
 def check_same(of_each, result, tuned):
@@ -99,13 +102,9 @@ def test_each_mode_keeps_less_than_the_one_before(subject):
 
 
 def estimate(subject, memory, **changes):
-    inputs = {
-        "latents": subject.latents,
-        "encoder_hidden_states": subject.texts[0],
-        "class_labels": None,
-        "dtype": torch.float32,
-    }
-    return needed_memory(subject.unet, **inputs | changes, memory=memory, device=torch.device("cpu"))
+    inputs = {"latents": subject.latents, "dtype": torch.float32} | changes
+    seen = take(inputs["latents"], subject.texts[0])
+    return needed_memory(subject.unet, seen, inputs["dtype"], memory, torch.device("cpu"))
 
 
 def test_the_estimate_is_near_the_measured_peak(subject, monkeypatch, without_comfyui):
@@ -129,8 +128,9 @@ def test_the_estimate_takes_class_labels():
     labelled = copy.deepcopy(unet)
     labelled.class_embedding = torch.nn.Embedding(3, unet.time_embedding.linear_2.out_features)
     arguments = (torch.zeros(1, 4, 3, 4, 4), torch.zeros(1, 5, 24))
-    rest = (torch.float32, "fast", torch.device("cpu"))
-    assert needed_memory(labelled, *arguments, torch.tensor([1]), *rest) > needed_memory(unet, *arguments, None, *rest)
+    rest, label = (torch.float32, "fast", torch.device("cpu")), torch.tensor([1])
+    more = needed_memory(labelled, take(*arguments, class_labels=label), *rest)
+    assert more > needed_memory(unet, take(*arguments), *rest)
 
 
 @pytest.mark.parametrize("free, memory, line", [
@@ -153,12 +153,12 @@ def test_auto_goes_by_what_is_free(of_each, monkeypatch):
         return tuning_loss(unet, *args)
 
     monkeypatch.setattr("tav_core.tuning.tuning_loss", loss)
-    monkeypatch.setattr("tav_core.tuning.free_memory", lambda device: 0)
+    monkeypatch.setattr("tav_core.memory.free_memory", lambda device: 0)
     result, tuned, lines = trained("auto")
     assert set(seen) == {"low"}
     check_same(of_each, result, tuned)
     assert len(lines) == 1 and lines[0].startswith("memory: low, though it needs about 0.0 GB")
-    monkeypatch.setattr("tav_core.tuning.free_memory", lambda device: 16 * GB)
+    monkeypatch.setattr("tav_core.memory.free_memory", lambda device: 16 * GB)
     assert trained("auto")[2] == ["memory: fast, which needs about 0.0 GB of the 16.0 GB that are free"]
 
 
@@ -201,12 +201,12 @@ def test_a_step_that_runs_out_of_memory_is_run_again_in_the_next_lower_mode(of_e
 
 
 @pytest.mark.parametrize("memory, failing, remedy", [
-    ("fast", ("fast", "selective"), ", --memory low or --dtype bf16"),
-    ("low", ("low",), "Context Windows) or --dtype bf16"),
+    ("fast", ("fast", "selective"), ", context_length, memory low or dtype bf16"),
+    ("low", ("low",), ", context_length or dtype bf16"),
 ])  # fmt: skip
 def test_a_step_that_runs_out_of_memory_again_ends_the_run(of_each, monkeypatch, tmp_path, memory, failing, remedy):
     path = tmp_path / "run.safetensors"
-    with monkeypatch.context() as patch, pytest.raises(OutOfMemory, match="step 4 ran out of memory") as caught:
+    with monkeypatch.context() as patch, pytest.raises(OutOfMemory, match="ran out of memory at step 4") as caught:
         run_out(patch, 4, failing)
         trained(memory, state_path=path)
     assert str(caught.value).endswith(remedy) and "\n" not in str(caught.value)
@@ -232,7 +232,7 @@ def test_nothing_of_a_failed_step_stays_alive(monkeypatch):
     hook = parameters[len(parameters) // 2].register_hook(fail)  # half-way
     monkeypatch.setattr("tav_core.tuning.tuning_loss", loss)
     with _Peak([*unet.parameters()]) as count:
-        run(unet, replace(CONFIG, steps=1, memory="fast"), say=lambda line: hook.remove())
+        run(unet, replace(CONFIG, steps=1, memory="fast"), callback=lambda event: hook.remove())
     before, failing, again = living
     assert failing > before + 100_000 and again <= before + 100
 

@@ -11,19 +11,22 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
 
+from support.led_sampling import led_sample
 from support.native_models import clip, inflated, native, plain, prompt, relative, sample
 from tav_core import (
+    Condition,
+    EditPlaces,
+    Take,
     TuneConfig,
     ddim_invert,
     ddim_sample,
-    editable,
     encode_prompt,
     encode_video,
     inflate,
     subject_mask,
     tune,
 )
-from tav_core.subject import anchor_of, outlined, softened, still_of, word_mask
+from tav_core.subject import outlined, softened, word_mask
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
@@ -374,7 +377,7 @@ def test_attention_injection_is_that_of_the_core(pack, mini, monkeypatch, split)
     assert torch.equal(*outs)
     settings = dict(guidance_scale=5.0, negative_hidden_states=empty, source_hidden_states=said)
     wanted, without = (
-        ddim_sample(unet, start, wish, scheduler, 10, attention_injection=share, **settings) for share in (0.5, 0.0)
+        led_sample(unet, start, wish, scheduler, 10, attention_injection=share, **settings) for share in (0.5, 0.0)
     )
     assert (outs[0] - wanted).abs().max() < 1e-3 < 0.1 < (wanted - without).abs().max()
 
@@ -407,10 +410,9 @@ def test_subject_and_region_are_those_of_the_core(pack, mini, region):
     settings = dict(
         guidance_scale=5.0, negative_hidden_states=empty, source_hidden_states=said, attention_injection=0.5
     )
-    changeable = editable(region, subject, room=1)
-    anchor, still = anchor_of(region, subject, changeable), still_of(region, subject, room=1)
-    wanted = ddim_sample(unet, start, wish, scheduler, 10, anchor=anchor, region=changeable, still=still, **settings)
-    free = ddim_sample(unet, start, wish, scheduler, 10, anchor=anchor, **settings)
+    places = vars(EditPlaces.of(region, subject, room=1))
+    wanted = led_sample(unet, start, wish, scheduler, 10, **places, **settings)
+    free = led_sample(unet, start, wish, scheduler, 10, anchor=places["anchor"], **settings)
     assert (edited - wanted).abs().max() < 1e-3 < 0.1 < (wanted - free).abs().max()
     with pytest.raises(ValueError, match="subject has 3 masks for 4 frames"):
         model = nodes.AttentionInjection.execute(mini.inflated, mini.encode(caption), 0.5, region, True, mask[:3]).args[
@@ -508,8 +510,7 @@ def test_tuning_is_that_of_the_core(pack, mini, tmp_path, monkeypatch):
         wanted = tune(
             unet,
             mini.checkpoint.scheduler,
-            mini.latents.clone(),
-            encode_prompt(mini.checkpoint, caption).clone(),
+            [Take(mini.latents.clone(), Condition(encode_prompt(mini.checkpoint, caption).clone()))],
             TuneConfig(steps=5, learning_rate=1e-3, timestep_sampling="stratified"),
         )
     assert json.loads(losses)["losses"] == pytest.approx(wanted.losses, abs=1e-6)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from tav_core import ddim_invert, ddim_sample, encode_prompt, inflate
+from support.led_sampling import led_sample
+from tav_core import ddim_invert, encode_prompt, inflate
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
@@ -95,7 +96,7 @@ def test_a_soft_noise_mask_blends_as_in_the_core(pack, mini, middle, inverted):
     start = ddim_invert(unet, clip, said, scheduler, MASKED_STEPS)
     settings = dict(guidance_scale=5.0, negative_hidden_states=empty, source_hidden_states=said)
     wanted, hard = (
-        ddim_sample(unet, start, wish, scheduler, MASKED_STEPS, region=region, **settings)
+        led_sample(unet, start, wish, scheduler, MASKED_STEPS, changeable=region, **settings)
         for region in (mask[None, None], mask[None, None].round())
     )
     assert (ours - wanted).abs().max() < 1e-3 < 0.1 < (ours - hard).abs().max()

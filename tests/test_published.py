@@ -167,7 +167,7 @@ def test_tuning_goes_on_from_its_weights(published):
     source = pipeline.prepare(checkpoint, frames, "a man is surfing")
     preset = Preset(TuneConfig(steps=1, learning_rate=1e-4), sampling_steps=2)
     before = {name: value.clone() for name, value in checkpoint.unet.state_dict().items()}
-    unet, _ = pipeline.tune_on(checkpoint, source, preset)
+    unet, _ = pipeline.tune_on(checkpoint, [source], preset)
     after, name = unet.state_dict(), "mid_block.attentions.0.transformer_blocks.0.attn_temp.to_v.weight"
     assert 0 < (after[name] - before[name]).abs().max() < 2e-4
     assert all(torch.equal(value, checkpoint.unet.state_dict()[key]) for key, value in before.items())

@@ -9,20 +9,19 @@ from safetensors.torch import load_file
 
 from support.checkpoints import write
 from support.errors import refused
-from support.tuning_runs import CONFIG, clip, equal, make_unet, run, stop_at, weights
+from support.tuning_runs import CONFIG, clip, equal, make_unet, run, steps, stop_at, weights
+from support.tuning_runs import take as take_of
 from tav_core import TuneConfig, encode_prompt, inflate, load_video, read_tuned, save_video, tune
 from tav_core.errors import Cancelled
 from tav_core.mini.demo import CLIP
 from tav_core.objective import draw_take
-from tav_core.tuning import Take
 
 
 def take(seed, frames=3, height=4, tokens=5, channels=4, std=0.1):
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(1, channels, frames, height, 4, generator=generator)
-    return Take(
-        latents, torch.randn(1, tokens, 24, generator=generator), None if std is None else torch.full_like(latents, std)
-    )
+    std = None if std is None else torch.full_like(latents, std)
+    return take_of(latents, torch.randn(1, tokens, 24, generator=generator), std)
 
 
 OTHERS = [take(1), take(2, frames=5, height=8, tokens=7, std=None)]  # of another length, size and number of tokens
@@ -43,7 +42,7 @@ def test_tuning_on_takes_is_resumed_to_the_same_weights(tmp_path, config):
     with pytest.raises(Cancelled):
         run(make_unet(), config, more_takes=OTHERS, state_path=path, callback=stop_at(3))
     resumed = run(parts := make_unet(), config, more_takes=OTHERS, state_path=path, callback=seen.append)
-    assert [progress["step"] for progress in seen] == [4, 5, 6] and equal(weights(whole), weights(parts))
+    assert steps(seen) == [4, 5, 6] and equal(weights(whole), weights(parts))
     assert (resumed.losses, resumed.probe_losses) == (result.losses, result.probe_losses)
     for others in ([], OTHERS[:1], [OTHERS[1], OTHERS[0]]):
         refused("another run .latents, ", make_unet(), config, more_takes=others, state_path=path, call=run)
@@ -54,7 +53,7 @@ def test_each_step_sees_one_take_with_its_own_sentence(monkeypatch):
 
     calls, inner = [], tav_core.tuning.tuning_loss
     monkeypatch.setattr(tav_core.tuning, "tuning_loss", lambda *args: (calls.append(args), inner(*args))[1])
-    first = Take(**clip())
+    first = take_of(**clip())
     result = run(make_unet(), replace(CONFIG, steps=6, probe_every=6), more_takes=OTHERS)
     probes, steps = calls[:6], calls[6:12]
     assert len(calls) == 6 + 6 + 6
@@ -72,9 +71,9 @@ def test_all_takes_are_learned():
         nothing = replace(CONFIG, steps=1, learning_rate=1e-7, probe_size=8)
         return [
             run(
-                unet, nothing, latents=t.latents, encoder_hidden_states=t.encoder_hidden_states, latents_std=None
+                unet, nothing, latents=t.latents, encoder_hidden_states=t.condition.encoder_hidden_states, latents_std=None
             ).probe_losses[0][1]
-            for t in (Take(**clip()), *OTHERS)
+            for t in (take_of(**clip()), *OTHERS)
         ]
 
     before = losses(unet := make_unet())
@@ -85,8 +84,8 @@ def test_all_takes_are_learned():
 def test_takes_that_do_not_fit():
     unet = make_unet()
     for other, told in (
-        (take(1, channels=8), "take 2 has 8 channels, the first 4; encode all with one VAE"),
-        (Take(torch.zeros(3, 4, 4), torch.zeros(1, 5, 24)), "latents must be b c f h w"),
+        (take(1, channels=8), "latents have 8 channels in take 2, 4 in the first; encode all takes with one VAE"),
+        (take_of(torch.zeros(3, 4, 4), torch.zeros(1, 5, 24)), "latents must be b c f h w"),
         (replace(take(1), latents_std=torch.ones(1)), "latents_std has shape"),
     ):
         refused(told, unet, more_takes=[other], call=run)
@@ -197,15 +196,9 @@ def test_one_shot_tune_learns_takes_as_the_core_does(pack, mini, inference_mode,
     assert learned.info.num_frames == 4
     with torch.inference_mode(False):
         latents = [mini.model.model.process_latent_in(c["samples"]).movedim(0, 1)[None].clone() for c in clips]
-        first, *others = [Take(x, encode_prompt(mini.checkpoint, words).clone()) for x, words in zip(latents, said)]
-        wanted = tune(
-            inflate(mini.checkpoint.unet),
-            mini.checkpoint.scheduler,
-            first.latents,
-            first.encoder_hidden_states,
-            TuneConfig(steps=4, learning_rate=1e-3),
-            more_takes=others,
-        )
+        learned_from = [take_of(x, encode_prompt(mini.checkpoint, words).clone()) for x, words in zip(latents, said)]
+        config = TuneConfig(steps=4, learning_rate=1e-3)
+        wanted = tune(inflate(mini.checkpoint.unet), mini.checkpoint.scheduler, learned_from, config)
     assert max((learned.tensors[name] - weight).abs().max() for name, weight in wanted.weights.items()) < 1e-4
     assert not all(torch.equal(learned.tensors[name], weight) for name, weight in tuned(takes[:1]).tensors.items())
     with pytest.raises(ValueError, match="positive of take 2 holds 2 prompts"):

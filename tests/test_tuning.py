@@ -15,12 +15,14 @@ import torch
 from diffusers import DDIMScheduler
 from safetensors import SafetensorError, safe_open
 
-from support.tuning_runs import CONFIG, SD, clip, equal, make_unet, run, stop_at, weights
+from support.tuning_runs import CONFIG, SD, clip, equal, make_unet, notes, run, steps, stop_at, weights
 from tav_core.atomic import atomic_path
 from tav_core.errors import Cancelled, TavError
+from tav_core.events import TuningStep
 from tav_core.inflation import trainable_parameters
-from tav_core.objective import draw_timesteps
-from tav_core.tuning import TuneConfig, half_precision_cost, tuning_loss
+from tav_core.objective import draw_timesteps, tuning_loss
+from tav_core.precision import half_precision_cost
+from tav_core.tuning import TuneConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,8 +42,9 @@ def test_result_and_progress(uninterrupted):
     assert not any(torch.equal(start[name], tuned[name]) for name in start)
     assert all(torch.equal(p, frozen[n]) for n, p in unet.named_parameters() if n in frozen)
     assert [step for step, _ in result.probe_losses] == [0, 2, 4, 6] and result.steps == len(result.losses) == 6
-    assert [p["step"] for p in seen] == [1, 2, 3, 4, 5, 6] and [p["loss"] for p in seen] == result.losses
-    assert seen[0].keys() == {"stage", "step", "total", "loss", "grad_norm", "probe_loss", "lr", "seconds"}
+    seen = [event for event in seen if isinstance(event, TuningStep)]
+    assert steps(seen) == [1, 2, 3, 4, 5, 6] and [event.loss for event in seen] == result.losses
+    assert {(event.stage, event.total, event.started) for event in seen} == {("tune", 6, 0)}
     assert all(parameter.grad is None for parameter in unet.parameters())
 
 
@@ -58,7 +61,7 @@ def test_cancelled_and_resumed(uninterrupted, tmp_path, error):
         run(make_unet(), state_path=path, callback=stop_at(3, error))
     unet, seen = make_unet(), []
     resumed = run(unet, state_path=path, callback=seen.append)
-    assert [progress["step"] for progress in seen] == [4, 5, 6]
+    assert steps(seen) == [4, 5, 6] and seen[-1].started == resumed.started == 3
     assert equal(weights(unet), tuned)
     assert (resumed.losses, resumed.probe_losses) == (result.losses, result.probe_losses)
 
@@ -78,8 +81,8 @@ def test_killed_and_resumed(uninterrupted, tmp_path):
         sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
         from support.tuning_runs import make_unet, run
 
-        def kill(progress):
-            if progress["step"] == 5:
+        def kill(event):
+            if getattr(event, "step", 0) == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         run(make_unet(), state_path={str(path)!r}, callback=kill)
@@ -100,7 +103,7 @@ def test_finished_state_returns_at_once_and_can_be_prolonged(uninterrupted, tmp_
     run(make_unet(), replace(CONFIG, steps=4, save_every=3, probe_every=1), state_path=path)
     unet, seen = make_unet(), []
     result = run(unet, replace(CONFIG, steps=4), state_path=path, callback=seen.append)
-    assert not seen and result.steps == 4 and len(result.losses) == 4
+    assert not steps(seen) and result.steps == result.started == 4 and len(result.losses) == 4
     run(unet := make_unet(), state_path=path)
     assert equal(weights(unet), uninterrupted[1])
 
@@ -245,10 +248,10 @@ def test_a_dtype_that_the_cpu_has_no_arithmetic_for_is_told(monkeypatch, times, 
     assert half_precision_cost(torch.bfloat16) > 0
     lines = []
     monkeypatch.setattr("tav_core.tuning.half_precision_cost", lambda dtype: times)
-    run(make_unet(), replace(CONFIG, dtype="bf16", steps=1, memory="fast"), say=lines.append)
-    assert lines == told
-    run(make_unet(), replace(CONFIG, steps=1, memory="fast"), say=lines.append)
-    assert lines == told
+    run(make_unet(), replace(CONFIG, dtype="bf16", steps=1, memory="fast"), callback=lines.append)
+    assert notes(lines) == told
+    run(make_unet(), replace(CONFIG, steps=1, memory="fast"), callback=lines.append)
+    assert notes(lines) == told
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -286,7 +289,11 @@ def test_config_mistakes_are_named(field, value):
 
 def test_warmup():
     rates = []
-    run(make_unet(), replace(CONFIG, warmup_steps=4), callback=lambda progress: rates.append(progress["lr"]))
+    run(
+        make_unet(),
+        replace(CONFIG, warmup_steps=4),
+        callback=lambda event: isinstance(event, TuningStep) and rates.append(event.lr),
+    )
     assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
 
 

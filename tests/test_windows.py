@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from support.controls import control_net, controlled, hints, steered
 from support.errors import refused
+from support.led_sampling import led_sample
 from support.native_models import clip, inflated, native, prompt, relative, sample
-from support.tuning_runs import CONFIG, SCHEDULER, equal, make_unet, run, stop_at, weights
+from support.tuning_runs import CONFIG, SCHEDULER, equal, make_unet, run, steps, stop_at, take, weights
 from tav_core import (
     ContextWindows,
     TuneConfig,
@@ -121,7 +122,7 @@ def test_a_clip_as_long_as_the_window_is_seen_as_without_windows():
         source_hidden_states=text(seed=2),
     )
     noise = [ddim_invert(model, video(6), text(), SCHEDULER, 4) for model in (unet, windowed)]
-    videos = [ddim_sample(model, noise[0], text(), SCHEDULER, 4, **settings) for model in (unet, windowed)]
+    videos = [led_sample(model, noise[0], text(), SCHEDULER, 4, **settings) for model in (unet, windowed)]
     # to rounding: a window is a copy of the frames, and its share of them may round; shorter windows differ by 0.05 and more
     assert all((a - b).abs().max() < 1e-4 for a, b in (noise, videos))
 
@@ -136,8 +137,8 @@ def test_a_still_clip_is_sampled_as_one_picture():
         attention_injection=0.5,
         source_hidden_states=text(seed=2),
     )
-    wanted = ddim_sample(unet, one, text(), SCHEDULER, 3, **settings)
-    out = ddim_sample(windowed, one.expand(-1, -1, 23, -1, -1), text(), SCHEDULER, 3, **settings)
+    wanted = led_sample(unet, one, text(), SCHEDULER, 3, **settings)
+    out = led_sample(windowed, one.expand(-1, -1, 23, -1, -1), text(), SCHEDULER, 3, **settings)
     assert (out - wanted).abs().max() < 1e-4
 
 
@@ -187,7 +188,7 @@ def test_80_frames_are_one_video():
     said, wish = (encode_prompt(checkpoint, f"a {colour} ball is circling on the grass") for colour in ("red", "blue"))
     windowed = WindowedUNet(unet, ContextWindows(8, 4))
     noise = ddim_invert(windowed, latents, said, checkpoint.scheduler, 2)
-    out = ddim_sample(windowed, noise, wish, checkpoint.scheduler, 2, 3.0, said)
+    out = ddim_sample(windowed, noise, wish, checkpoint.scheduler, 2, guidance_scale=3.0, negative_hidden_states=said)
     assert out.shape == latents.shape and torch.isfinite(out).all()
     assert set(unet.frames) == {8, 16}  # as much at once as a clip of 8 frames, and its negative prompt
 
@@ -218,7 +219,7 @@ def test_tuning_over_windows_is_resumed_to_the_same_weights(tmp_path):
     with pytest.raises(Cancelled):
         run(make_unet(), WINDOWED, state_path=path, callback=stop_at(3), **LONG)
     resumed = run(parts := make_unet(), WINDOWED, state_path=path, callback=seen.append, **LONG)
-    assert [progress["step"] for progress in seen] == [4, 5, 6]
+    assert steps(seen) == [4, 5, 6]
     assert equal(weights(whole), weights(parts)) and resumed.probe_losses == result.probe_losses
     for other in (replace(CONFIG, context_length=5), CONFIG):
         refused("context_length changed", make_unet(), other, state_path=path, call=run, **LONG)
@@ -350,8 +351,7 @@ def test_one_shot_tune_learns_the_whole_clip_and_its_model_takes_any_length(pack
         wanted = tune(
             inflate(mini.checkpoint.unet),
             mini.checkpoint.scheduler,
-            latents.clone(),
-            encode_prompt(mini.checkpoint, caption).clone(),
+            [take(latents.clone(), encode_prompt(mini.checkpoint, caption).clone())],
             TuneConfig(steps=3, learning_rate=1e-3, context_length=4),
         )
     assert max((learned.tensors[name] - weight).abs().max() for name, weight in wanted.weights.items()) < 1e-4

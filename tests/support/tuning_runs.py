@@ -3,8 +3,11 @@
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
+from tav_core.condition import Condition
 from tav_core.errors import Cancelled
+from tav_core.events import Note, Step
 from tav_core.inflation import inflate, trainable_parameters
+from tav_core.take import Take
 from tav_core.tuning import TuneConfig, tune
 
 SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, set_alpha_to_one=False)
@@ -34,9 +37,23 @@ def clip():
     return {"latents": latents, "encoder_hidden_states": text, "latents_std": torch.full_like(latents, 0.1)}
 
 
-def run(unet, config=CONFIG, scheduler=SCHEDULER, **kwargs):
-    kwargs = clip() | kwargs
-    return tune(unet, scheduler, kwargs.pop("latents"), kwargs.pop("encoder_hidden_states"), config, **kwargs)
+def take(latents, encoder_hidden_states, latents_std=None, class_labels=None):
+    return Take(latents, Condition(encoder_hidden_states, class_labels), latents_std)
+
+
+def run(unet, config=CONFIG, scheduler=SCHEDULER, more_takes=(), **kwargs):
+    """Tunes on `clip()`, of which some tensors may be given as keywords, and on more takes."""
+    own = {name: kwargs.pop(name, tensor) for name, tensor in clip().items()}
+    return tune(unet, scheduler, [take(**own), *more_takes], config, **kwargs)
+
+
+def steps(seen):
+    """Of what a callback has seen."""
+    return [event.step for event in seen if isinstance(event, Step)]
+
+
+def notes(seen):
+    return [event.text for event in seen if isinstance(event, Note)]
 
 
 def weights(unet):
@@ -48,8 +65,8 @@ def equal(a, b):
 
 
 def stop_at(step, error=Cancelled):
-    def callback(progress):
-        if progress["step"] == step:
+    def callback(event):
+        if isinstance(event, Step) and event.step == step:
             raise error
 
     return callback

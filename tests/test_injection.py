@@ -1,4 +1,4 @@
-"""Edited backgrounds stand still where the clip's do, and nowhere else."""
+"""Where an edit may change its clip and in which steps the clip leads; backgrounds that stand still."""
 
 import argparse
 from dataclasses import replace
@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from support.errors import refused
-from tav_core import PRESETS, TuneConfig, ddim_sample, find_subject, inflate, invert, load_checkpoint, prepare, sample
+from support.led_sampling import led_sample
+from tav_core import PRESETS, TuneConfig, find_subject, inflate, invert, load_checkpoint, prepare, sample
+from tav_core.injection import ANCHORED, REGIONS, STILL, EditPlaces, LedSteps, SourceWalk, steadied
 from tav_core.mini import world
 from tav_core.mini.benchmark import BenchmarkClip
-from tav_core.steady import STILL, steadied
-from tav_core.subject import still_of
+from tav_core.subject import grown
 from tav_core.terminal import add_preset_arguments, preset_of
 
 CLIP = BenchmarkClip(world.Scene("cross", "green", "snow", layout=5), "bounce", {}, num_frames=4)
@@ -50,12 +51,56 @@ def test_only_places_that_may_stand_still_do_and_count():
     assert (steady[:, :, :2] - mean)[..., 1:, :].abs().max() < 1e-6
 
 
-def test_what_may_stand_still():
+def test_places_of_each_region():
     mask = torch.zeros(1, 1, 2, 8, 8)
     mask[:, :, :, 3:5, 3:5] = 1
-    assert torch.equal(still_of("background", mask, room=1), 1 - mask)
-    assert still_of("subject", mask, room=1) is None
-    assert still_of("everything", mask, room=1).sum() == 2 * (64 - 16)
+    everything, subject, background = (EditPlaces.of(region, mask, room=1) for region in REGIONS)
+    assert everything.changeable is None and torch.equal(everything.anchor, mask)
+    assert everything.still.sum() == 2 * (64 - 16)
+    assert subject.changeable.sum() == 2 * 16 and torch.equal(subject.anchor, subject.changeable)
+    assert subject.still is None
+    assert torch.equal(EditPlaces.of("subject", mask, room=2).changeable, grown(mask, 2))
+    assert torch.equal(background.changeable, 1 - mask) and torch.equal(background.still, 1 - mask)
+    assert background.anchor is None
+    assert all(EditPlaces.of(region, mask, room=1, steady=False).still is None for region in REGIONS)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.6, 1.0])
+def test_the_first_share_of_the_steps_is_led_and_two_thirds_of_it_anchored(share):
+    sigmas = torch.linspace(14, 0, 26)
+    led = LedSteps(sigmas, share)
+    assert sum(led.leads(sigma) for sigma in sigmas[:-1]) == round(25 * share)
+    assert sum(led.anchors(sigma) for sigma in sigmas[:-1]) == round(ANCHORED * round(25 * share))
+    between = (sigmas[14] + sigmas[15]) / 2  # a second look of a sampler, in the step after the 15th level
+    assert not led.leads(between) or share == 1.0
+
+
+def test_a_walk_goes_back_by_ddim_whatever_the_edit_does():
+    """Of a model whose noise is known: the walk ends at the clean latents, though it is asked twice at a level."""
+    x0, eps, sigmas = some(1, 4, 3, 4, 4), some(1, 4, 3, 4, 4, seed=1), torch.tensor([10.0, 5.0, 1.0, 0.0])
+    walk, asked = SourceWalk(1.0), []
+
+    def ask(x, led):
+        asked.append((len(x), led.sources))
+        return torch.cat([x0, x[1:] * 0.5])
+
+    for sigma in sigmas[:-1]:
+        x = x0 + sigmas[0] * eps if sigma == sigmas[0] else some(1, 4, 3, 4, 4, seed=2)
+        for _ in range(2):
+            out = walk(ask, torch.cat([x, x]), sigma, sigmas, 2)
+            assert torch.equal(out, torch.cat([x, x]) * 0.5)
+        assert (walk.at(sigma) - (x0 + sigma * eps)).abs().max() < 1e-5
+    assert asked == [(3, 1)] * 6
+    assert (walk.latents(sigmas[-1]) - x0).abs().max() < 1e-5
+    walk.begin()
+    assert walk.sigma is None
+
+
+def test_a_walk_that_neither_leads_nor_holds_costs_nothing():
+    walk, asked = SourceWalk(0.5), []
+    for sigma in (sigmas := torch.tensor([3.0, 2.0, 1.0, 0.5, 0.0]))[:-1]:
+        walk(lambda x, led: asked.append((len(x), led is None)) or x, some(1, 4, 1, 2, 2), sigma, sigmas, 1)
+    assert asked == [(2, False), (2, False), (1, True), (1, True)]
 
 
 @pytest.mark.parametrize("region", ["background", "everything"])
@@ -87,20 +132,16 @@ def test_an_edited_background_flickers_less(region):
     assert (steady - moving).abs()[:, stage].mean() < 25  # of 255: the same picture
 
 
-def test_a_walk_back_to_the_clip_is_needed():
+def test_refusals():
     mini = load_checkpoint("mini")
-    text = torch.zeros(1, 16, mini.unet.config.cross_attention_dim)
+    text, noise = torch.zeros(1, 16, mini.unet.config.cross_attention_dim), some(1, 4, 2, 16, 16)
+    still = torch.ones(1, 1, 2, 16, 16)
+    arguments = (inflate(mini.unet), noise, text, mini.scheduler, 2)
+    refused("source_walk needs source_hidden_states", *arguments, guidance_scale=1, still=still, call=led_sample)
     refused(
-        "still needs source_hidden_states",
-        inflate(mini.unet),
-        some(1, 4, 2, 16, 16),
-        text,
-        mini.scheduler,
-        2,
-        guidance_scale=1,
-        still=torch.ones(1, 1, 2, 16, 16),
-        call=ddim_sample,
+        "region='sky' is unknown; choose one of everything, subject, background", "sky", still, 1, call=EditPlaces.of
     )
+    refused("attention_injection=1.5 is out of range", 1.5, call=SourceWalk)
 
 
 def test_it_is_on_and_can_be_turned_off():

@@ -1,0 +1,10 @@
+"""DDIM sampling beside the walk of the source clip."""
+
+from tav_core.ddim import ddim_sample
+from tav_core.injection import EditPlaces, SourceWalk
+
+
+def led_sample(*args, attention_injection=0.0, changeable=None, anchor=None, still=None, **settings):
+    """`ddim_sample` with a `SourceWalk` of that share and those places."""
+    walk = SourceWalk(attention_injection, EditPlaces(changeable, anchor, still))
+    return ddim_sample(*args, source_walk=walk, **settings)
