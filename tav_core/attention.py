@@ -190,7 +190,7 @@ class FrameAttnProcessor:
         fn, patches, leaders = context.attention_fn, context.patches, context.sources * context.frames
         own = encoder_hidden_states is None
         if attention_mask is not None and own and self.mode is not None:
-            raise TavError("attention_mask is not defined over frames; leave it out")
+            raise TavError("attention_mask", None, "is not defined over frames", "leave it out")
         x = hidden_states
         keys = values = hidden_states if own else encoder_hidden_states
         key_leaders = leaders if own else 0

@@ -34,7 +34,7 @@ from .attention import sdpa
 from .attention_choice import explicit_attention
 from .checkpoint import CONFIGS, Checkpoint, decode_video, encode_prompt, encode_video, load_checkpoint
 from .ddim import ddim_invert, ddim_sample
-from .errors import TavError
+from .errors import TavError, field
 from .inflation import VideoUNet, inflate
 from .memory import choose, free_memory, needed_memory, offloaded, without_content
 from .recompute import MEMORY
@@ -180,7 +180,7 @@ class Subject:
 
         def say(line: str):
             if line.startswith("memory: "):  # the step would run again, in another mode than this one
-                raise TavError(f"{line}; leave {mode.memory} out with --memory")
+                raise TavError("memory", mode.memory, "ran out of memory", "choose modes that take less")
 
         config = TuneConfig(steps=3, probe_size=1, dtype=mode.dtype, memory=mode.memory)
         try:
@@ -416,9 +416,14 @@ def add_arguments(parser):
 
 def bench(args):
     if args.runs < 1:
-        raise TavError(f"--runs {args.runs} is out of range; give 1 or more")
+        raise TavError("runs", args.runs, "is out of range", "give 1 or more")
     if args.device.type != "cuda" and not _PROCESS.exists() and (args.growth or not args.no_memory):
-        raise TavError("resident memory is read from /proc, which this system lacks; use --no-memory, without --growth")
+        raise TavError(
+            "device",
+            args.device,
+            "has its resident memory in /proc, which this system lacks",
+            f"use {field('no_memory')}, without {field('growth')}",
+        )
     torch.set_num_threads(args.threads or torch.get_num_threads())
     layout, device = (
         LAYOUTS[args.layout or ("sd15" if args.gpu else "small" if args.growth else "middle")],
@@ -426,10 +431,10 @@ def bench(args):
     )
     layout = replace(layout, frames=args.frames or layout.frames, size=args.size or layout.size)
     multiple = 1 if layout.name == "mini" else 8
-    if layout.frames < 1 or layout.size < 1 or layout.size % multiple:
-        raise TavError(
-            f"--frames {layout.frames} --size {layout.size} can't be run; give 1 or more frames, and a size in multiples of {multiple}"
-        )
+    if layout.frames < 1:
+        raise TavError("count", layout.frames, "is out of range", "give 1 or more")
+    if layout.size < 1 or layout.size % multiple:
+        raise TavError("size", layout.size, f"is not a positive multiple of {multiple}", "give one")
     dtypes = args.dtype or ["bf16" if args.gpu else "fp32"]
     kinds = args.memory or (_fitting(layout, DTYPES[dtypes[0]], args.device) if args.gpu else ["fast"])
     on = [Mode(dtype, kind) for dtype in dtypes for kind in kinds]

@@ -17,7 +17,7 @@ from . import bench, pipeline
 from .atomic import atomic_path
 from .checkpoint import Checkpoint, load_checkpoint
 from .ddim import ddim_timesteps
-from .errors import Cancelled, TavError
+from .errors import Cancelled, TavError, field
 from .inflation import VideoUNet
 from .metrics import frame_difference, psnr
 from .noise import read_noise, save_noise
@@ -67,9 +67,9 @@ def _make_folder(path: Path):
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TavError(f"--output {path} can't be made ({error.strerror}); choose another --output") from error
+        raise TavError("output", path, f"can't be made ({error.strerror})", "choose another one") from error
     if not os.access(path, os.W_OK):
-        raise TavError(f"--output {path} can't be written to; choose another --output")
+        raise TavError("output", path, "can't be written to", "choose another one")
 
 
 def _tune(args, checkpoint: Checkpoint, sources: list[pipeline.Source], progress: Progress):
@@ -81,8 +81,10 @@ def _tune(args, checkpoint: Checkpoint, sources: list[pipeline.Source], progress
     preset, (source, *more), state_path = preset_of(args), sources, args.output / "tuning-state.safetensors"
     if state_path.exists() and not args.resume:
         raise TavError(
-            f"--output {args.output} holds an unfinished tuning; add --resume to go on with it, or delete "
-            f"{state_path.name} to start over"
+            "output",
+            args.output,
+            "holds an unfinished tuning",
+            f"add {field('resume')} to go on with it, or delete {state_path.name} to start over",
         )
     try:
         unet, result = pipeline.tune_on(
@@ -125,7 +127,10 @@ def _load_tuned_unet(args, checkpoint: Checkpoint):
     if args.tuned is None:
         if not isinstance(checkpoint.unet, VideoUNet):
             raise TavError(
-                "--tuned is missing; give a file of `tune` or `edit`, or a --checkpoint that is a Tune-A-Video model"
+                "tuned",
+                None,
+                "is missing",
+                f"give a file of `tune` or `edit`, or a {field('checkpoint')} that is a Tune-A-Video model",
             )
         return nn.Module.to(checkpoint.unet, args.device, DTYPES[args.dtype]), TunedInfo(
             base="",
@@ -166,8 +171,10 @@ def _regions(args) -> list[str]:
     regions = args.region or ["everything"]
     if len(regions) not in (1, len(args.edit)):
         raise TavError(
-            f"there are {len(regions)} --region for {len(args.edit)} --edit; give one for all, or one for "
-            "each in the same order"
+            "region",
+            None,
+            f"has {len(regions)} values for {len(args.edit)} {field('edit')}",
+            "give one for all, or one for each in the same order",
         )
     return regions * len(args.edit) if len(regions) == 1 else regions
 
@@ -196,11 +203,14 @@ def run_edit(args, checkpoint: Checkpoint, clip: Clip, progress: Progress) -> tu
 
     for edit in args.edit:
         if not edit.strip():
-            raise TavError("--edit is empty; describe the edited clip in one sentence")
+            raise TavError("edit", None, "is empty", "describe the edited clip in one sentence")
     regions = ["everything", *_regions(args)]
     if set(regions) != {"everything"} and not args.contrast:
         raise TavError(
-            "--region needs to know where the subject is; give --contrast, the clip's sentence with another subject"
+            "region",
+            None,
+            "needs to know where the subject is",
+            f"give {field('contrast')}, the clip's sentence with another subject",
         )
     source = timed("encode", pipeline.prepare, checkpoint, clip.frames, args.prompt)
     pipeline.check_contrasts(args.prompt, args.contrast or [])
@@ -283,7 +293,10 @@ def _tune_command(args):
     videos, prompts = len(args.video), len(args.prompt)
     if videos != prompts:
         raise TavError(
-            f"there are {videos} --video and {prompts} --prompt; give each --video its own --prompt, in the same order"
+            "video",
+            None,
+            f"has {videos} values, {field('prompt')} {prompts}",
+            f"give each {field('video')} its own {field('prompt')}, in the same order",
         )
     progress = Progress().stop_at_interrupt()
     checkpoint = _checkpoint(args)
@@ -304,7 +317,10 @@ def _invert_command(args):
     if info.more_prompts and args.prompt is None:
         said = ", ".join(repr(prompt) for prompt in [info.prompt, *info.more_prompts])
         raise TavError(
-            f"--tuned {args.tuned} was tuned on several clips ({said}); say with --prompt what --video shows"
+            "tuned",
+            args.tuned,
+            f"was tuned on several clips ({said})",
+            f"say with {field('prompt')} what {field('video')} shows",
         )
     prompt = info.prompt if args.prompt is None else args.prompt
     args.frames, args.size = args.frames or info.num_frames or FRAMES, args.size or (info.width, info.height)
@@ -323,8 +339,10 @@ def _sample_command(args):
     preset, regions = preset_of(args), _regions(args)
     if args.frames is not None and (args.noise or args.frames < 1):
         raise TavError(
-            f"--frames {args.frames} can't be used here: it is the length of clips from random noise, 1 or "
-            "more; leave it out"
+            "count",
+            args.frames,
+            "can't be used here: it is the length of clips from random noise, 1 or more",
+            "leave it out",
         )
     if args.noise:
         noise, subject, source_prompt = read_noise(args.noise, preset)

@@ -25,7 +25,7 @@ def per_frame(name: str, value: Any, b: int, f: int) -> Any:
     if len(value) == 1:
         return value.expand(b * f, *value.shape[1:])
     wanted = f"1, {b} (one per video) or {b * f} (one per frame)"
-    raise TavError(f"{name} has a batch of {len(value)} for {b} videos of {f} frames; give {wanted}")
+    raise TavError(name, None, f"has a batch of {len(value)} for {b} videos of {f} frames", f"give {wanted}")
 
 
 def labelled(class_labels: Tensor | None) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ def tuning_loss(
     elif prediction_type == "sample":
         target, weight = latents, snr.clamp(max=_MIN_SNR_GAMMA)
     else:
-        raise TavError(f"prediction_type={prediction_type!r} is unknown; use epsilon, v_prediction or sample")
+        raise TavError("prediction_type", prediction_type, "is unknown", "use epsilon, v_prediction or sample")
     predicted = predict(unet, noisy, timesteps, encoder_hidden_states, **labelled(class_labels))
     if loss_weighting == "none":
         return F.mse_loss(predicted, target)
