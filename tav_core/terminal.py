@@ -16,6 +16,8 @@ from .recompute import MEMORY
 from .tuning import DTYPES
 
 STAGES = {"tune": "tuning", "invert": "inversion", "sample": "sampling"}
+# fields of errors that are called otherwise here
+_NAMES = {"count": "frames", "width": "size", "height": "size", "num_steps": "sampling_steps", "state": "state file"}
 
 
 class Progress:
@@ -138,15 +140,22 @@ def run(parser: argparse.ArgumentParser):
         library.set_verbosity_error()
         library.disable_progress_bar()
     args = parser.parse_args()
+    options = frozenset(vars(args))  # by their name as a variable; a command may add to `args`
+
+    def name_of(field: str) -> str:
+        name = _NAMES.get(field, field)
+        return f"--{name.replace('_', '-')}" if name in options else name
+
     try:
         args.run(args)
     except TavError as error:
+        error.name_of, error.assign = name_of, " "
         sys.exit(_fail(f"error: {error}", 2))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        remedy = "fewer --frames, --context-length, a smaller --size, --memory low or --dtype bf16"
-        sys.exit(_fail(f"error: the device ran out of memory; try {remedy}", 2))
+        told = "error: the device ran out of memory; try fewer --frames, --context-length, a smaller --size, "
+        sys.exit(_fail(f"{told}--memory low or --dtype bf16", 2))
     except Cancelled as stop:
         sys.exit(_fail(str(stop), 130))
     except KeyboardInterrupt:

@@ -123,7 +123,7 @@ def test_commands_with_several_takes(tav, tmp_path):  # noqa: F811
         out,
         *fast,
     ]
-    assert "there are 2 --video and 1 --prompt; give each --video its own --prompt" in tav(*tune, fails=True)
+    assert "--video has 2 values, --prompt 1; give each --video its own --prompt" in tav(*tune, fails=True)
     assert not out.exists()
     tav(*tune, "--prompt", "a red ball rolls back")
     info = read_tuned(out / "tuned.safetensors")
