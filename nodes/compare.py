@@ -34,9 +34,11 @@ class Compare(io.ComfyNode):
         clips = [images_1, *(others[name] for name in sorted(others) if others[name] is not None)]
         names = [line.strip() for line in labels.splitlines()]
         names += [""] * (len(clips) - len(names))
-        with plain_errors():
+        with plain_errors(videos="images"):
             if len(names) > len(clips) and any(names[len(clips) :]):
-                raise TavError(f"labels has {len(names)} lines for {len(clips)} clips; give one line for each")
+                raise TavError(
+                    "labels", None, f"has {len(names)} lines for {len(clips)} clips", "give one line for each"
+                )
             clips, names = [from_images(clip) for clip in clips], names[: len(clips)]
             video = side_by_side(clips, names)
             return io.NodeOutput(to_images(video), image_of(strip(clips, names, columns=columns)))

@@ -38,10 +38,12 @@ def _kind(folder: Path) -> str | None:
         return None
 
 
-def missing(controlnet: str) -> str:
-    return (
-        f"controlnet {controlnet!r} is neither mini nor a folder of a ControlNetModel in models/controlnet or models/diffusers; "
-        "put it there, or choose another one"
+def missing(controlnet: str) -> TavError:
+    return TavError(
+        "controlnet",
+        controlnet,
+        "is neither mini nor a folder of a ControlNetModel in models/controlnet or models/diffusers",
+        "put it there, or choose another one",
     )
 
 
@@ -69,8 +71,10 @@ class Control(comfy.controlnet.ControlNet):
         own, wanted = family(self.control_model.config), family_of(model)
         if own != wanted:
             raise TavError(
-                f"ControlNet {self.name} is for another family of models ({told(own)}; MODEL: {told(wanted)}); "
-                "use one for the family of MODEL"
+                "ControlNet",
+                self.name,
+                f"is for another family of models ({told(own)}; MODEL: {told(wanted)})",
+                "use one for the family of MODEL",
             )
         super().pre_run(model, percent_to_timestep_function)
 
@@ -78,8 +82,10 @@ class Control(comfy.controlnet.ControlNet):
         hints, frames = len(self.cond_hint_original), len(x_noisy) // batched_number
         if hints not in (1, frames):
             raise TavError(
-                f"ControlNet {self.name} has {hints} hints, LATENT has {frames} frames; give it 1 image for all frames, "
-                f"or {frames}"
+                "ControlNet",
+                self.name,
+                f"has {hints} hints, LATENT has {frames} frames",
+                f"give it 1 image for all frames, or {frames}",
             )
         return super().get_control(x_noisy, t, cond, batched_number, transformer_options)
 
@@ -127,14 +133,14 @@ class LoadControlNet(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, controlnet) -> bool | str:
         known = controlnet is None or controlnet in choices()  # None: from another node, not yet there
-        return known or missing(controlnet)
+        return known or str(missing(controlnet))
 
     @classmethod
     def execute(cls, controlnet) -> io.NodeOutput:
         with plain_errors(), torch.inference_mode(False):
             folder = choices().get(controlnet)
             if folder is None:
-                raise TavError(missing(controlnet))
+                raise missing(controlnet)
             net, management = load_controlnet(folder), comfy.model_management
             device = management.get_torch_device()
             dtype = management.unet_dtype(device, sum(p.numel() for p in net.parameters()))

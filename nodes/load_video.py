@@ -38,9 +38,9 @@ def path_of(file: str) -> Path:
     """
     if file in SHIPPED:
         return SHIPPED[file]
-    path = inside(folder_paths.get_input_directory(), file.removesuffix(" [input]"))
+    path = inside(folder_paths.get_input_directory(), file.removesuffix(" [input]"), "file")
     if not path.exists():
-        raise TavError(f"file {file!r} is not in ComfyUI's input folder; upload it, or choose another one")
+        raise TavError("file", file, "is not in ComfyUI's input folder", "upload it, or choose another one")
     return path
 
 
@@ -92,7 +92,7 @@ class LoadVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, start, stride, count, width, height, fit) -> io.NodeOutput:
-        with plain_errors(video="file", frames="count", size="width and height"):
+        with plain_errors():
             clip = load_video(
                 path_of(file), start=start, stride=stride, count=count, width=width, height=height, fit=fit
             )

@@ -53,14 +53,18 @@ class VideoSampler(io.ComfyNode):
             if noise.get("noise_mask") is not None:
                 if add_noise:
                     raise TavError(
-                        "noise has a noise_mask, outside of which the inverted clip stays, but add_noise starts from "
-                        "other noise; turn add_noise off, or leave the mask out"
+                        "noise",
+                        None,
+                        "has a noise_mask, outside of which the inverted clip stays, but add_noise starts from other noise",
+                        "turn add_noise off, or leave the mask out",
                     )
                 if not has_injection(model):
                     if INVERTED_WITH not in noise:
                         raise TavError(
-                            "noise has a noise_mask, but doesn't say what the clip was inverted with; connect noise to "
-                            "DDIM Inversion, or MODEL through Attention Injection"
+                            "noise",
+                            None,
+                            "has a noise_mask, but doesn't say what the clip was inverted with",
+                            "connect noise to DDIM Inversion, or MODEL through Attention Injection",
                         )
                     model = with_injection(model, noise[INVERTED_WITH], share=0.0)
             start = dict(noise)

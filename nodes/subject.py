@@ -41,8 +41,10 @@ def check_images(images: Tensor, latent: dict):
     if images.shape[:3] != (frames, 8 * height, 8 * width):
         count, h, w, _ = images.shape
         raise TavError(
-            f"images are {count} of {w} x {h}, latent is of {frames} of {8 * width} x {8 * height}; give the frames "
-            "that were encoded"
+            "images",
+            None,
+            f"are {count} of {w} x {h}, latent is of {frames} of {8 * width} x {8 * height}",
+            "give the frames that were encoded",
         )
 
 

@@ -39,16 +39,16 @@ class SaveTunedWeights(io.ComfyNode):
     def execute(cls, tuned_weights: TunedWeights, name, prompt) -> io.NodeOutput:
         with plain_errors(output="name"):
             if not name.strip():
-                raise TavError("name is empty; give the file a name")
+                raise TavError("name", None, "is empty", "give the file a name")
             root = folder_paths.get_folder_paths(FOLDER)[0]
-            path = inside(root, name.strip().removesuffix(".safetensors") + ".safetensors")
+            path = inside(root, name.strip().removesuffix(".safetensors") + ".safetensors", "name")
             info = type(tuned_weights.info)(**{**tuned_weights.info.__dict__, "prompt": prompt})
             write_tuned(path, tuned_weights.tensors, info)
         return io.NodeOutput(ui={"text": [f"saved {path.relative_to(root)}"]})
 
 
-def missing(file: str) -> str:
-    return f"file {file!r} is not in models/{FOLDER}; put it there, or choose another one"
+def missing(file: str) -> TavError:
+    return TavError("file", file, f"is not in models/{FOLDER}", "put it there, or choose another one")
 
 
 class LoadTunedWeights(io.ComfyNode):
@@ -71,7 +71,7 @@ class LoadTunedWeights(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, file) -> bool | str:
         known = file is None or file in folder_paths.get_filename_list(FOLDER)  # None: from another node, not yet there
-        return known or missing(file)
+        return known or str(missing(file))
 
     @classmethod
     def fingerprint_inputs(cls, file):
@@ -80,9 +80,9 @@ class LoadTunedWeights(io.ComfyNode):
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
         path = folder_paths.get_full_path(FOLDER, file)
-        with plain_errors():
+        with plain_errors(tuned="file"):
             if path is None:
-                raise TavError(missing(file))
+                raise missing(file)
             info = read_tuned(path)
             return io.NodeOutput(TunedWeights(load_file(path), info), info.prompt)
 
@@ -108,5 +108,5 @@ class ApplyTunedWeights(io.ComfyNode):
         with plain_errors(), torch.no_grad():
             unet, info = video_unet(model), tuned_weights.info
             base = base_fingerprint(weights(model))
-            check_fit("tuned_weights", info, tuned_weights.tensors, base, unet.inflation, trainable_names(model))
+            check_fit(None, info, tuned_weights.tensors, base, unet.inflation, trainable_names(model))
         return io.NodeOutput(with_tuned_weights(model, tuned_weights.tensors, info.num_frames))

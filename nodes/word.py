@@ -58,8 +58,10 @@ class WordMask(io.ComfyNode):
             model = without_injection(model)
             if windows_of(model.model_options["transformer_options"]):
                 raise TavError(
-                    "MODEL sees the clip in Context Windows (Tune-A-Video), but a word is looked for in all of it at once; "
-                    "use Subject Mask"
+                    "MODEL",
+                    None,
+                    "sees the clip in Context Windows (Tune-A-Video), but a word is looked for in all of it at once",
+                    "use Subject Mask",
                 )
             clean_latents(model, latent)
             check_images(images, latent)
