@@ -14,7 +14,8 @@ class Compare(io.ComfyNode):
         return schema(
             node_id="TAVCompare",
             display_name="Compare (Tune-A-Video)",
-            description="Puts clips side by side with their labels: as a video for Create Video, and as a strip of frames.",
+            description="Puts clips side by side with their labels: as a video for Create Video, and as a strip of "
+            "frames.",
             search_aliases=["before after", "side by side", "grid", "contact sheet"],
             advanced=("columns",),
             inputs=[
@@ -24,7 +25,8 @@ class Compare(io.ComfyNode):
                 io.Int.Input("columns", default=8, min=1, max=64, tooltip="Frames a row in the strip."),
             ],
             outputs=[
-                io.Image.Output(display_name="video", tooltip="The clips side by side, frame by frame: for Create Video."),
+                io.Image.Output(display_name="video",
+                                tooltip="The clips side by side, frame by frame: for Create Video."),
                 io.Image.Output(display_name="strip", tooltip="A row of frames a clip, in one picture."),
             ],
         )  # fmt: skip

@@ -206,15 +206,17 @@ class LoadCheckpoint(io.ComfyNode):
         return schema(
             node_id="TAVLoadCheckpoint",
             display_name="Load Checkpoint (Tune-A-Video)",
-            description="Loads the mini model that ships with the pack, or a diffusers folder of Stable Diffusion 1.x or "
-            "2.x, or of a published Tune-A-Video model, from models/diffusers. For a single .safetensors file use the stock Load Checkpoint.",
+            description="Loads the mini model that ships with the pack, or a diffusers folder of Stable Diffusion 1.x "
+            "or 2.x, or of a published Tune-A-Video model, from models/diffusers. For a single .safetensors file use "
+            "the stock Load Checkpoint.",
             search_aliases=["load diffusers", "mini checkpoint"],
             inputs=[
                 io.Combo.Input("checkpoint", options=list(choices()), default="mini",
                                tooltip="mini draws one shape on a background, at 128 x 128, and runs on a CPU."),
             ],
             outputs=[
-                io.Model.Output(tooltip="Connect it to Inflate; a published Tune-A-Video model to DDIM Inversion or a sampler."),
+                io.Model.Output(tooltip="Connect it to Inflate; a published Tune-A-Video model to DDIM Inversion or a "
+                                "sampler."),
                 io.Clip.Output(tooltip="For CLIP Text Encode."),
                 io.Vae.Output(tooltip="For VAE Encode and VAE Decode."),
             ],

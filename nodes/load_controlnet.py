@@ -22,7 +22,7 @@ from .native import use_operations
 
 
 def choices() -> dict[str, Path]:
-    """What can be loaded, by name: mini, and the folders of diffusers ControlNets under models/controlnet and models/diffusers."""
+    """What can be loaded, by name: mini, and diffusers ControlNets in models/controlnet and models/diffusers."""
     found = {"mini": MINI_CONTROLNET}
     for root in (*folder_paths.get_folder_paths("controlnet"), *folder_paths.get_folder_paths("diffusers")):
         for folder, _, files in os.walk(root, followlinks=True):
@@ -58,7 +58,7 @@ class NativeControlNet(ControlNetModel):
 
 
 class Control(comfy.controlnet.ControlNet):
-    """A CONTROL_NET around a diffusers ControlNet. It says what doesn't fit, where the core would fail deep inside or cycle."""
+    """A CONTROL_NET around a diffusers ControlNet. It says what doesn't fit; the core would fail inside or cycle."""
 
     name = ""
 
@@ -120,14 +120,17 @@ class LoadControlNet(io.ComfyNode):
         return schema(
             node_id="TAVLoadControlNet",
             display_name="Load ControlNet (diffusers)",
-            description="Loads the ControlNet of the mini checkpoint, or a diffusers folder of a ControlNet for Stable Diffusion "
-            "1.x or 2.x, for the stock Apply ControlNet. For a single file use the stock Load ControlNet Model.",
+            description="Loads the ControlNet of the mini checkpoint, or a diffusers folder of a ControlNet for Stable "
+            "Diffusion 1.x or 2.x, for the stock Apply ControlNet. For a single file use the stock Load ControlNet "
+            "Model.",
             search_aliases=["load controlnet diffusers", "mini controlnet"],
             inputs=[
                 io.Combo.Input("controlnet", display_name="ControlNet", options=list(choices()), default="mini",
                                tooltip="mini takes the silhouette of the subject, white on black."),
             ],
-            outputs=[io.ControlNet.Output(tooltip="For Apply ControlNet, with one hint for all frames or one for each.")],
+            outputs=[
+                io.ControlNet.Output(tooltip="For Apply ControlNet, with one hint for all frames or one for each."),
+            ],
         )  # fmt: skip
 
     @classmethod

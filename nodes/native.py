@@ -97,8 +97,8 @@ def frames_of_a_clip(frames: int, tuned: int, window: Any | None) -> int:
 
     Args:
         tuned: what the MODEL was tuned on.
-        window: of the core's own Context Windows, if the frames are one. Newer cores put the frame before it in front, whose
-            result they drop: the window sees it as its frame 0, one more than the MODEL was tuned on.
+        window: of the core's own Context Windows, if the frames are one. Newer cores put the frame before it in front,
+            whose result they drop: the window sees it as its frame 0, one more than the MODEL was tuned on.
 
     Raises:
         TavError: frames that the MODEL wasn't tuned on.
@@ -172,7 +172,7 @@ def attention_of(context: FrameContext, options: dict[str, Any]) -> Iterator[Non
 def comfy_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, options: dict[str, Any] | None = None
 ) -> Tensor:
-    """Attention on `b heads n d` by the function that the user chose for ComfyUI, or for this MODEL (in transformer_options)."""
+    """Attention on `b heads n d` by the function that the user chose for ComfyUI, or for this MODEL in its options."""
     module = comfy.ldm.modules.attention
     function = module.optimized_attention if mask is None else module.optimized_attention_masked
     if mask is not None and mask.dtype == torch.bool:  # not all of them take it
@@ -369,10 +369,12 @@ def core_layout(unet: UNet2DConditionModel) -> dict[str, Any]:
         channel_mult=[width // channels for width in config.block_out_channels], context_dim=config.cross_attention_dim,
         transformer_depth=[depth(*layers) for block in unet.down_blocks for layers in layers_of(block)],
         transformer_depth_middle=depth(unet.mid_block),
-        transformer_depth_output=[depth(*layers) for block in unet.up_blocks for layers in layers_of(block)][::-1],  # taken from its end
+        # taken from its end
+        transformer_depth_output=[depth(*layers) for block in unet.up_blocks for layers in layers_of(block)][::-1],
         num_heads=heads.pop() if len(heads) == 1 else -1, num_head_channels=sizes.pop() if len(sizes) == 1 else -1,
         use_spatial_transformer=True, use_linear_in_transformer=bool(config.use_linear_projection), legacy=False,
-        use_temporal_attention=False, adm_in_channels=None, attn_precision=torch.float32 if config.upcast_attention else None,
+        use_temporal_attention=False, adm_in_channels=None,
+        attn_precision=torch.float32 if config.upcast_attention else None,
     )  # fmt: skip
 
 

@@ -14,8 +14,8 @@ from ..tav_core import TavError, VideoUNet
 
 
 class OneFamily:
-    """Mixin for a `BaseModel` around a diffusers U-Net. Refused are foreign ControlNets, hints that fit no clip, and masks that
-    keep only noise.
+    """Mixin for a `BaseModel` around a diffusers U-Net. Refused are foreign ControlNets, hints that fit no clip, and
+    masks that keep only noise.
     """
 
     def extra_conds(self, **kwargs) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class InflatedSDXL(OneFamily, comfy.model_base.SDXL):
 
 
 class NativePatcher(getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)):  # newer cores
-    """A MODEL around a diffusers U-Net: LoRAs that would do nothing to it are refused, and hooks hold wherever its layers are."""
+    """A MODEL around a diffusers U-Net: LoRAs that would do nothing are refused, hooks hold wherever its layers are."""
 
     def add_patches(self, patches, *args, **kwargs):
         weights, added = self.model.state_dict(), super().add_patches(patches, *args, **kwargs)
@@ -104,7 +104,8 @@ class NativePatcher(getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatche
         return added
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
-        # a layer that stays on the CPU gets its patches when it runs: tuned weights would replace what a hook had put there
+        # a layer that stays on the CPU gets its patches when it runs: tuned weights would replace what a hook had put
+        # there
         dynamic = getattr(
             self, "is_dynamic", lambda: False
         )()  # in newer cores, which refuse to be forced and need not be

@@ -1,4 +1,4 @@
-"""What native models do between their layers, done by a diffusers U-Net: ControlNets, T2I-Adapters, other packs' patches.
+"""What native models do between their layers, done by a diffusers U-Net: ControlNets, T2I-Adapters, others' patches.
 
 `UNetModel.forward` and `BasicTransformerBlock.forward` of ComfyUI say when a patch is called and with what; here module
 hooks stand at the same places, for the time of one forward and only where there is something to do. ComfyUI counts the

@@ -29,8 +29,10 @@ class SaveTunedWeights(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 NodeTunedWeights.Input("tuned_weights", tooltip="From One-Shot Tune."),
-                io.String.Input("name", default="my-clip", tooltip="Name of the file; an existing one is replaced. May hold a subfolder: skiing/first."),
-                io.String.Input("prompt", default="", multiline=True, tooltip="The sentence that it was tuned on, noted in the file."),
+                io.String.Input("name", default="my-clip", tooltip="Name of the file; an existing one is replaced. May "
+                                "hold a subfolder: skiing/first."),
+                io.String.Input("prompt", default="", multiline=True,
+                                tooltip="The sentence that it was tuned on, noted in the file."),
             ],
             outputs=[],
         )  # fmt: skip
@@ -60,7 +62,8 @@ class LoadTunedWeights(io.ComfyNode):
             description=f"Loads a file that Save Tuned Weights or the command line wrote, from models/{FOLDER}.",
             search_aliases=["load tuned model"],
             inputs=[
-                io.Combo.Input("file", options=folder_paths.get_filename_list(FOLDER), tooltip=f"A file in models/{FOLDER}."),
+                io.Combo.Input("file", options=folder_paths.get_filename_list(FOLDER),
+                               tooltip=f"A file in models/{FOLDER}."),
             ],
             outputs=[
                 NodeTunedWeights.Output(display_name="tuned_weights", tooltip="For Apply Tuned Weights."),
@@ -93,8 +96,8 @@ class ApplyTunedWeights(io.ComfyNode):
         return schema(
             node_id="TAVApplyTunedWeights",
             display_name="Apply Tuned Weights (Tune-A-Video)",
-            description="Gives an inflated MODEL what was tuned before: no tuning needed. It must be the same checkpoint, with "
-            "the same LoRAs, inflated the same way.",
+            description="Gives an inflated MODEL what was tuned before: no tuning needed. It must be the same "
+            "checkpoint, with the same LoRAs, inflated the same way.",
             search_aliases=["use tuned model"],
             inputs=[
                 io.Model.Input("model", tooltip="From Inflate."),

@@ -38,7 +38,7 @@ class AttentionPatches(Protocol):
     """What another program does to self- and cross-attention, frame by frame; see `FrameContext.patches`."""
 
     def inputs(self, x: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What queries, keys and values are projected from, `(b f) n c`; queries may come back in tiles, `(b f t) n c`."""
+        """What queries, keys and values are projected from, `(b f) n c`; queries may return as tiles `(b f t) n c`."""
 
     def replacement(self) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
         """Computes, from projected queries, keys and values of each frame, what goes into the output projection."""

@@ -1,8 +1,8 @@
 """How fast and how small: every stage of the method, measured against the same method written plainly.
 
-**Plain** is the recipe of the authors' implementation in float32: softmax attention step by step, which holds all scores;
-the clip and its sentence encoded again in every tuning step; all parameters handed to the optimiser, although, as
-there, only the tuned ones have gradients; the whole clip through the VAE at once. **Fast** is what `tune`,
+**Plain** is the recipe of the authors' implementation in float32: softmax attention step by step, which holds all
+scores; the clip and its sentence encoded again in every tuning step; all parameters handed to the optimiser, although,
+as there, only the tuned ones have gradients; the whole clip through the VAE at once. **Fast** is what `tune`,
 `ddim_invert`, `ddim_sample` and the VAE's functions do. Between them lie the `OPTIMISATIONS`; each can be switched off.
 """
 
@@ -42,7 +42,7 @@ from .tuning import DTYPES, TuneConfig, computing, tune, tuning_loss
 
 STAGES = ("tune", "invert", "sample", "encode", "decode")
 OPTIMISATIONS = {
-    "choice": "on the CPU, the attention that a measurement finds fastest there, where that isn't PyTorch's fused kernel",
+    "choice": "on the CPU, the attention that a measurement finds fastest there, where it isn't PyTorch's fused kernel",
     "fused": "attention that never holds all scores",
     "caching": "clip and sentence encoded once; tuned parameters alone in the optimiser; the VAE in chunks of frames",
 }
@@ -290,7 +290,7 @@ def seconds(subject: Subject, modes: list[Mode], stages: list[str], runs: int) -
 
 
 def memory(layout: Layout, mode: Mode, stage: str, device: str, threads: int) -> dict[str, float]:
-    """GB at the peak of a stage and before it: CUDA's allocated, elsewhere the resident memory of a process of its own."""
+    """GB at the peak of a stage and before it: allocated by CUDA, elsewhere resident in a process of its own."""
     if torch.device(device).type == "cuda":
         return _memory(layout, mode, stage, device, threads)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -316,7 +316,7 @@ def _memory(layout: Layout, mode: Mode, stage: str, device: str, threads: int) -
 
 
 def _resident(field: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at its peak since that was cleared. (getrusage counts the parent's peak as well.)"""
+    """Bytes of this process: VmRSS now, VmHWM at its peak since that was cleared (getrusage counts the parent's)."""
     status = (_PROCESS / "status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
 
@@ -439,7 +439,8 @@ def bench(args):
     kinds = args.memory or (_fitting(layout, DTYPES[dtypes[0]], args.device) if args.gpu else ["fast"])
     on = [Mode(dtype, kind) for dtype in dtypes for kind in kinds]
     modes = [*([] if args.gpu else [PLAIN]), *on, *(replace(on[0], off=(name,)) for name in args.without)]
-    machine = {"device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type, "cpu": cpu_name(),
+    cuda = args.device.type == "cuda"
+    machine = {"device": torch.cuda.get_device_name(args.device) if cuda else args.device.type, "cpu": cpu_name(),
                "kernels": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
                "load": os.getloadavg()[0], "torch": torch.__version__}  # fmt: skip
     result = {"layout": asdict(layout), "machine": machine}

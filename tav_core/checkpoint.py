@@ -215,7 +215,7 @@ def _lacking(lost: list[str], part: str) -> _Unfit:
 
 
 def _load_video_unet(path: Path) -> VideoUNet:
-    """The tuned U-Net that the authors' code saved: an image model under 3D names, and parameters as `inflate` names them.
+    """The tuned U-Net that the authors' code saved: an image model under 3D names, parameters named as by `inflate`.
 
     Raises:
         _Unfit: another video model that goes by the same class name (ModelScope), or lost weights.

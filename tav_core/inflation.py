@@ -117,8 +117,8 @@ class VideoUNet(UNet2DConditionModel):
             `b c f h w`.
 
         Raises:
-            TavError: wrong rank, a batch that fits neither the videos nor their frames, or class labels that are missing,
-                unknown or of no use.
+            TavError: wrong rank, a batch that fits neither the videos nor their frames, or class labels that are
+                missing, unknown or of no use.
         """
         if latents.ndim != 5:
             raise TavError("latents", None, f"must be b c f h w, got shape {tuple(latents.shape)}", "reshape them")
@@ -175,9 +175,9 @@ class VideoUNet(UNet2DConditionModel):
     def set_memory(self, memory: str) -> None:
         """What the backward pass recomputes.
 
-        "fast": nothing; "selective": resnets and feed-forwards, which keep much for the time that they take; "checkpointing":
-        resnets and transformers, one at a time; "low": around them whole blocks of the U-Net, so that nothing is kept but what
-        flows from block to block, and in them attentions and feed-forwards.
+        "fast": nothing; "selective": resnets and feed-forwards, which keep much for the time that they take;
+        "checkpointing": resnets and transformers, one at a time; "low": around them whole blocks of the U-Net, so that
+        nothing is kept but what flows from block to block, and in them attentions and feed-forwards.
         """
         self.memory = memory
         for module in self.modules():

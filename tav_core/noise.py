@@ -22,7 +22,7 @@ def save_noise(path: Path, noise: Tensor, subject: Tensor | None, prompt: str, p
 
 
 def read_noise(path: Path, preset: Preset) -> tuple[Tensor, Tensor | None, str]:
-    """Inverted noise `1 c f h w`, the mask of the subject `1 1 f h w` of pixels if one was found, and the sentence of its clip.
+    """Inverted noise `1 c f h w`, the subject's mask `1 1 f h w` of pixels if one was found, and the clip's sentence.
 
     Raises:
         TavError: a file that isn't noise, or noise that was inverted in another way than `preset` samples.

@@ -92,7 +92,8 @@ def add_preset_arguments(parser: argparse.ArgumentParser):
         "--attention-injection",
         type=float,
         metavar="X",
-        help="share of the sampling steps in which edits attend as the clip does (0 to 1): more keeps more of its layout and motion",
+        help="share of the sampling steps in which edits attend as the clip does (0 to 1): more keeps more of its "
+        "layout and motion",
     )
     group.add_argument(
         "--caption-as-negative",

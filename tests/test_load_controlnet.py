@@ -92,7 +92,7 @@ def test_what_can_be_chosen(pack, models, folder):
         assert set(pack.nodes.load_controlnet.choices()) == {"mini", "pipeline/controlnet"}
     assert pack.nodes.LoadControlNet.validate_inputs("pipeline/controlnet") is True
     for name in ("other", "../controlnet/other", "gone", "pipeline/unet"):
-        told = f"controlnet {name} is neither mini nor a folder of a ControlNetModel in models/controlnet or models/diffusers; "
+        told = f"controlnet {name} is neither mini nor a folder of a ControlNetModel in models/controlnet or models/"
         assert pack.nodes.LoadControlNet.validate_inputs(name).startswith(told)
         with pytest.raises(ValueError, match=re.escape(told)):
             load(pack, name)

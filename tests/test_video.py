@@ -131,9 +131,10 @@ def test_clips_of_a_turned_phone_are_read_upright(tmp_path):
 
 @pytest.mark.parametrize("given, told", [
     ({"start": -1}, "start=-1"), ({"stride": 0}, "stride=0"), ({"count": 0}, "count=0"), ({"width": 0}, "width=0"),
-    ({"height": -8}, "height=-8"), ({"fit": "zoom"}, "fit='zoom'.*crop, pad, stretch"), ({"start": F}, "start=20 is past"),
+    ({"height": -8}, "height=-8"), ({"fit": "zoom"}, "fit='zoom'.*crop, pad, stretch"),
+    ({"start": F}, "start=20 is past the end"),
     ({"count": F + 1}, "count=21 is more than the 20 frames"),
-    ({"start": 5, "stride": 4, "count": 9}, "count=9 is more than the 4 frames .* from start 5 with stride 4; give 4, or"),
+    ({"start": 5, "stride": 4, "count": 9}, "count=9 is more than the 4 frames .* from start 5 with stride 4; give 4,"),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["clip.mp4", "images"])
 def test_wrong_values_are_named(folder, name, given, told):
