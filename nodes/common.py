@@ -1,7 +1,6 @@
 """What the nodes share: schemas that fit every core, one-line errors, and the conversions of their types."""
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +17,20 @@ from PIL import Image
 from torch import Tensor
 
 from ..tav_core import TavError, TunedInfo
-from ..tav_core.errors import OutOfMemory
+from ..tav_core.errors import OutOfMemory, field
 from ..tav_core.memory import is_out_of_memory
 from .native import check_context, video_unet
 
 CATEGORY = "Tune-A-Video"
 NodeTakes = io.Custom("TAV_TAKES")
 NodeTunedWeights = io.Custom("TAV_TUNED_WEIGHTS")
+
+# fields of errors that the nodes call otherwise
+_NAMES = {"video": "file", "output": "file", "tuned": "tuned_weights", "state": "state file", "device": "the device",
+          "size": "width and height", "num_steps": "steps"}  # fmt: skip
+# of all errors, because not all come up in our nodes: some do when a stock sampler runs one of our MODELs
+TavError.name_of = staticmethod(lambda field: _NAMES.get(field, field))
+TavError.assign = " "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,28 +64,34 @@ class CoreOutOfMemory(OutOfMemory, comfy.model_management.OOM_EXCEPTION):
 
 @contextmanager
 def plain_errors(**fields: str) -> Iterator[None]:
-    """Out of memory becomes one sentence with a remedy; options of the command line get the names that nodes use.
+    """Out of memory becomes one sentence with a remedy; fields of an error get the names that the node has for them.
 
     Args:
-        fields: option to the name of the node's input, where they differ.
+        fields: field to the name of the node's input, where it is another than other nodes have.
     """
     try:
         yield
+    except OutOfMemory as error:
+        raise CoreOutOfMemory(*error.args) from error
     except TavError as error:
-        kind = CoreOutOfMemory if isinstance(error, OutOfMemory) else TavError
-        raise kind(re.sub(r"--([a-z]+)", lambda m: fields.get(m[1], m[1]), str(error))) from error
+        error.name_of = lambda field: fields.get(field) or TavError.name_of(field)
+        raise
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         if hasattr(comfy.model_management, "is_oom"):  # newer cores; it also clears what CUDA would raise later
             comfy.model_management.is_oom(error)
         raise CoreOutOfMemory(
-            "out of memory; use fewer or smaller frames, Context Windows (Tune-A-Video), memory low, or dtype bf16"
+            "device",
+            None,
+            "ran out of memory",
+            f"use fewer or smaller frames, Context Windows (Tune-A-Video), {field('memory')} low, or "
+            f"{field('dtype')} bf16",
         ) from error
 
 
-def inside(folder: str | Path, name: str) -> Path:
-    """The path of a name given in a graph.
+def inside(folder: str | Path, name: str, field: str) -> Path:
+    """The path of a name given in a graph, in an input called `field`.
 
     Raises:
         TavError: it leads out of the folder.
@@ -87,7 +99,7 @@ def inside(folder: str | Path, name: str) -> Path:
     folder = Path(folder).resolve()
     path = (folder / name).resolve()
     if not path.is_relative_to(folder):
-        raise TavError(f"{name!r} leads out of {folder.name}; give a name inside of it")
+        raise TavError(field, name, f"leads out of {folder.name}", "give a name inside of it")
     return path
 
 
@@ -101,7 +113,10 @@ def clean_latents(model: ModelPatcher, latent: dict[str, Any]) -> Tensor:
     channels = video_unet(model).config.in_channels
     if samples.ndim != 4 or samples.shape[1] != channels:
         raise TavError(
-            f"LATENT has shape {tuple(samples.shape)}; give frames as a batch, (frames, {channels}, height, width)"
+            "LATENT",
+            None,
+            f"has shape {tuple(samples.shape)}",
+            f"give frames as a batch, (frames, {channels}, height, width)",
         )
     latents = model.model.process_latent_in(samples.float())
     return rearrange(latents, "f c h w -> 1 c f h w")
@@ -114,7 +129,7 @@ def hidden_states(model: ModelPatcher, conditioning: list, field: str = "positiv
         TavError: several prompts combined, or the CLIP of another family.
     """
     if len(conditioning) != 1:
-        raise TavError(f"{field} holds {len(conditioning)} prompts; give one, from CLIP Text Encode")
+        raise TavError(field, None, f"holds {len(conditioning)} prompts", "give one, from CLIP Text Encode")
     check_context(video_unet(model), conditioning[0][0])
     return conditioning[0][0].float()
 

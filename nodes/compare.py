@@ -14,7 +14,8 @@ class Compare(io.ComfyNode):
         return schema(
             node_id="TAVCompare",
             display_name="Compare (Tune-A-Video)",
-            description="Puts clips side by side with their labels: as a video for Create Video, and as a strip of frames.",
+            description="Puts clips side by side with their labels: as a video for Create Video, and as a strip of "
+            "frames.",
             search_aliases=["before after", "side by side", "grid", "contact sheet"],
             advanced=("columns",),
             inputs=[
@@ -24,7 +25,8 @@ class Compare(io.ComfyNode):
                 io.Int.Input("columns", default=8, min=1, max=64, tooltip="Frames a row in the strip."),
             ],
             outputs=[
-                io.Image.Output(display_name="video", tooltip="The clips side by side, frame by frame: for Create Video."),
+                io.Image.Output(display_name="video",
+                                tooltip="The clips side by side, frame by frame: for Create Video."),
                 io.Image.Output(display_name="strip", tooltip="A row of frames a clip, in one picture."),
             ],
         )  # fmt: skip
@@ -34,9 +36,11 @@ class Compare(io.ComfyNode):
         clips = [images_1, *(others[name] for name in sorted(others) if others[name] is not None)]
         names = [line.strip() for line in labels.splitlines()]
         names += [""] * (len(clips) - len(names))
-        with plain_errors():
+        with plain_errors(videos="images"):
             if len(names) > len(clips) and any(names[len(clips) :]):
-                raise TavError(f"labels has {len(names)} lines for {len(clips)} clips; give one line for each")
+                raise TavError(
+                    "labels", None, f"has {len(names)} lines for {len(clips)} clips", "give one line for each"
+                )
             clips, names = [from_images(clip) for clip in clips], names[: len(clips)]
             video = side_by_side(clips, names)
             return io.NodeOutput(to_images(video), image_of(strip(clips, names, columns=columns)))

@@ -36,8 +36,13 @@ def choices() -> dict[str, Path]:
     return found
 
 
-def missing(checkpoint: str) -> str:
-    return f"checkpoint {checkpoint!r} is neither mini nor a folder in models/diffusers; put it there, or choose another one"
+def missing(checkpoint: str) -> TavError:
+    return TavError(
+        "checkpoint",
+        checkpoint,
+        "is neither mini nor a folder in models/diffusers",
+        "put it there, or choose another one",
+    )
 
 
 def native(
@@ -67,7 +72,10 @@ def native_unet(checkpoint: Checkpoint, folder: Path, **options) -> comfy.model_
     unet, management = checkpoint.unet, comfy.model_management
     if unet.class_embedding is not None:
         raise TavError(
-            f"checkpoint {checkpoint.name!r} is conditioned on class labels, which CONDITIONING doesn't hold; use it from Python"
+            "checkpoint",
+            checkpoint.name,
+            "is conditioned on class labels, which CONDITIONING doesn't hold",
+            "use it from Python",
         )
     width = unet.config.cross_attention_dim
     kind = comfy.supported_models.SD20 if width == 1024 else comfy.supported_models.SD15
@@ -198,15 +206,17 @@ class LoadCheckpoint(io.ComfyNode):
         return schema(
             node_id="TAVLoadCheckpoint",
             display_name="Load Checkpoint (Tune-A-Video)",
-            description="Loads the mini model that ships with the pack, or a diffusers folder of Stable Diffusion 1.x or "
-            "2.x, or of a published Tune-A-Video model, from models/diffusers. For a single .safetensors file use the stock Load Checkpoint.",
+            description="Loads the mini model that ships with the pack, or a diffusers folder of Stable Diffusion 1.x "
+            "or 2.x, or of a published Tune-A-Video model, from models/diffusers. For a single .safetensors file use "
+            "the stock Load Checkpoint.",
             search_aliases=["load diffusers", "mini checkpoint"],
             inputs=[
                 io.Combo.Input("checkpoint", options=list(choices()), default="mini",
                                tooltip="mini draws one shape on a background, at 128 x 128, and runs on a CPU."),
             ],
             outputs=[
-                io.Model.Output(tooltip="Connect it to Inflate; a published Tune-A-Video model to DDIM Inversion or a sampler."),
+                io.Model.Output(tooltip="Connect it to Inflate; a published Tune-A-Video model to DDIM Inversion or a "
+                                "sampler."),
                 io.Clip.Output(tooltip="For CLIP Text Encode."),
                 io.Vae.Output(tooltip="For VAE Encode and VAE Decode."),
             ],
@@ -215,12 +225,12 @@ class LoadCheckpoint(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, checkpoint) -> bool | str:
         known = checkpoint is None or checkpoint in choices()  # None: from another node, not yet there
-        return known or missing(checkpoint)
+        return known or str(missing(checkpoint))
 
     @classmethod
     def execute(cls, checkpoint) -> io.NodeOutput:
         with plain_errors(), torch.inference_mode(False):
             folder = choices().get(checkpoint)
             if folder is None:
-                raise TavError(missing(checkpoint))
+                raise missing(checkpoint)
             return io.NodeOutput(*native(folder))

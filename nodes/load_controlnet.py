@@ -22,7 +22,7 @@ from .native import use_operations
 
 
 def choices() -> dict[str, Path]:
-    """What can be loaded, by name: mini, and the folders of diffusers ControlNets under models/controlnet and models/diffusers."""
+    """What can be loaded, by name: mini, and diffusers ControlNets in models/controlnet and models/diffusers."""
     found = {"mini": MINI_CONTROLNET}
     for root in (*folder_paths.get_folder_paths("controlnet"), *folder_paths.get_folder_paths("diffusers")):
         for folder, _, files in os.walk(root, followlinks=True):
@@ -38,10 +38,12 @@ def _kind(folder: Path) -> str | None:
         return None
 
 
-def missing(controlnet: str) -> str:
-    return (
-        f"controlnet {controlnet!r} is neither mini nor a folder of a ControlNetModel in models/controlnet or models/diffusers; "
-        "put it there, or choose another one"
+def missing(controlnet: str) -> TavError:
+    return TavError(
+        "controlnet",
+        controlnet,
+        "is neither mini nor a folder of a ControlNetModel in models/controlnet or models/diffusers",
+        "put it there, or choose another one",
     )
 
 
@@ -56,7 +58,7 @@ class NativeControlNet(ControlNetModel):
 
 
 class Control(comfy.controlnet.ControlNet):
-    """A CONTROL_NET around a diffusers ControlNet. It says what doesn't fit, where the core would fail deep inside or cycle."""
+    """A CONTROL_NET around a diffusers ControlNet. It says what doesn't fit; the core would fail inside or cycle."""
 
     name = ""
 
@@ -69,8 +71,10 @@ class Control(comfy.controlnet.ControlNet):
         own, wanted = family(self.control_model.config), family_of(model)
         if own != wanted:
             raise TavError(
-                f"ControlNet {self.name} is for another family of models ({told(own)}; MODEL: {told(wanted)}); "
-                "use one for the family of MODEL"
+                "ControlNet",
+                self.name,
+                f"is for another family of models ({told(own)}; MODEL: {told(wanted)})",
+                "use one for the family of MODEL",
             )
         super().pre_run(model, percent_to_timestep_function)
 
@@ -78,8 +82,10 @@ class Control(comfy.controlnet.ControlNet):
         hints, frames = len(self.cond_hint_original), len(x_noisy) // batched_number
         if hints not in (1, frames):
             raise TavError(
-                f"ControlNet {self.name} has {hints} hints, LATENT has {frames} frames; give it 1 image for all frames, "
-                f"or {frames}"
+                "ControlNet",
+                self.name,
+                f"has {hints} hints, LATENT has {frames} frames",
+                f"give it 1 image for all frames, or {frames}",
             )
         return super().get_control(x_noisy, t, cond, batched_number, transformer_options)
 
@@ -114,27 +120,30 @@ class LoadControlNet(io.ComfyNode):
         return schema(
             node_id="TAVLoadControlNet",
             display_name="Load ControlNet (diffusers)",
-            description="Loads the ControlNet of the mini checkpoint, or a diffusers folder of a ControlNet for Stable Diffusion "
-            "1.x or 2.x, for the stock Apply ControlNet. For a single file use the stock Load ControlNet Model.",
+            description="Loads the ControlNet of the mini checkpoint, or a diffusers folder of a ControlNet for Stable "
+            "Diffusion 1.x or 2.x, for the stock Apply ControlNet. For a single file use the stock Load ControlNet "
+            "Model.",
             search_aliases=["load controlnet diffusers", "mini controlnet"],
             inputs=[
                 io.Combo.Input("controlnet", display_name="ControlNet", options=list(choices()), default="mini",
                                tooltip="mini takes the silhouette of the subject, white on black."),
             ],
-            outputs=[io.ControlNet.Output(tooltip="For Apply ControlNet, with one hint for all frames or one for each.")],
+            outputs=[
+                io.ControlNet.Output(tooltip="For Apply ControlNet, with one hint for all frames or one for each."),
+            ],
         )  # fmt: skip
 
     @classmethod
     def validate_inputs(cls, controlnet) -> bool | str:
         known = controlnet is None or controlnet in choices()  # None: from another node, not yet there
-        return known or missing(controlnet)
+        return known or str(missing(controlnet))
 
     @classmethod
     def execute(cls, controlnet) -> io.NodeOutput:
         with plain_errors(), torch.inference_mode(False):
             folder = choices().get(controlnet)
             if folder is None:
-                raise TavError(missing(controlnet))
+                raise missing(controlnet)
             net, management = load_controlnet(folder), comfy.model_management
             device = management.get_torch_device()
             dtype = management.unet_dtype(device, sum(p.numel() for p in net.parameters()))

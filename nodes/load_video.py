@@ -38,9 +38,9 @@ def path_of(file: str) -> Path:
     """
     if file in SHIPPED:
         return SHIPPED[file]
-    path = inside(folder_paths.get_input_directory(), file.removesuffix(" [input]"))
+    path = inside(folder_paths.get_input_directory(), file.removesuffix(" [input]"), "file")
     if not path.exists():
-        raise TavError(f"file {file!r} is not in ComfyUI's input folder; upload it, or choose another one")
+        raise TavError("file", file, "is not in ComfyUI's input folder", "upload it, or choose another one")
     return path
 
 
@@ -56,14 +56,16 @@ class LoadVideo(io.ComfyNode):
             inputs=[
                 io.Combo.Input("file", options=choices(), upload=io.UploadType.video,
                                tooltip="A video or gif, or a folder of images, in ComfyUI's input folder."),
-                io.Int.Input("start", default=0, min=0, max=1_000_000, tooltip="The first frame that is taken, from 0."),
+                io.Int.Input("start", default=0, min=0, max=1_000_000,
+                             tooltip="The first frame that is taken, from 0."),
                 io.Int.Input("stride", default=1, min=1, max=1000,
                              tooltip="Takes every n-th frame: a larger stride covers more motion with as many frames."),
                 io.Int.Input("count", default=8, min=1, max=1000,
                              tooltip="How many frames. Time and memory grow with it; 8 to 24 are usual."),
                 io.Int.Input("width", default=512, min=16, max=4096, step=8,
                              tooltip="Width of the frames in pixels: 512 for SD 1.5, 768 for SD 2.1, 128 for mini."),
-                io.Int.Input("height", default=512, min=16, max=4096, step=8, tooltip="Height of the frames in pixels."),
+                io.Int.Input("height", default=512, min=16, max=4096, step=8,
+                             tooltip="Height of the frames in pixels."),
                 io.Combo.Input("fit", options=list(FITS), default="crop",
                                tooltip="crop cuts what is too much, pad adds black bars, stretch distorts."),
             ],
@@ -92,7 +94,7 @@ class LoadVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, start, stride, count, width, height, fit) -> io.NodeOutput:
-        with plain_errors(video="file", frames="count", size="width and height"):
+        with plain_errors():
             clip = load_video(
                 path_of(file), start=start, stride=stride, count=count, width=width, height=height, fit=fit
             )

@@ -95,8 +95,8 @@ def frames_of_a_clip(frames: int, tuned: int, window: Any | None) -> int:
 
     Args:
         tuned: what the MODEL was tuned on.
-        window: of the core's own Context Windows, if the frames are one. Newer cores put the frame before it in front, whose
-            result they drop: the window sees it as its frame 0, one more than the MODEL was tuned on.
+        window: of the core's own Context Windows, if the frames are one. Newer cores put the frame before it in front,
+            whose result they drop: the window sees it as its frame 0, one more than the MODEL was tuned on.
 
     Raises:
         TavError: frames that the MODEL wasn't tuned on.
@@ -104,15 +104,20 @@ def frames_of_a_clip(frames: int, tuned: int, window: Any | None) -> int:
     if window is None:
         if frames % tuned:
             raise TavError(
-                f"LATENT has {frames} frames, this MODEL was tuned on {tuned}; give it {tuned} frames (set count in Load "
-                "Video), a multiple (several clips), or a long clip through Context Windows (Tune-A-Video)"
+                "LATENT",
+                None,
+                f"has {frames} frames, this MODEL was tuned on {tuned}",
+                f"give it {tuned} frames (set count in Load Video), a multiple (several clips), or a long clip through "
+                "Context Windows (Tune-A-Video)",
             )
         return tuned
     length = frames - (getattr(window, "causal_anchor_index", None) is not None)
     if length != tuned:
         raise TavError(
-            f"a context window has {length} frames, this MODEL was tuned on {tuned}; set context_length to {tuned}, or use "
-            "Context Windows (Tune-A-Video), which needs no number"
+            "context_length",
+            None,
+            f"gives a window of {length} frames, this MODEL was tuned on {tuned}",
+            f"set it to {tuned}, or use Context Windows (Tune-A-Video), which needs no number",
         )
     return frames
 
@@ -127,14 +132,19 @@ def windows_of(options: Mapping[str, Any]) -> ContextWindows | None:
         return None
     length, overlap = options[WINDOWS]
     if not length and FRAMES not in options:
-        raise TavError("context_length is 0, the tuned length, and MODEL isn't tuned; give it a number, or tune MODEL")
+        raise TavError(
+            "context_length", 0, "is the tuned length, and MODEL isn't tuned", "give it a number, or tune MODEL"
+        )
     return ContextWindows(length or options[FRAMES], overlap)
 
 
 def check_inputs(unet: UNet2DConditionModel, x: Tensor, context: Tensor):
     if x.shape[1] != unet.config.in_channels:
         raise TavError(
-            f"LATENT has {x.shape[1]} channels, this MODEL takes {unet.config.in_channels}; use the VAE of the same checkpoint"
+            "LATENT",
+            None,
+            f"has {x.shape[1]} channels, this MODEL takes {unet.config.in_channels}",
+            "use the VAE of the same checkpoint",
         )
     check_context(unet, context)
 
@@ -143,14 +153,14 @@ def check_context(unet: UNet2DConditionModel, context: Tensor):
     width, wanted = context.shape[-1], unet.config.cross_attention_dim
     if width != wanted:
         raise TavError(
-            f"CONDITIONING has width {width}, this MODEL takes {wanted}; use the CLIP of the same checkpoint"
+            "CONDITIONING", None, f"has width {width}, this MODEL takes {wanted}", "use the CLIP of the same checkpoint"
         )
 
 
 def comfy_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, options: dict[str, Any] | None = None
 ) -> Tensor:
-    """Attention on `b heads n d` by the function that the user chose for ComfyUI, or for this MODEL (in transformer_options)."""
+    """Attention on `b heads n d` by the function that the user chose for ComfyUI, or for this MODEL in its options."""
     module = comfy.ldm.modules.attention
     function = module.optimized_attention if mask is None else module.optimized_attention_masked
     if mask is not None and mask.dtype == torch.bool:  # not all of them take it
@@ -249,12 +259,14 @@ def to_diffusers(model: ModelPatcher) -> UNet2DConditionModel:
     """
     unet = model.model.diffusion_model
     if isinstance(unet, VideoUNet):
-        raise TavError("MODEL is inflated already; connect it to One-Shot Tune or a sampler as it is")
+        raise TavError("MODEL", None, "is inflated already", "connect it to One-Shot Tune or a sampler as it is")
     if isinstance(unet, NativeUNet):
         return _filled(unet.config, weights(model))
     if not isinstance(unet, UNetModel):
         kind = type(model.model).__name__
-        raise TavError(f"MODEL is of another family ({kind}); give a Stable Diffusion 1.x, 2.x or SDXL checkpoint")
+        raise TavError(
+            "MODEL", None, f"is of another family ({kind})", "give a Stable Diffusion 1.x, 2.x or SDXL checkpoint"
+        )
     layout = unet_layout(model.model, unet)
     native = weights(model)
     names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
@@ -278,18 +290,27 @@ def unet_layout(model: comfy.model_base.BaseModel, unet: UNetModel) -> dict[str,
     vector = config.get("adm_in_channels")
     if config.get("use_temporal_attention"):
         raise TavError(
-            f"MODEL is a video model already ({type(model).__name__}); give a text-to-image SD 1.x, 2.x or SDXL checkpoint"
+            "MODEL",
+            None,
+            f"is a video model already ({type(model).__name__})",
+            "give a text-to-image SD 1.x, 2.x or SDXL checkpoint",
         )
     if vector is not None and not isinstance(model, comfy.model_base.SDXL):
         raise TavError(
-            f"MODEL is an SDXL refiner, unCLIP or the like ({type(model).__name__}); give SD 1.x, 2.x or the SDXL base"
+            "MODEL",
+            None,
+            f"is an SDXL refiner, unCLIP or the like ({type(model).__name__})",
+            "give SD 1.x, 2.x or the SDXL base",
         )
     if unet.in_channels != 4:
         kind = {9: "an inpainting model", 8: "an image-editing model", 5: "a depth model"}.get(
             unet.in_channels, "unusual"
         )
         raise TavError(
-            f"MODEL is {kind} ({unet.in_channels} input channels); give a text-to-image SD 1.x, 2.x or SDXL checkpoint"
+            "MODEL",
+            None,
+            f"is {kind} ({unet.in_channels} input channels)",
+            "give a text-to-image SD 1.x, 2.x or SDXL checkpoint",
         )
     blocks = (
         [config["num_res_blocks"]] * levels if isinstance(config["num_res_blocks"], int) else config["num_res_blocks"]
@@ -300,7 +321,9 @@ def unet_layout(model: comfy.model_base.BaseModel, unet: UNetModel) -> dict[str,
     down, up = ([depth for depth, count in zip(depths, blocks) for _ in range(count + more)] for more in (0, 1))
     regular = [list(config["transformer_depth"]), list(config["transformer_depth_output"])] == [down, up]
     if not regular or depths[-1] not in (0, middle):
-        raise TavError("MODEL is a distilled SDXL (its transformers differ within a level); give the SDXL base")
+        raise TavError(
+            "MODEL", None, "is a distilled SDXL (its transformers differ within a level)", "give the SDXL base"
+        )
     widths = [channels * multiple for multiple in config["channel_mult"]]
     heads = config.get("num_heads", -1)
     if heads == -1:
@@ -334,10 +357,12 @@ def core_layout(unet: UNet2DConditionModel) -> dict[str, Any]:
         channel_mult=[width // channels for width in config.block_out_channels], context_dim=config.cross_attention_dim,
         transformer_depth=[depth(*layers) for block in unet.down_blocks for layers in layers_of(block)],
         transformer_depth_middle=depth(unet.mid_block),
-        transformer_depth_output=[depth(*layers) for block in unet.up_blocks for layers in layers_of(block)][::-1],  # taken from its end
+        # taken from its end
+        transformer_depth_output=[depth(*layers) for block in unet.up_blocks for layers in layers_of(block)][::-1],
         num_heads=heads.pop() if len(heads) == 1 else -1, num_head_channels=sizes.pop() if len(sizes) == 1 else -1,
         use_spatial_transformer=True, use_linear_in_transformer=bool(config.use_linear_projection), legacy=False,
-        use_temporal_attention=False, adm_in_channels=None, attn_precision=torch.float32 if config.upcast_attention else None,
+        use_temporal_attention=False, adm_in_channels=None,
+        attn_precision=torch.float32 if config.upcast_attention else None,
     )  # fmt: skip
 
 
@@ -393,7 +418,7 @@ def video_unet(model: ModelPatcher) -> NativeVideoUNet:
     """
     unet = model.model.diffusion_model
     if not isinstance(unet, NativeVideoUNet):
-        raise TavError("MODEL is not inflated; connect it through the node Inflate first")
+        raise TavError("MODEL", None, "is not inflated", "connect it through the node Inflate first")
     return unet
 
 
@@ -418,7 +443,7 @@ def scheduler_of(model: ModelPatcher) -> DDIMScheduler:
     if prediction is None or not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
         kinds = ", ".join(kind.__name__ for kind in type(sampling).__bases__)
         raise TavError(
-            f"MODEL is sampled in a way that can't be tuned ({kinds}); use an SD 1.x, 2.x or SDXL checkpoint"
+            "MODEL", None, f"is sampled in a way that can't be tuned ({kinds})", "use an SD 1.x, 2.x or SDXL checkpoint"
         )
     alphas = 1 / (1 + sampling.sigmas.cpu().double() ** 2)
     betas = 1 - alphas / torch.cat([torch.ones(1), alphas[:-1]])

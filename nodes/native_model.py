@@ -14,8 +14,8 @@ from ..tav_core import TavError, VideoUNet
 
 
 class OneFamily:
-    """Mixin for a `BaseModel` around a diffusers U-Net. Refused are foreign ControlNets, hints that fit no clip, and masks that
-    keep only noise.
+    """Mixin for a `BaseModel` around a diffusers U-Net. Refused are foreign ControlNets, hints that fit no clip, and
+    masks that keep only noise.
     """
 
     def extra_conds(self, **kwargs) -> dict[str, Any]:
@@ -23,22 +23,28 @@ class OneFamily:
         while net is not None:
             if isinstance(net, comfy.controlnet.ControlLora):
                 raise TavError(
-                    "a Control-LoRA needs the weights of a native MODEL; use a whole ControlNet with an inflated one"
+                    "Control-LoRA",
+                    None,
+                    "needs the weights of a native MODEL",
+                    "use a whole ControlNet with an inflated one",
                 )
             if (module := getattr(net, "control_model", None)) is not None:
                 widths = {
                     weight.shape[1] for name, weight in module.named_parameters() if name.endswith("attn2.to_k.weight")
                 }
                 if widths != {self.diffusion_model.config.cross_attention_dim}:
-                    raise TavError("the ControlNet is for another family of models; use one for the family of MODEL")
+                    raise TavError(
+                        "ControlNet", None, "is for another family of models", "use one for the family of MODEL"
+                    )
             hints = len(net.cond_hint_original)
-            if isinstance(self.diffusion_model, VideoUNet) and hints not in (
-                1,
-                frames,
-            ):  # the core would cycle or cut them
-                name = f"ControlNet {net.name}" if hasattr(net, "name") else "the ControlNet or T2I-Adapter"
+            # others the core would cycle or cut
+            if isinstance(self.diffusion_model, VideoUNet) and hints not in (1, frames):
+                name = getattr(net, "name", None)
                 raise TavError(
-                    f"{name} has {hints} hints, LATENT has {frames} frames; give it 1 image for all frames, or {frames}"
+                    "ControlNet" if name else "ControlNet or T2I-Adapter",
+                    name,
+                    f"has {hints} hints, LATENT has {frames} frames",
+                    f"give it 1 image for all frames, or {frames}",
                 )
             net = net.previous_controlnet
         return super().extra_conds(**kwargs)
@@ -47,8 +53,10 @@ class OneFamily:
         """What a stock noise mask puts outside of it: the latent under as much noise as the sampler is at."""
         if isinstance(self.diffusion_model, VideoUNet) and not noise.any():  # the latent is inverted noise itself
             raise TavError(
-                "noise_mask on inverted noise needs to know what the clip was inverted with; connect MODEL through "
-                "Attention Injection (share 0 will do), or use Video Sampler"
+                "noise_mask",
+                None,
+                "on inverted noise needs to know what the clip was inverted with",
+                "connect MODEL through Attention Injection (share 0 will do), or use Video Sampler",
             )
         return super().scale_latent_inpaint(sigma=sigma, noise=noise, latent_image=latent_image, **kwargs)
 
@@ -70,20 +78,25 @@ class InflatedSDXL(OneFamily, comfy.model_base.SDXL):
     def encode_adm(self, **kwargs) -> Tensor:
         if "pooled_output" not in kwargs and "unclip_conditioning" not in kwargs:
             raise TavError(
-                "CONDITIONING has no pooled text, which SDXL needs; use CLIP Text Encode with the CLIP of the same checkpoint"
+                "CONDITIONING",
+                None,
+                "has no pooled text, which SDXL needs",
+                "use CLIP Text Encode with the CLIP of the same checkpoint",
             )
         return super().encode_adm(**kwargs)
 
 
 class NativePatcher(getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)):  # newer cores
-    """A MODEL around a diffusers U-Net: LoRAs that would do nothing to it are refused, and hooks hold wherever its layers are."""
+    """A MODEL around a diffusers U-Net: LoRAs that would do nothing are refused, hooks hold wherever its layers are."""
 
     def add_patches(self, patches, *args, **kwargs):
         weights, added = self.model.state_dict(), super().add_patches(patches, *args, **kwargs)
         if not added:
             raise TavError(
-                "the LoRA (or merge) names no weights of MODEL: it is for another family, or has the names of the "
-                "original code; connect it before Inflate"
+                "LoRA (or merge)",
+                None,
+                "names no weights of MODEL: it is for another family, or has the names of the original code",
+                "connect it before Inflate",
             )
         for key in added:
             if isinstance(key, str):
@@ -91,7 +104,8 @@ class NativePatcher(getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatche
         return added
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
-        # a layer that stays on the CPU gets its patches when it runs: tuned weights would replace what a hook had put there
+        # a layer that stays on the CPU gets its patches when it runs: tuned weights would replace what a hook had put
+        # there
         dynamic = getattr(
             self, "is_dynamic", lambda: False
         )()  # in newer cores, which refuse to be forced and need not be
@@ -112,6 +126,9 @@ def check_lora(key: str, weight: Tensor, patch: Any):
         and patch.weights[1].shape[1] != weight.shape[1]
     ):
         raise TavError(
-            f"the LoRA is for another family of models (its text has width {patch.weights[1].shape[1]}, that of MODEL "
-            f"{weight.shape[1]}); use one for the family of MODEL"
+            "LoRA",
+            None,
+            f"is for another family of models (its text has width {patch.weights[1].shape[1]}, that of MODEL "
+            f"{weight.shape[1]})",
+            "use one for the family of MODEL",
         )

@@ -1,4 +1,4 @@
-"""What native models do between their layers, done by a diffusers U-Net: ControlNets, T2I-Adapters, other packs' patches.
+"""What native models do between their layers, done by a diffusers U-Net: ControlNets, T2I-Adapters, others' patches.
 
 `UNetModel.forward` and `BasicTransformerBlock.forward` of ComfyUI say when a patch is called and with what; here module
 hooks stand at the same places, for the time of one forward and only where there is something to do. ComfyUI counts the
@@ -19,7 +19,6 @@ from torch.utils.hooks import RemovableHandle
 from ..tav_core import TavError
 
 Control = dict[str, list[Tensor | None]]
-FOREIGN = "the ControlNet or T2I-Adapter is for another family of models; use one for the family of MODEL"
 
 
 @contextmanager
@@ -124,7 +123,7 @@ class _Patches:
 
     def leave_middle_block(self, module: nn.Module, args: tuple, h: Tensor) -> Tensor:
         if any(entry is not None for entry in self.control.get("input", [])):  # of a T2I-Adapter for more levels
-            raise TavError(FOREIGN)
+            raise _foreign()
         return self.controlled("middle", h)
 
     def hold_back_skips(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -148,7 +147,7 @@ class _Patches:
         if not entries or (entry := entries.pop()) is None:
             return h
         if entry.shape[1:] != h.shape[1:]:
-            raise TavError(FOREIGN)
+            raise _foreign()
         return h + entry.to(h.dtype)
 
     def run(self, name: str, h: Tensor) -> Tensor:
@@ -197,6 +196,12 @@ class _Patches:
         (x,) = args
         for patch in self.patches.get("middle_patch", []):
             x.copy_(patch(x, self.extra))  # in place, for the residual that goes on is this very tensor
+
+
+def _foreign() -> TavError:
+    return TavError(
+        "ControlNet or T2I-Adapter", None, "is for another family of models", "use one for the family of MODEL"
+    )
 
 
 def layers_of(block: nn.Module) -> list[tuple[nn.Module, ...]]:

@@ -18,28 +18,31 @@ class VideoSampler(io.ComfyNode):
         return schema(
             node_id="TAVVideoSampler",
             display_name="Video Sampler (Tune-A-Video)",
-            description="Draws the edited clip: DDIM with classifier-free guidance, from the noise of DDIM Inversion. Equal to "
-            "KSampler Advanced with euler, the same settings and add_noise disabled.",
+            description="Draws the edited clip: DDIM with classifier-free guidance, from the noise of DDIM Inversion. "
+            "Equal to KSampler Advanced with euler, the same settings and add_noise disabled.",
             search_aliases=["sample video", "edit video", "ddim"],
             advanced=("eta",),
             inputs=[
                 io.Model.Input("model", tooltip="The tuned MODEL."),
                 io.Conditioning.Input("positive", tooltip="The edited sentence."),
                 io.Conditioning.Input("negative", tooltip="What should not be there; an empty prompt in the paper."),
-                io.Latent.Input("noise", tooltip="From DDIM Inversion; any LATENT of the right size with add_noise on. With a noise mask "
-                                "(Set Latent Noise Mask) the rest of the clip stays as the noise reconstructs it."),
+                io.Latent.Input("noise", tooltip="From DDIM Inversion; any LATENT of the right size with add_noise on. "
+                                "With a noise mask (Set Latent Noise Mask) the rest of the clip stays as the noise "
+                                "reconstructs it."),
                 io.Int.Input("steps", default=50, min=1, max=1000, tooltip="As many as were inverted."),
                 io.Float.Input("cfg", display_name="CFG", default=12.5, min=1.0, max=100.0, step=0.5,
                                tooltip="Guidance: more follows the prompt more and the clip less. The paper: 12.5."),
                 io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="ddim_uniform",
                                tooltip="The one that was inverted on."),
                 io.Float.Input("eta", default=0.0, min=0.0, max=1.0, step=0.05,
-                               tooltip="Share of fresh noise in each step: 0 is DDIM and keeps the motion best, 1 is DDPM."),
+                               tooltip="Share of fresh noise in each step: 0 is DDIM and keeps the motion best, 1 is "
+                               "DDPM."),
                 io.Boolean.Input("add_noise", default=False,
                                  tooltip="Starts from random noise instead: the tuned subject in free motion."),
                 io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True,
                              tooltip="Of the random noise, for eta above 0 and add_noise."),
-                io.Sigmas.Input("sigmas", optional=True, tooltip="From DDIM Inversion, in place of steps and scheduler."),
+                io.Sigmas.Input("sigmas", optional=True,
+                                tooltip="From DDIM Inversion, in place of steps and scheduler."),
             ],
             outputs=[io.Latent.Output(tooltip="The edited clip, for VAE Decode or an upscaler.")],
         )  # fmt: skip
@@ -53,14 +56,19 @@ class VideoSampler(io.ComfyNode):
             if noise.get("noise_mask") is not None:
                 if add_noise:
                     raise TavError(
-                        "noise has a noise_mask, outside of which the inverted clip stays, but add_noise starts from "
-                        "other noise; turn add_noise off, or leave the mask out"
+                        "noise",
+                        None,
+                        "has a noise_mask, outside of which the inverted clip stays, but add_noise starts from other "
+                        "noise",
+                        "turn add_noise off, or leave the mask out",
                     )
                 if not has_injection(model):
                     if INVERTED_WITH not in noise:
                         raise TavError(
-                            "noise has a noise_mask, but doesn't say what the clip was inverted with; connect noise to "
-                            "DDIM Inversion, or MODEL through Attention Injection"
+                            "noise",
+                            None,
+                            "has a noise_mask, but doesn't say what the clip was inverted with",
+                            "connect noise to DDIM Inversion, or MODEL through Attention Injection",
                         )
                     model = with_injection(model, noise[INVERTED_WITH], share=0.0)
             start = dict(noise)

@@ -35,7 +35,9 @@ def sigmas_for(model: ModelPatcher, steps: int, scheduler: str, sigmas: Tensor |
     if sigmas is None:
         return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps).cpu()
     if len(sigmas) < 2 or (sigmas.diff() >= 0).any() or sigmas[-1] != 0:
-        raise TavError(f"sigmas ({len(sigmas)} values) must fall to 0; take those of Basic Scheduler with denoise 1")
+        raise TavError(
+            "sigmas", None, f"({len(sigmas)} values) must fall to 0", "take those of Basic Scheduler with denoise 1"
+        )
     return sigmas.cpu()
 
 
@@ -71,6 +73,9 @@ def sample_with(
     )
     if not torch.isfinite(samples).all():
         raise TavError(
-            "the result is not finite (NaN); run ComfyUI with --force-fp32, or tune at a lower learning_rate"
+            "MODEL",
+            None,
+            "gives a result that is not finite (NaN)",
+            "run ComfyUI with --force-fp32, or tune at a lower learning_rate",
         )
     return samples

@@ -41,8 +41,10 @@ def check_images(images: Tensor, latent: dict):
     if images.shape[:3] != (frames, 8 * height, 8 * width):
         count, h, w, _ = images.shape
         raise TavError(
-            f"images are {count} of {w} x {h}, latent is of {frames} of {8 * width} x {8 * height}; give the frames "
-            "that were encoded"
+            "images",
+            None,
+            f"are {count} of {w} x {h}, latent is of {frames} of {8 * width} x {8 * height}",
+            "give the frames that were encoded",
         )
 
 
@@ -52,21 +54,25 @@ class SubjectMask(io.ComfyNode):
         return schema(
             node_id="TAVSubjectMask",
             display_name="Subject Mask (Tune-A-Video)",
-            description="Finds the subject of the clip: where the model would draw something else for a sentence about another "
-            "subject. Connect it to Attention Injection, so that an edit changes the subject alone, or all but it.",
+            description="Finds the subject of the clip: where the model would draw something else for a sentence about "
+            "another subject. Connect it to Attention Injection, so that an edit changes the subject alone, or all but "
+            "it.",
             search_aliases=["segment", "word mask", "diffedit", "attention mask"],
             advanced=("softness", "seed"),
             inputs=[
                 io.Model.Input("model", tooltip="The tuned MODEL."),
                 io.Latent.Input("latent", tooltip="The clip, from VAE Encode."),
-                io.Image.Input("images", tooltip="The frames that were encoded: the mask follows the subject's outline in them."),
+                io.Image.Input("images", tooltip="The frames that were encoded: the mask follows the subject's outline "
+                               "in them."),
                 io.Conditioning.Input("conditioning", tooltip="What the clip shows."),
-                io.Conditioning.Input("contrast", tooltip="The same sentence with another subject; better several of them, each with "
-                                      "another colour and shape, put together by Conditioning (Combine)."),
+                io.Conditioning.Input("contrast", tooltip="The same sentence with another subject; better several of "
+                                      "them, each with another colour and shape, put together by Conditioning "
+                                      "(Combine)."),
                 io.Float.Input("threshold", default=0.15, min=0.01, max=0.99, step=0.01, tooltip="Less finds more."),
                 io.Int.Input("softness", default=SOFTNESS, min=0, max=512,
                              tooltip="Width of the edge in pixels. 0: a hard one."),
-                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip="Of the noise in which it looks."),
+                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False,
+                             tooltip="Of the noise in which it looks."),
             ],
             outputs=[io.Mask.Output(tooltip="White where the subject is, a mask for each frame.")],
         )  # fmt: skip

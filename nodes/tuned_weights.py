@@ -29,8 +29,10 @@ class SaveTunedWeights(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 NodeTunedWeights.Input("tuned_weights", tooltip="From One-Shot Tune."),
-                io.String.Input("name", default="my-clip", tooltip="Name of the file; an existing one is replaced. May hold a subfolder: skiing/first."),
-                io.String.Input("prompt", default="", multiline=True, tooltip="The sentence that it was tuned on, noted in the file."),
+                io.String.Input("name", default="my-clip", tooltip="Name of the file; an existing one is replaced. May "
+                                "hold a subfolder: skiing/first."),
+                io.String.Input("prompt", default="", multiline=True,
+                                tooltip="The sentence that it was tuned on, noted in the file."),
             ],
             outputs=[],
         )  # fmt: skip
@@ -39,16 +41,16 @@ class SaveTunedWeights(io.ComfyNode):
     def execute(cls, tuned_weights: TunedWeights, name, prompt) -> io.NodeOutput:
         with plain_errors(output="name"):
             if not name.strip():
-                raise TavError("name is empty; give the file a name")
+                raise TavError("name", None, "is empty", "give the file a name")
             root = folder_paths.get_folder_paths(FOLDER)[0]
-            path = inside(root, name.strip().removesuffix(".safetensors") + ".safetensors")
+            path = inside(root, name.strip().removesuffix(".safetensors") + ".safetensors", "name")
             info = type(tuned_weights.info)(**{**tuned_weights.info.__dict__, "prompt": prompt})
             write_tuned(path, tuned_weights.tensors, info)
         return io.NodeOutput(ui={"text": [f"saved {path.relative_to(root)}"]})
 
 
-def missing(file: str) -> str:
-    return f"file {file!r} is not in models/{FOLDER}; put it there, or choose another one"
+def missing(file: str) -> TavError:
+    return TavError("file", file, f"is not in models/{FOLDER}", "put it there, or choose another one")
 
 
 class LoadTunedWeights(io.ComfyNode):
@@ -60,7 +62,8 @@ class LoadTunedWeights(io.ComfyNode):
             description=f"Loads a file that Save Tuned Weights or the command line wrote, from models/{FOLDER}.",
             search_aliases=["load tuned model"],
             inputs=[
-                io.Combo.Input("file", options=folder_paths.get_filename_list(FOLDER), tooltip=f"A file in models/{FOLDER}."),
+                io.Combo.Input("file", options=folder_paths.get_filename_list(FOLDER),
+                               tooltip=f"A file in models/{FOLDER}."),
             ],
             outputs=[
                 NodeTunedWeights.Output(display_name="tuned_weights", tooltip="For Apply Tuned Weights."),
@@ -71,7 +74,7 @@ class LoadTunedWeights(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, file) -> bool | str:
         known = file is None or file in folder_paths.get_filename_list(FOLDER)  # None: from another node, not yet there
-        return known or missing(file)
+        return known or str(missing(file))
 
     @classmethod
     def fingerprint_inputs(cls, file):
@@ -80,9 +83,9 @@ class LoadTunedWeights(io.ComfyNode):
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
         path = folder_paths.get_full_path(FOLDER, file)
-        with plain_errors():
+        with plain_errors(tuned="file"):
             if path is None:
-                raise TavError(missing(file))
+                raise missing(file)
             info = read_tuned(path)
             return io.NodeOutput(TunedWeights(load_file(path), info), info.prompt)
 
@@ -93,8 +96,8 @@ class ApplyTunedWeights(io.ComfyNode):
         return schema(
             node_id="TAVApplyTunedWeights",
             display_name="Apply Tuned Weights (Tune-A-Video)",
-            description="Gives an inflated MODEL what was tuned before: no tuning needed. It must be the same checkpoint, with "
-            "the same LoRAs, inflated the same way.",
+            description="Gives an inflated MODEL what was tuned before: no tuning needed. It must be the same "
+            "checkpoint, with the same LoRAs, inflated the same way.",
             search_aliases=["use tuned model"],
             inputs=[
                 io.Model.Input("model", tooltip="From Inflate."),
@@ -108,5 +111,5 @@ class ApplyTunedWeights(io.ComfyNode):
         with plain_errors(), torch.no_grad():
             unet, info = video_unet(model), tuned_weights.info
             base = base_fingerprint(weights(model))
-            check_fit("tuned_weights", info, tuned_weights.tensors, base, unet.inflation, trainable_names(model))
+            check_fit(None, info, tuned_weights.tensors, base, unet.inflation, trainable_names(model))
         return io.NodeOutput(with_tuned_weights(model, tuned_weights.tensors, info.num_frames))

@@ -32,17 +32,19 @@ class WordMask(io.ComfyNode):
         return schema(
             node_id="TAVWordMask",
             display_name="Word Mask (Tune-A-Video)",
-            description="Finds the subject of the clip: where its word is looked at, in the cross-attention of an inversion. Needs no other "
-            "sentences, but a large checkpoint; for the mini one use Subject Mask.",
+            description="Finds the subject of the clip: where its word is looked at, in the cross-attention of an "
+            "inversion. Needs no other sentences, but a large checkpoint; for the mini one use Subject Mask.",
             search_aliases=["segment", "cross attention map", "attention mask", "prompt to prompt"],
             advanced=("steps", "softness"),
             inputs=[
                 io.Model.Input("model", tooltip="The tuned MODEL."),
                 io.Clip.Input("clip", display_name="CLIP", tooltip="The CLIP of the same checkpoint."),
                 io.Latent.Input("latent", tooltip="The clip, from VAE Encode."),
-                io.Image.Input("images", tooltip="The frames that were encoded: the mask follows the subject's outline in them."),
+                io.Image.Input("images", tooltip="The frames that were encoded: the mask follows the subject's outline "
+                               "in them."),
                 io.String.Input("sentence", multiline=True, default="", tooltip="What the clip shows."),
-                io.String.Input("word", default="", tooltip="The word of the sentence that names the subject; several if they follow each other."),
+                io.String.Input("word", default="", tooltip="The word of the sentence that names the subject; several "
+                                "if they follow each other."),
                 io.Int.Input("steps", default=10, min=1, max=1000, tooltip="Of the inversion in which it looks."),
                 io.Float.Input("threshold", default=0.3, min=0.01, max=0.99, step=0.01, tooltip="Less finds more."),
                 io.Int.Input("softness", default=SOFTNESS, min=0, max=512,
@@ -58,8 +60,10 @@ class WordMask(io.ComfyNode):
             model = without_injection(model)
             if windows_of(model.model_options["transformer_options"]):
                 raise TavError(
-                    "MODEL sees the clip in Context Windows (Tune-A-Video), but a word is looked for in all of it at once; "
-                    "use Subject Mask"
+                    "MODEL",
+                    None,
+                    "sees the clip in Context Windows (Tune-A-Video), but a word is looked for in all of it at once",
+                    "use Subject Mask",
                 )
             clean_latents(model, latent)
             check_images(images, latent)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .errors import TavError
+from .errors import TavError, field
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -48,5 +48,5 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         told = re.search(r"os error (\d+)", str(error))
         number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
         reason = os.strerror(number) if number is not None else str(error)
-        remedy = "free space or choose another --output" if number in _FULL else "choose another --output"
-        raise TavError(f"cannot write {path}: {reason}; {remedy}") from error
+        remedy = f"{'free space or ' if number in _FULL else ''}choose another {field('output')}"
+        raise TavError("output", path, f"can't be written ({reason})", remedy) from error

@@ -37,7 +37,7 @@ class AttentionPatches(Protocol):
     """What another program does to self- and cross-attention, frame by frame; see `Forward.patches`."""
 
     def inputs(self, x: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What queries, keys and values are projected from, `(b f) n c`; queries may come back in tiles, `(b f t) n c`."""
+        """What queries, keys and values are projected from, `(b f) n c`; queries may return as tiles `(b f t) n c`."""
 
     def replacement(self) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
         """Computes, from projected queries, keys and values of each frame, what goes into the output projection."""
@@ -203,7 +203,7 @@ class FrameAttnProcessor:
         fn, patches, leaders = forward.attention_fn, forward.patches, forward.leaders
         own = encoder_hidden_states is None
         if attention_mask is not None and own and self.mode is not None:
-            raise TavError("attention_mask is not defined over frames; leave it out")
+            raise TavError("attention_mask", None, "is not defined over frames", "leave it out")
         x = hidden_states
         keys = values = hidden_states if own else encoder_hidden_states
         key_leaders = leaders if own else 0

@@ -1,8 +1,8 @@
 """How fast and how small: every stage of the method, measured against the same method written plainly.
 
-**Plain** is the recipe of the authors' implementation in float32: softmax attention step by step, which holds all scores;
-the clip and its sentence encoded again in every tuning step; all parameters handed to the optimiser, although, as
-there, only the tuned ones have gradients; the whole clip through the VAE at once. **Fast** is what `tune`,
+**Plain** is the recipe of the authors' implementation in float32: softmax attention step by step, which holds all
+scores; the clip and its sentence encoded again in every tuning step; all parameters handed to the optimiser, although,
+as there, only the tuned ones have gradients; the whole clip through the VAE at once. **Fast** is what `tune`,
 `ddim_invert`, `ddim_sample` and the VAE's functions do. Between them lie the `OPTIMISATIONS`; each can be switched off.
 """
 
@@ -35,7 +35,7 @@ from .attention_choice import explicit_attention
 from .checkpoint import CONFIGS, Checkpoint, decode_video, encode_prompt, encode_video, load_checkpoint
 from .condition import Condition
 from .ddim import ddim_invert, ddim_sample
-from .errors import TavError
+from .errors import TavError, field
 from .events import Event, Step
 from .inflation import VideoUNet, inflate
 from .memory import choose, free_memory, needed_memory, offloaded, without_content
@@ -47,7 +47,7 @@ from .tuning import TuneConfig, tune
 
 STAGES = ("tune", "invert", "sample", "encode", "decode")
 OPTIMISATIONS = {
-    "choice": "on the CPU, the attention that a measurement finds fastest there, where that isn't PyTorch's fused kernel",
+    "choice": "on the CPU, the attention that a measurement finds fastest there, where it isn't PyTorch's fused kernel",
     "fused": "attention that never holds all scores",
     "caching": "clip and sentence encoded once; tuned parameters alone in the optimiser; the VAE in chunks of frames",
 }
@@ -285,7 +285,7 @@ def seconds(subject: Subject, modes: list[Mode], stages: list[str], runs: int) -
 
 
 def memory(layout: Layout, mode: Mode, stage: str, device: str, threads: int) -> dict[str, float]:
-    """GB at the peak of a stage and before it: CUDA's allocated, elsewhere the resident memory of a process of its own."""
+    """GB at the peak of a stage and before it: allocated by CUDA, elsewhere resident in a process of its own."""
     if torch.device(device).type == "cuda":
         return _memory(layout, mode, stage, device, threads)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -311,7 +311,7 @@ def _memory(layout: Layout, mode: Mode, stage: str, device: str, threads: int) -
 
 
 def _resident(field: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at its peak since that was cleared. (getrusage counts the parent's peak as well.)"""
+    """Bytes of this process: VmRSS now, VmHWM at its peak since that was cleared (getrusage counts the parent's)."""
     status = (_PROCESS / "status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
 
@@ -411,9 +411,14 @@ def add_arguments(parser):
 
 def bench(args):
     if args.runs < 1:
-        raise TavError(f"--runs {args.runs} is out of range; give 1 or more")
+        raise TavError("runs", args.runs, "is out of range", "give 1 or more")
     if args.device.type != "cuda" and not _PROCESS.exists() and (args.growth or not args.no_memory):
-        raise TavError("resident memory is read from /proc, which this system lacks; use --no-memory, without --growth")
+        raise TavError(
+            "device",
+            args.device,
+            "has its resident memory in /proc, which this system lacks",
+            f"use {field('no_memory')}, without {field('growth')}",
+        )
     torch.set_num_threads(args.threads or torch.get_num_threads())
     layout, device = (
         LAYOUTS[args.layout or ("sd15" if args.gpu else "small" if args.growth else "middle")],
@@ -421,15 +426,16 @@ def bench(args):
     )
     layout = replace(layout, frames=args.frames or layout.frames, size=args.size or layout.size)
     multiple = 1 if layout.name == "mini" else 8
-    if layout.frames < 1 or layout.size < 1 or layout.size % multiple:
-        raise TavError(
-            f"--frames {layout.frames} --size {layout.size} can't be run; give 1 or more frames, and a size in multiples of {multiple}"
-        )
+    if layout.frames < 1:
+        raise TavError("count", layout.frames, "is out of range", "give 1 or more")
+    if layout.size < 1 or layout.size % multiple:
+        raise TavError("size", layout.size, f"is not a positive multiple of {multiple}", "give one")
     dtypes = args.dtype or ["bf16" if args.gpu else "fp32"]
     kinds = args.memory or (_fitting(layout, DTYPES[dtypes[0]], args.device) if args.gpu else ["fast"])
     on = [Mode(dtype, kind) for dtype in dtypes for kind in kinds]
     modes = [*([] if args.gpu else [PLAIN]), *on, *(replace(on[0], off=(name,)) for name in args.without)]
-    machine = {"device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type, "cpu": cpu_name(),
+    cuda = args.device.type == "cuda"
+    machine = {"device": torch.cuda.get_device_name(args.device) if cuda else args.device.type, "cpu": cpu_name(),
                "kernels": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
                "load": os.getloadavg()[0], "torch": torch.__version__}  # fmt: skip
     result = {"layout": asdict(layout), "machine": machine}

@@ -4,6 +4,8 @@ import json
 import re
 import textwrap
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from .video import to_frames
 CONFIGS = Path(__file__).parent / "configs"
 MINI = Path(__file__).parent / "mini" / "checkpoint"
 MINI_CONTROLNET = MINI.parent / "controlnet"
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+SD_PREDICTION_TYPES = ("epsilon", "v_prediction")  # that Stable Diffusion 1.x and 2.x was trained for
 _VAE_PIXELS = 2 * 512 * 512  # at once
 _PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
 _OPEN_CLIP = {  # names of OpenCLIP, and those of transformers
@@ -31,6 +33,10 @@ _OPEN_CLIP = {  # names of OpenCLIP, and those of transformers
     "transformer.resblocks": "encoder.layers", "attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1",
     "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "ln_final": "final_layer_norm",
 }  # fmt: skip
+
+
+class _Unfit(Exception):
+    """A file or folder that can't be loaded: the problem and the remedy of a `TavError`."""
 
 
 @dataclass
@@ -82,22 +88,17 @@ def load_checkpoint(
         TavError: missing or broken files, a pickle as single file, or a model of another family (SDXL, SD3, Flux,
             inpainting, other video models).
     """
-    if prediction_type not in (None, *PREDICTION_TYPES):
-        raise TavError(f"prediction_type={prediction_type!r} is unknown; choose epsilon or v_prediction")
+    if prediction_type not in (None, *SD_PREDICTION_TYPES):
+        raise TavError("prediction_type", prediction_type, "is unknown", "choose epsilon or v_prediction")
     path = MINI if str(name_or_path) == "mini" else Path(name_or_path)
     if not path.exists():
         raise TavError(
-            f"--checkpoint {name_or_path} does not exist; give a diffusers folder, a .safetensors file or mini"
+            "checkpoint", name_or_path, "does not exist", "give a diffusers folder, a .safetensors file or mini"
         )
     if config is not None and not Path(config).is_dir():
-        raise TavError(f"config={config} is not a folder; give one with unet, vae, text_encoder and scheduler in it")
-    try:
+        raise TavError("config", config, "is not a folder", "give one with unet, vae, text_encoder and scheduler in it")
+    with _reading("checkpoint", name_or_path):
         parts = _load_folder(path) if path.is_dir() else _load_file(path, prediction_type, config)
-    except TavError:
-        raise
-    except Exception as error:  # the libraries fail in every way over a damaged file
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240)
-        raise TavError(f"--checkpoint {name_or_path} can't be read ({reason}); download or save it again") from error
     if prediction_type is not None:
         parts["scheduler"].register_to_config(prediction_type=prediction_type)
     for part in _PREFIXES:
@@ -107,7 +108,7 @@ def load_checkpoint(
 
 
 def load_controlnet(path: str | Path) -> ControlNetModel:
-    """Loads "mini", whose hint is the silhouette of the subject, or a diffusers folder of a ControlNet for SD 1.x or 2.x.
+    """Loads "mini", whose hint is the subject's silhouette, or a diffusers folder of a ControlNet for SD 1.x or 2.x.
 
     Returns: float32, on the CPU, frozen and in evaluation mode.
 
@@ -115,49 +116,50 @@ def load_controlnet(path: str | Path) -> ControlNetModel:
         TavError: missing or broken files, pickled weights, or another kind of model (ControlNets of SDXL, SD3, Flux).
     """
     path = MINI_CONTROLNET if str(path) == "mini" else Path(path)
-    try:
+    with _reading("controlnet", path):
         config = json.loads((path / "config.json").read_text())
         kind = config.get("_class_name")
         if kind != "ControlNetModel":
-            raise TavError(f"--controlnet {path} is a {kind}; give a folder with a ControlNetModel of diffusers")
+            raise _Unfit(f"is a {kind}", "give a folder with a ControlNetModel of diffusers")
         if config.get("addition_embed_type") or config.get("class_embed_type") or config.get("encoder_hid_dim"):
-            raise TavError(
-                f"--controlnet {path} is conditioned on more than text, as those of SDXL; give one for SD 1.x or 2.x"
-            )
+            raise _Unfit("is conditioned on more than text, as those of SDXL", "give one for SD 1.x or 2.x")
         if not any(path.glob("diffusion_pytorch_model*.safetensors")):
-            raise TavError(f"--controlnet {path} holds no .safetensors weights; save it with safe_serialization=True")
-        return _load_part(path, ControlNetModel, "--controlnet").eval().requires_grad_(False)
-    except TavError:
-        raise
+            raise _Unfit("holds no .safetensors weights", "save it with safe_serialization=True")
+        return _load_part(path, ControlNetModel).eval().requires_grad_(False)
+
+
+@contextmanager
+def _reading(field: str, value: str | Path) -> Iterator[None]:
+    """What fails inside is a `TavError` of that file or folder."""
+    try:
+        yield
+    except _Unfit as error:
+        raise TavError(field, value, *error.args) from None
     except Exception as error:  # the libraries fail in every way over a damaged file
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240)
-        raise TavError(f"--controlnet {path} can't be read ({reason}); download or save it again") from error
+        raise TavError(field, value, f"can't be read ({reason})", "download or save it again") from error
 
 
 def _load_folder(path: Path) -> dict:
     if not (path / "unet" / "config.json").exists():
         other = "a transformer model such as SD3 or Flux" if (path / "transformer").exists() else "no diffusers model"
-        raise TavError(
-            f"--checkpoint {path} is {other} (it has no unet folder); give a Stable Diffusion 1.x or 2.x folder"
-        )
+        raise _Unfit(f"is {other} (it has no unet folder)", "give a Stable Diffusion 1.x or 2.x folder")
     unet_config = json.loads((path / "unet" / "config.json").read_text())
-    _refuse(path, unet_config.get("in_channels", 4), "text_encoder_2" if (path / "text_encoder_2").exists() else "")
+    _refuse(unet_config.get("in_channels", 4), "text_encoder_2" if (path / "text_encoder_2").exists() else "")
     if lost := [part for part in ("vae", "text_encoder", "tokenizer", "scheduler") if not (path / part).is_dir()]:
-        raise TavError(
-            f"--checkpoint {path} lacks {', '.join(lost)}; download the whole folder, or copy them from the model "
-            "that its unet was tuned from"
-        )
+        remedy = "download the whole folder, or copy them from the model that its unet was tuned from"
+        raise _Unfit(f"lacks {', '.join(lost)}", remedy)
     for part in ("unet", "vae", "text_encoder"):
         if not _weight_files(path / part):
-            raise TavError(f"--checkpoint {path}/{part} holds no weights; download the whole folder")
+            raise _Unfit(f"holds no weights in {part}", "download the whole folder")
     tokenizer = {file.name for file in (path / "tokenizer").glob("*")}
     if not ("tokenizer.json" in tokenizer or {"vocab.json", "merges.txt"} <= tokenizer):
-        raise TavError(f"--checkpoint {path} lacks tokenizer/vocab.json or merges.txt; download the whole folder")
+        raise _Unfit("lacks tokenizer/vocab.json or merges.txt", "download the whole folder")
     for file in ("vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"):
         if not (path / file).exists():
-            raise TavError(f"--checkpoint {path} lacks {file}; download the whole folder")
+            raise _Unfit(f"lacks {file}", "download the whole folder")
         if not isinstance(json.loads((path / file).read_text()), dict):  # diffusers would look for it on the network
-            raise TavError(f"--checkpoint {path}/{file} is no JSON object; download it again")
+            raise _Unfit(f"has no JSON object in {file}", "download that file again")
     tensors = {}
     for file in _weight_files(path / "text_encoder"):
         tensors |= _load_weights(file)
@@ -165,7 +167,7 @@ def _load_folder(path: Path) -> dict:
     return dict(
         unet=_load_video_unet(path / "unet") if video else _load_part(path / "unet", UNet2DConditionModel),
         vae=_load_part(path / "vae", AutoencoderKL),
-        text_encoder=_text_encoder(path, path, tensors),
+        text_encoder=_text_encoder(path, tensors),
         tokenizer=CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True),
         scheduler=_scheduler(path),
     )
@@ -175,15 +177,15 @@ def _weight_files(path: Path) -> list[Path]:
     """Pickled files serve where there are no others, and so do those of half precision.
 
     Raises:
-        TavError: pickled files, and a torch that can't keep them from running code.
+        _Unfit: pickled files, and a torch that can't keep them from running code.
     """
     files = list(path.glob("*.safetensors"))
     if (
         not files and (files := list(path.glob("*pytorch_model*.bin"))) and not is_torch_version(">=", "2.6")
     ):  # CVE-2025-32434
-        raise TavError(
-            f"--checkpoint {path} holds pickled weights (.bin), which torch {torch.__version__} can't read safely; "
-            "update torch to 2.6, or save the model with safe_serialization=True"
+        raise _Unfit(
+            f"holds pickled weights ({path.name}/*.bin), which torch {torch.__version__} can't read safely",
+            "update torch to 2.6, or save the model with safe_serialization=True",
         )
     return [file for file in files if "fp16" not in file.name] or files
 
@@ -192,7 +194,7 @@ def _load_weights(file: Path) -> dict[str, Tensor]:
     return load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _load_part(path: Path, kind: type[ModelMixin], option: str = "--checkpoint") -> ModelMixin:
+def _load_part(path: Path, kind: type[ModelMixin]) -> ModelMixin:
     file = _weight_files(path)[0]
     variant = "fp16" if "fp16" in file.name else None
     model, loaded = kind.from_pretrained(
@@ -204,21 +206,25 @@ def _load_part(path: Path, kind: type[ModelMixin], option: str = "--checkpoint")
         low_cpu_mem_usage=False,
     )
     if lost := sorted(loaded["missing_keys"]):  # diffusers would go on with random weights
-        raise TavError(f"{option} {path} lacks {len(lost)} of its weights ({lost[0]}, ...); download it again")
+        raise _lacking(lost, path.name)
     return model
 
 
+def _lacking(lost: list[str], part: str) -> _Unfit:
+    return _Unfit(f"lacks {len(lost)} of its weights ({part}: {lost[0]}, ...)", "download it again")
+
+
 def _load_video_unet(path: Path) -> VideoUNet:
-    """The tuned U-Net that the authors' code saved: an image model's layout under 3D names, and parameters as `inflate` names them.
+    """The tuned U-Net that the authors' code saved: an image model under 3D names, parameters named as by `inflate`.
 
     Raises:
-        TavError: another video model that goes by the same class name (ModelScope), or lost weights.
+        _Unfit: another video model that goes by the same class name (ModelScope), or lost weights.
     """
     tensors = {name: value for file in _weight_files(path) for name, value in _load_weights(file).items()}
     if not any(".attn_temp." in name for name in tensors):
-        raise TavError(
-            f"--checkpoint {path} is another kind of video model, such as ModelScope's; give one of Tune-A-Video, or a "
-            "Stable Diffusion 1.x or 2.x text-to-image model"
+        raise _Unfit(
+            "is another kind of video model, such as ModelScope's",
+            "give one of Tune-A-Video, or a Stable Diffusion 1.x or 2.x text-to-image model",
         )
     # UNet3DConditionModel, CrossAttnDownBlock3D, UNetMidBlock3DCrossAttn ...
     config = json.loads((path / "config.json").read_text().replace("3D", "2D"))
@@ -226,18 +232,17 @@ def _load_video_unet(path: Path) -> VideoUNet:
         unet = inflate(UNet2DConditionModel.from_config(config))
     own = unet.state_dict().keys()
     if lost := sorted(own - tensors.keys()):
-        raise TavError(f"--checkpoint {path} lacks {len(lost)} of its weights ({lost[0]}, ...); download it again")
+        raise _lacking(lost, path.name)
     if more := sorted(tensors.keys() - own):
-        raise TavError(
-            f"--checkpoint {path} is a changed kind of Tune-A-Video model (it has {more[0]}); give one that the "
-            "original code saved"
+        raise _Unfit(
+            f"is a changed kind of Tune-A-Video model (it has {more[0]})", "give one that the original code saved"
         )
     unet.load_state_dict(tensors, assign=True)
     return unet
 
 
-def _text_encoder(path: Path, folder: Path, tensors: dict[str, Tensor]) -> CLIPTextModel:
-    """The text encoder of a folder's configuration with the weights of `path`, all of which must be there.
+def _text_encoder(folder: Path, tensors: dict[str, Tensor]) -> CLIPTextModel:
+    """The text encoder of a folder's configuration with those weights, all of which must be there.
 
     Args:
         tensors: named as in transformers, whose versions differ over a leading `text_model.`, or as in OpenCLIP.
@@ -247,9 +252,7 @@ def _text_encoder(path: Path, folder: Path, tensors: dict[str, Tensor]) -> CLIPT
     given = {name.removeprefix("text_model."): value for name, value in given.items()}
     own = {name.removeprefix("text_model."): name for name in model.state_dict()}
     if lost := sorted(own.keys() - given.keys()):
-        raise TavError(
-            f"--checkpoint {path} lacks {len(lost)} of its text_encoder's weights ({lost[0]}, ...); download it again"
-        )
+        raise _lacking(lost, "text_encoder")
     model.load_state_dict({own[name]: given[name] for name in own})
     return model
 
@@ -274,11 +277,11 @@ def _scheduler(folder: Path) -> DDIMScheduler:
 
 def _load_file(path: Path, prediction_type: str | None, config: str | Path | None) -> dict:
     if path.suffix != ".safetensors":
-        raise TavError(f"--checkpoint {path} is not a .safetensors file, and a pickle can run code; convert it first")
+        raise _Unfit("is not a .safetensors file, and a pickle can run code", "convert it first")
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
-        width = _check_family(path, shapes)
+        width = _check_family(shapes)
         # only these: a file may hold a second U-Net, its running average
         tensors = {
             part: {key: file.get_tensor(key) for key in shapes if key.startswith(prefix)}
@@ -286,7 +289,7 @@ def _load_file(path: Path, prediction_type: str | None, config: str | Path | Non
         }
     for part, prefix in _PREFIXES.items():
         if not tensors[part]:
-            raise TavError(f"--checkpoint {path} has no {part} ({prefix}*); give the full checkpoint, not a part of it")
+            raise _Unfit(f"has no {part} ({prefix}*)", "give the full checkpoint, not a part of it")
     second = width == 1024
     folder = Path(config or CONFIGS / ("sd2" if second else "sd1"))
     own = (folder / "tokenizer").is_dir()
@@ -298,9 +301,9 @@ def _load_file(path: Path, prediction_type: str | None, config: str | Path | Non
         for name, value in tensors["text_encoder"].items()
     }
     parts = dict(
-        unet=_convert_part(path, folder, "unet", UNet2DConditionModel, tensors["unet"]),
-        vae=_convert_part(path, folder, "vae", AutoencoderKL, tensors["vae"]),
-        text_encoder=_text_encoder(path, folder, text),
+        unet=_convert_part(folder, "unet", UNet2DConditionModel, tensors["unet"]),
+        vae=_convert_part(folder, "vae", AutoencoderKL, tensors["vae"]),
+        text_encoder=_text_encoder(folder, text),
         tokenizer=tokenizer,
         scheduler=_scheduler(folder),
     )
@@ -317,34 +320,30 @@ def _load_file(path: Path, prediction_type: str | None, config: str | Path | Non
     return parts
 
 
-def _check_family(path: Path, shapes: dict[str, list[int]]) -> int:
+def _check_family(shapes: dict[str, list[int]]) -> int:
     """The width of the text embedding that a single file's U-Net takes, from the shapes of its tensors by name."""
     unet = _PREFIXES["unet"]
     others = ("conditioner.", unet + "joint_blocks.", "double_blocks.", unet + "double_blocks.")
     family = next((key for key in shapes if key.startswith(others)), "")
     first, text = f"{unet}input_blocks.0.0.weight", next((k for k in shapes if k.endswith("attn2.to_k.weight")), None)
     if not family and (first not in shapes or text is None):
-        raise TavError(
-            f"--checkpoint {path} is no Stable Diffusion checkpoint (it lacks {first}); give an SD 1.x or 2.x file"
-        )
+        raise _Unfit(f"is no Stable Diffusion checkpoint (it lacks {first})", "give an SD 1.x or 2.x file")
     width = shapes[text][1] if text else 0
-    _refuse(path, shapes[first][1] if first in shapes else 4, "conditioner." if width == 2048 else family)
+    _refuse(shapes[first][1] if first in shapes else 4, "conditioner." if width == 2048 else family)
     return width
 
 
-def _convert_part(
-    path: Path, folder: Path, part: str, kind: type[ModelMixin], tensors: dict[str, Tensor]
-) -> ModelMixin:
+def _convert_part(folder: Path, part: str, kind: type[ModelMixin], tensors: dict[str, Tensor]) -> ModelMixin:
     model = kind.from_single_file(
         tensors, config=str(folder), subfolder=part, local_files_only=True, low_cpu_mem_usage=False
     )
     # diffusers would go on with random weights in the place of lost ones
     if sum(map(torch.numel, tensors.values())) < sum(map(torch.numel, model.parameters())):
-        raise TavError(f"--checkpoint {path} lacks some weights of its {part}; download it again")
+        raise _Unfit(f"lacks some weights of its {part}", "download it again")
     return model
 
 
-def _refuse(path: Path, in_channels: int, marker: str):
+def _refuse(in_channels: int, marker: str):
     """Names the family of a model that this isn't for."""
     family = None
     if in_channels != 4:
@@ -355,7 +354,7 @@ def _refuse(path: Path, in_channels: int, marker: str):
     elif marker:
         family = "a transformer model such as SD3 or Flux"
     if family:
-        raise TavError(f"--checkpoint {path} is {family}; give a Stable Diffusion 1.x or 2.x text-to-image model")
+        raise _Unfit(f"is {family}", "give a Stable Diffusion 1.x or 2.x text-to-image model")
 
 
 @torch.no_grad()

@@ -1,33 +1,28 @@
 """The command line: edit a video with one sentence (Tune-A-Video, arXiv 2212.11565)."""
 
 import argparse
-import json
-import os
 import re
-import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
-from . import bench, pipeline
-from .atomic import atomic_path
+from . import bench, job, pipeline
+from .attention import MODES
 from .checkpoint import Checkpoint, load_checkpoint
 from .ddim import ddim_timesteps
-from .errors import Cancelled, TavError
-from .inflation import VideoUNet
-from .metrics import frame_difference, psnr
+from .errors import Cancelled, TavError, field
+from .inflation import NORMS, VideoUNet
+from .injection import REGIONS
 from .noise import read_noise, save_noise
-from .presets import Preset, default_preset
-from .subject import REGIONS, SOFTNESS
+from .precision import DTYPES
+from .subject import SOFTNESS
 from .terminal import Progress, add_preset_arguments, preset_of, run
-from .tuned_weights import TunedInfo, load_tuned, read_tuned, save_tuned
-from .tuning import DTYPES
-from .video import Clip, load_video, save_video
-from .visuals import loss_curve, side_by_side, spotlight, strip
+from .tuned_weights import TunedInfo, load_tuned, read_tuned
+from .video import FITS, Clip, load_video, save_video
 from .windows import check_context_length
 
 FRAMES = 8  # where nothing else says how many
@@ -62,61 +57,6 @@ def _clip(args, checkpoint: Checkpoint, video: Path) -> Clip:
     )
 
 
-def _make_folder(path: Path):
-    """Makes --output, or says now rather than after the tuning that nothing can be written there."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TavError(f"--output {path} can't be made ({error.strerror}); choose another --output") from error
-    if not os.access(path, os.W_OK):
-        raise TavError(f"--output {path} can't be written to; choose another --output")
-
-
-def _tune(args, checkpoint: Checkpoint, sources: list[pipeline.Source], progress: Progress):
-    """Tunes on the takes, with the state kept in the output folder; weights and loss curve are written there.
-
-    Returns: the U-Net, in the --dtype, and the result.
-    """
-    _make_folder(args.output)
-    preset, (source, *more), state_path = preset_of(args), sources, args.output / "tuning-state.safetensors"
-    if state_path.exists() and not args.resume:
-        raise TavError(
-            f"--output {args.output} holds an unfinished tuning; add --resume to go on with it, or delete "
-            f"{state_path.name} to start over"
-        )
-    try:
-        unet, result = pipeline.tune_on(
-            checkpoint,
-            source,
-            preset,
-            attention=args.attention,
-            temporal_causal=args.temporal_causal,
-            norm=args.norm,
-            more_sources=more,
-            state_path=state_path,
-            resume=args.resume,
-            callback=progress,
-            say=tqdm.write,
-        )
-    except Cancelled as stop:
-        raise Cancelled(f"{stop}; add --resume to go on") from None
-    height, width = (n * checkpoint.downscale for n in source.latents.shape[-2:])
-    frames = preset.tuning.context_length or source.latents.shape[2]
-    save_tuned(
-        args.output / "tuned.safetensors",
-        unet,
-        prompt=source.prompt,
-        num_frames=frames,
-        width=width,
-        height=height,
-        config=asdict(preset.tuning),
-        base_name=checkpoint.name,
-        more_prompts=[other.prompt for other in more],
-    )
-    loss_curve(result.losses, result.probe_losses, args.output / "loss.png")
-    return nn.Module.to(unet, DTYPES[preset.tuning.dtype]), result
-
-
 def _load_tuned_unet(args, checkpoint: Checkpoint):
     """The inflated U-Net with the weights of --tuned, in the --dtype, and what the file says of them.
 
@@ -124,9 +64,8 @@ def _load_tuned_unet(args, checkpoint: Checkpoint):
     """
     if args.tuned is None:
         if not isinstance(checkpoint.unet, VideoUNet):
-            raise TavError(
-                "--tuned is missing; give a file of `tune` or `edit`, or a --checkpoint that is a Tune-A-Video model"
-            )
+            remedy = f"give a file of `tune` or `edit`, or a {field('checkpoint')} that is a Tune-A-Video model"
+            raise TavError("tuned", None, "is missing", remedy)
         return nn.Module.to(checkpoint.unet, args.device, DTYPES[args.dtype]), TunedInfo(
             base="",
             base_name=checkpoint.name,
@@ -150,13 +89,6 @@ def _window_if_longer(args, info: TunedInfo, frames: int):
         args.context_length = info.num_frames
 
 
-def _subject(args, checkpoint: Checkpoint, unet, source: pipeline.Source, preset: Preset) -> Tensor | None:
-    """The mask of the subject, if there are sentences to find it by."""
-    return (
-        pipeline.find_subject(checkpoint, unet, source, args.contrast, preset, args.softness) if args.contrast else None
-    )
-
-
 def _regions(args) -> list[str]:
     """The region of each edit.
 
@@ -165,85 +97,21 @@ def _regions(args) -> list[str]:
     """
     regions = args.region or ["everything"]
     if len(regions) not in (1, len(args.edit)):
-        raise TavError(
-            f"there are {len(regions)} --region for {len(args.edit)} --edit; give one for all, or one for "
-            "each in the same order"
-        )
+        problem = f"has {len(regions)} values for {len(args.edit)} {field('edit')}"
+        raise TavError("region", None, problem, "give one for all, or one for each in the same order")
     return regions * len(args.edit) if len(regions) == 1 else regions
 
 
-def _name(number: int, prompt: str) -> str:
-    return f"edit-{number}-{re.sub('[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60]}"
+def _inflation(args) -> dict[str, Any]:
+    return {"attention": args.attention, "temporal_causal": args.temporal_causal, "norm": args.norm}
 
 
-def _write_json(path: Path, content: dict):
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def run_edit(args, checkpoint: Checkpoint, clip: Clip, progress: Progress) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Tune, invert, reconstruct, edit; writes everything to --output.
-
-    Returns: the summary, and the videos by label (uint8 `f h w c`).
-    """
-    preset, seconds = preset_of(args), {}
-
-    def timed(stage: str, function, *rest, **named):
-        started = time.monotonic()
-        value = function(*rest, **named)
-        seconds[stage] = round(seconds.get(stage, 0) + time.monotonic() - started, 2)
-        return value
-
-    for edit in args.edit:
-        if not edit.strip():
-            raise TavError("--edit is empty; describe the edited clip in one sentence")
-    regions = ["everything", *_regions(args)]
-    if set(regions) != {"everything"} and not args.contrast:
-        raise TavError(
-            "--region needs to know where the subject is; give --contrast, the clip's sentence with another subject"
-        )
-    source = timed("encode", pipeline.prepare, checkpoint, clip.frames, args.prompt)
-    pipeline.check_contrasts(args.prompt, args.contrast or [])
-    unet, result = timed("tune", _tune, args, checkpoint, [source], progress)
-    noise = timed("invert", pipeline.invert, checkpoint, unet, source, preset, callback=progress)
-    subject = timed("find the subject", _subject, args, checkpoint, unet, source, preset)
-    save_noise(args.output / "noise.safetensors", noise, subject, args.prompt, preset)
-    save_video(clip.frames, args.output / "source.mp4", clip.fps)
-    videos = {"source": clip.frames}
-    files = {}
-    for number, (prompt, region) in enumerate(zip([args.prompt, *args.edit], regions)):
-        label = "reconstruction" if number == 0 else prompt
-        print(f"{label} ...", flush=True)
-        videos[label] = timed(
-            "sample",
-            pipeline.sample,
-            checkpoint,
-            unet,
-            noise,
-            prompt,
-            preset,
-            source_prompt=args.prompt,
-            negative_prompt=args.negative_prompt,
-            subject=subject,
-            region=region,
-            callback=progress,
-        )
-        files[label] = f"{_name(number, prompt) if number else 'reconstruction'}.mp4"
-        save_video(videos[label], args.output / files[label], clip.fps)
-    shown = videos if subject is None else {"source": clip.frames, "subject": spotlight(clip.frames, subject), **videos}
-    strip(list(shown.values()), list(shown), args.output / "strip.png")
-    save_video(side_by_side(list(videos.values()), list(videos)), args.output / "comparison.mp4", clip.fps)
-    summary = {
-        "prompt": args.prompt, "checkpoint": checkpoint.name, "frames": len(clip.frames), "fps": round(clip.fps, 3),
-        "size": [clip.frames.shape[2], clip.frames.shape[1]], "preset": args.preset or default_preset(args.checkpoint), "steps": result.steps,
-        "probe_loss": {"before": result.probe_losses[0][1], "after": result.probe_losses[-1][1]},
-        "reconstruction_psnr": round(psnr(videos["reconstruction"], clip.frames), 2),
-        "frame_difference": {label: round(frame_difference(video), 4) for label, video in videos.items()},
-        "regions": dict(zip(args.edit, regions[1:])), "files": files, "seconds": seconds,
-    }  # fmt: skip
-    _write_json(args.output / "summary.json", summary)
-    (args.output / "tuning-state.safetensors").unlink(missing_ok=True)  # all that it was for is written
-    return summary, videos
+@contextmanager
+def _told_how_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except Cancelled as stop:
+        raise Cancelled(f"{stop}; add --resume to go on") from None
 
 
 # ---------------------------------------------------------------------------------------------- the commands
@@ -252,20 +120,27 @@ def run_edit(args, checkpoint: Checkpoint, clip: Clip, progress: Progress) -> tu
 def _edit(args):
     progress = Progress().stop_at_interrupt()
     checkpoint = _checkpoint(args)
-    summary, _ = run_edit(args, checkpoint, _clip(args, checkpoint, args.video), progress)
+    clip = _clip(args, checkpoint, args.video)
+    edits = [job.Edit(prompt, region) for prompt, region in zip(args.edit, _regions(args))]
+    wanted = job.EditJob(args.prompt, edits, preset_of(args), args.contrast or (), args.softness, args.negative_prompt,
+                         _inflation(args))  # fmt: skip
+    with _told_how_to_go_on():
+        summary, _ = job.run_edit(wanted, checkpoint, clip, args.output, resume=args.resume, callback=progress)
     _report(args.output, summary)
 
 
 def _demo(args):
-    from .mini.demo import CLIP, CONTRASTS, EDITS, PROMPT, REGIONS, score  # the world is needed here alone
+    from .mini import demo  # the world is needed here alone
 
-    args.video, args.prompt, args.edit = CLIP, PROMPT, list(EDITS.values())
-    args.contrast, args.softness, args.region = CONTRASTS, SOFTNESS, [REGIONS[kind] for kind in EDITS]
     progress = Progress().stop_at_interrupt()
     checkpoint = _checkpoint(args)
-    summary, videos = run_edit(args, checkpoint, _clip(args, checkpoint, args.video), progress)
-    summary["judged"] = {kind: score(kind, videos[prompt].numpy()) for kind, prompt in EDITS.items()}
-    _write_json(args.output / "summary.json", summary)
+    clip = load_video(demo.CLIP, count=FRAMES, width=checkpoint.size, height=checkpoint.size)
+    edits = [job.Edit(prompt, demo.REGIONS[kind]) for kind, prompt in demo.EDITS.items()]
+    wanted = job.EditJob(demo.PROMPT, edits, preset_of(args), demo.CONTRASTS)
+    with _told_how_to_go_on():
+        summary, videos = job.run_edit(wanted, checkpoint, clip, args.output, callback=progress)
+    summary["judged"] = {kind: demo.score(kind, videos[prompt].numpy()) for kind, prompt in demo.EDITS.items()}
+    job.write_json(args.output / "summary.json", summary)
     _report(args.output, summary)
     print("judged by the classifier that ships with the mini checkpoint (1 is best):")
     for kind, figures in summary["judged"].items():
@@ -279,53 +154,53 @@ def _report(output: Path, summary: dict[str, Any]):
     print(f"{output}: strip.png, comparison.mp4, " + ", ".join(summary["files"].values()))
 
 
-def _tune_command(args):
+def _tune(args):
     videos, prompts = len(args.video), len(args.prompt)
     if videos != prompts:
-        raise TavError(
-            f"there are {videos} --video and {prompts} --prompt; give each --video its own --prompt, in the same order"
-        )
+        remedy = f"give each {field('video')} its own {field('prompt')}, in the same order"
+        raise TavError("video", None, f"has {videos} values, {field('prompt')} {prompts}", remedy)
     progress = Progress().stop_at_interrupt()
     checkpoint = _checkpoint(args)
     sources = [
         pipeline.prepare(checkpoint, _clip(args, checkpoint, video).frames, prompt)
         for video, prompt in zip(args.video, args.prompt)
     ]
-    _, result = _tune(args, checkpoint, sources, progress)
-    (args.output / "tuning-state.safetensors").unlink(missing_ok=True)
+    with _told_how_to_go_on():
+        _, result = job.tune_into(args.output, checkpoint, sources, preset_of(args), inflation=_inflation(args),
+                                  resume=args.resume, callback=progress)  # fmt: skip
+    (args.output / job.STATE).unlink(missing_ok=True)
     print(f"probe loss {result.probe_losses[0][1]:.4f} -> {result.probe_losses[-1][1]:.4f}")
     print(args.output / "tuned.safetensors")
 
 
-def _invert_command(args):
+def _invert(args):
     progress = Progress().stop_at_interrupt()
     checkpoint = _checkpoint(args)
     unet, info = _load_tuned_unet(args, checkpoint)
     if info.more_prompts and args.prompt is None:
-        said = ", ".join(repr(prompt) for prompt in [info.prompt, *info.more_prompts])
-        raise TavError(
-            f"--tuned {args.tuned} was tuned on several clips ({said}); say with --prompt what --video shows"
-        )
+        told = ", ".join(repr(prompt) for prompt in [info.prompt, *info.more_prompts])
+        remedy = f"say with {field('prompt')} what {field('video')} shows"
+        raise TavError("tuned", args.tuned, f"was tuned on several clips ({told})", remedy)
     prompt = info.prompt if args.prompt is None else args.prompt
     args.frames, args.size = args.frames or info.num_frames or FRAMES, args.size or (info.width, info.height)
     _window_if_longer(args, info, args.frames)
-    preset = preset_of(args)
+    preset, subject = preset_of(args), None
     source = pipeline.prepare(checkpoint, _clip(args, checkpoint, args.video).frames, prompt)
     noise = pipeline.invert(checkpoint, unet, source, preset, callback=progress)
-    save_noise(args.output, noise, _subject(args, checkpoint, unet, source, preset), prompt, preset)
+    if args.contrast:
+        subject = pipeline.find_subject(checkpoint, unet, source, args.contrast, preset, args.softness)
+    save_noise(args.output, noise, subject, prompt, preset)
     print(args.output)
 
 
-def _sample_command(args):
+def _sample(args):
     progress = Progress().stop_at_interrupt()
     checkpoint = _checkpoint(args)
     unet, info = _load_tuned_unet(args, checkpoint)
     preset, regions = preset_of(args), _regions(args)
     if args.frames is not None and (args.noise or args.frames < 1):
-        raise TavError(
-            f"--frames {args.frames} can't be used here: it is the length of clips from random noise, 1 or "
-            "more; leave it out"
-        )
+        problem = "can't be used here: it is the length of clips from random noise, 1 or more"
+        raise TavError("count", args.frames, problem, "leave it out")
     if args.noise:
         noise, subject, source_prompt = read_noise(args.noise, preset)
     else:
@@ -336,19 +211,10 @@ def _sample_command(args):
     _window_if_longer(args, info, noise.shape[2])
     preset = preset_of(args)
     for number, (prompt, region) in enumerate(zip(args.edit, regions), 1):
-        video = pipeline.sample(
-            checkpoint,
-            unet,
-            noise,
-            prompt,
-            preset,
-            source_prompt=source_prompt,
-            negative_prompt=args.negative_prompt,
-            subject=subject,
-            region=region,
-            callback=progress,
-        )
-        path = args.output / f"{_name(number, prompt)}.mp4"
+        video = pipeline.sample(checkpoint, unet, noise, prompt, preset, source_prompt=source_prompt,
+                                negative_prompt=args.negative_prompt, subject=subject, region=region,
+                                callback=progress)  # fmt: skip
+        path = args.output / f"{job.file_name(number, prompt)}.mp4"
         save_video(video, path, args.fps)
         print(path)
 
@@ -424,10 +290,7 @@ def _video_arguments(parser, frames: int | None = FRAMES, several: bool = False)
         help=f"size to work at ({'the size of the checkpoint' if frames else 'as tuned'})",
     )
     group.add_argument(
-        "--fit",
-        choices=("crop", "pad", "stretch"),
-        default="crop",
-        help="how a clip of another shape is brought to --size (crop)",
+        "--fit", choices=FITS, default="crop", help="how a clip of another shape is brought to --size (crop)"
     )
 
 
@@ -435,21 +298,21 @@ def _tuning_arguments(parser):
     group = parser.add_argument_group("tuning")
     group.add_argument(
         "--attention",
-        choices=("sparse-causal", "first", "full"),
+        choices=MODES,
         default="sparse-causal",
         help="frames that each frame looks at (sparse-causal: the first and the previous)",
     )
     group.add_argument("--temporal-causal", action="store_true", help="temporal attention sees no later frames")
-    group.add_argument("--norm", choices=("video", "frame"), default="video", help="statistics of the group norms")
+    group.add_argument("--norm", choices=NORMS, default="video", help="statistics of the group norms")
     group.add_argument("--resume", action="store_true", help="go on with the unfinished tuning in --output")
 
 
-def _edit_arguments(parser, required: bool):
+def _edits_arguments(parser):
     group = parser.add_argument_group("edits")
     group.add_argument(
         "--edit",
         action="append",
-        required=required,
+        required=True,
         metavar="TEXT",
         help="an edited sentence; give the option several times for several edits",
     )
@@ -479,90 +342,90 @@ def _contrast_argument(parser):
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m tav_core", description=__doc__.split(": ", 1)[1])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, function, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
-        sub.set_defaults(run=function)
-        return sub
-
-    demo = command("demo", _demo, "tune, invert and edit the clip that ships with the pack, on its small checkpoint")
-    demo.add_argument("--output", type=Path, default=Path("tav-demo"), metavar="DIR", help="(tav-demo)")
-    _device_argument(demo)
-    add_preset_arguments(demo)
-    demo.set_defaults(
-        checkpoint="mini",
-        start=0,
-        stride=1,
-        frames=8,
-        size=None,
-        fit="crop",
-        attention="sparse-causal",
-        temporal_causal=False,
-        norm="video",
-        resume=True,
-        negative_prompt="",
+def _tuned_argument(parser):
+    parser.add_argument(
+        "--tuned",
+        type=Path,
+        metavar="FILE",
+        help="tuned.safetensors of `tune` or `edit`; not needed with a Tune-A-Video model",
     )
 
-    edit = command("edit", _edit, "tune on a clip, invert it, and sample edited versions of it")
-    edit.add_argument("--prompt", required=True, metavar="TEXT", help="one sentence that describes the clip")
-    _edit_arguments(edit, required=True)
-    _contrast_argument(edit)
-    edit.add_argument("--output", required=True, type=Path, metavar="DIR")
-    _video_arguments(edit)
-    _model_arguments(edit)
-    _tuning_arguments(edit)
-    add_preset_arguments(edit)
 
-    tune = command("tune", _tune_command, "tune on a clip, or on several, and write DIR/tuned.safetensors")
-    tune.add_argument(
+def _demo_arguments(parser):
+    parser.add_argument("--output", type=Path, default=Path("tav-demo"), metavar="DIR", help="(tav-demo)")
+    _device_argument(parser)
+    add_preset_arguments(parser)
+    parser.set_defaults(checkpoint="mini")
+
+
+def _edit_arguments(parser):
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="one sentence that describes the clip")
+    _edits_arguments(parser)
+    _contrast_argument(parser)
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    _video_arguments(parser)
+    _model_arguments(parser)
+    _tuning_arguments(parser)
+    add_preset_arguments(parser)
+
+
+def _tune_arguments(parser):
+    parser.add_argument(
         "--prompt",
         required=True,
         action="append",
         metavar="TEXT",
         help="one sentence that describes the clip; one for each --video, in the same order",
     )
-    tune.add_argument("--output", required=True, type=Path, metavar="DIR")
-    _video_arguments(tune, several=True)
-    _model_arguments(tune)
-    _tuning_arguments(tune)
-    add_preset_arguments(tune)
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    _video_arguments(parser, several=True)
+    _model_arguments(parser)
+    _tuning_arguments(parser)
+    add_preset_arguments(parser)
 
-    invert = command("invert", _invert_command, "invert a clip with tuned weights to the noise it would come from")
-    invert.add_argument(
-        "--tuned",
-        type=Path,
-        metavar="FILE",
-        help="tuned.safetensors of `tune` or `edit`; not needed with a Tune-A-Video model",
-    )
-    invert.add_argument("--output", required=True, type=Path, metavar="FILE", help="a .safetensors file for the noise")
-    invert.add_argument("--prompt", metavar="TEXT", help="one sentence that describes the clip (that of the tuning)")
-    _contrast_argument(invert)
-    _video_arguments(invert, frames=None)
-    _model_arguments(invert)
-    add_preset_arguments(invert)
 
-    sample = command("sample", _sample_command, "sample edited clips from inverted (or random) noise")
-    _edit_arguments(sample, required=True)
-    sample.add_argument(
-        "--tuned",
-        type=Path,
-        metavar="FILE",
-        help="tuned.safetensors of `tune` or `edit`; not needed with a Tune-A-Video model",
-    )
-    sample.add_argument("--noise", type=Path, metavar="FILE", help="noise of `invert` or `edit`; random without it")
-    sample.add_argument("--frames", type=int, metavar="N", help="length of clips from random noise (as tuned)")
-    sample.add_argument("--fps", type=float, default=8.0, help="frame rate of the written videos (8)")
-    sample.add_argument("--output", required=True, type=Path, metavar="DIR")
-    _model_arguments(sample)
-    add_preset_arguments(sample)
+def _invert_arguments(parser):
+    _tuned_argument(parser)
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="a .safetensors file for the noise")
+    parser.add_argument("--prompt", metavar="TEXT", help="one sentence that describes the clip (that of the tuning)")
+    _contrast_argument(parser)
+    _video_arguments(parser, frames=None)
+    _model_arguments(parser)
+    add_preset_arguments(parser)
 
-    measure = command(
-        "bench", bench.bench, "measure the speed and the memory of every stage, against the method written plainly"
-    )
-    _device_argument(measure)
-    bench.add_arguments(measure)
 
+def _sample_arguments(parser):
+    _edits_arguments(parser)
+    _tuned_argument(parser)
+    parser.add_argument("--noise", type=Path, metavar="FILE", help="noise of `invert` or `edit`; random without it")
+    parser.add_argument("--frames", type=int, metavar="N", help="length of clips from random noise (as tuned)")
+    parser.add_argument("--fps", type=float, default=8.0, help="frame rate of the written videos (8)")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    _model_arguments(parser)
+    add_preset_arguments(parser)
+
+
+def _bench_arguments(parser):
+    _device_argument(parser)
+    bench.add_arguments(parser)
+
+
+COMMANDS = {
+    "demo": (_demo, _demo_arguments, "tune, invert and edit the clip that ships with the pack, on its small checkpoint"),
+    "edit": (_edit, _edit_arguments, "tune on a clip, invert it, and sample edited versions of it"),
+    "tune": (_tune, _tune_arguments, "tune on a clip, or on several, and write DIR/tuned.safetensors"),
+    "invert": (_invert, _invert_arguments, "invert a clip with tuned weights to the noise it would come from"),
+    "sample": (_sample, _sample_arguments, "sample edited clips from inverted (or random) noise"),
+    "bench": (bench.bench, _bench_arguments, "measure the speed and the memory of every stage, against the method written "
+              "plainly"),
+}  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tav_core", description=__doc__.split(": ", 1)[1])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (function, add_arguments, help) in COMMANDS.items():
+        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        add_arguments(sub)
+        sub.set_defaults(run=function)
     run(parser)

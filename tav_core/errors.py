@@ -7,7 +7,7 @@ from typing import Any
 
 # fields that a function of Python calls otherwise
 _PYTHON = {"video": "path", "output": "path", "checkpoint": "name_or_path", "controlnet": "path", "tuned": "path",
-           "noise": "path", "state": "state_path"}  # fmt: skip
+           "noise": "path", "state": "state_path", "size": "width and height"}  # fmt: skip
 _MENTIONED = re.compile("\ue000(.*?)\ue001")  # characters of the private use area: no file name or sentence has them
 
 
@@ -24,7 +24,7 @@ class TavError(ValueError):
         value: what was given, or None where the problem says it.
         problem: what is wrong, the rest of a sentence that begins with the field.
         remedy: what to do, in the imperative.
-        name_of: the front end's name for a field. A front end that catches an error sets it.
+        name_of: the front end's name for a field. A front end sets it, for all errors or for one that it catches.
         assign: what the front end writes between a field and its value.
     """
 
@@ -44,7 +44,8 @@ class TavError(ValueError):
 
     def _value(self) -> str:
         value = str(self.value) if isinstance(self.value, PathLike) else self.value
-        return repr(value) if self.assign == "=" else str(value)
+        text = str(value)
+        return text if self.assign != "=" and text and text.isprintable() else repr(value)
 
 
 class OutOfMemory(TavError):

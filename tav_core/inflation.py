@@ -112,18 +112,18 @@ class VideoUNet(UNet2DConditionModel):
             `b c f h w`.
 
         Raises:
-            TavError: wrong rank, a batch that fits neither the videos nor their frames, or class labels that are missing,
-                unknown or of no use.
+            TavError: wrong rank, a batch that fits neither the videos nor their frames, or class labels that are
+                missing, unknown or of no use.
         """
         if latents.ndim != 5:
-            raise TavError(f"latents must be b c f h w, got shape {tuple(latents.shape)}; reshape them")
+            raise TavError("latents", None, f"must be b c f h w, got shape {tuple(latents.shape)}", "reshape them")
         b, _, f, _, _ = latents.shape
         t = torch.as_tensor(timesteps, device=latents.device).reshape(-1)
         if len(t) not in (1, b):
-            raise TavError(f"timesteps has {len(t)} entries for {b} videos; give one, or one per video")
+            raise TavError("timesteps", None, f"has {len(t)} entries for {b} videos", "give one, or one per video")
         if encoder_hidden_states.ndim != 3:
             shape = tuple(encoder_hidden_states.shape)
-            raise TavError(f"encoder_hidden_states must be b n d, got shape {shape}; reshape them")
+            raise TavError("encoder_hidden_states", None, f"must be b n d, got shape {shape}", "reshape them")
         kwargs = {
             name: value if name == "cross_attention_kwargs" else per_frame(name, value, b, f)
             for name, value in kwargs.items()
@@ -143,12 +143,14 @@ class VideoUNet(UNet2DConditionModel):
         embedding, kind = self.class_embedding, self.config.class_embed_type
         if embedding is None:
             if class_labels is not None:
-                raise TavError("class_labels are given, but this unet knows no classes; leave them out")
+                raise TavError("class_labels", None, "are given, but this unet knows no classes", "leave them out")
             return None
         if class_labels is None:
             raise TavError(
-                "this unet is conditioned on class labels and got none; pass class_labels, from Python, one per "
-                "video or per frame"
+                "class_labels",
+                None,
+                "are missing, and this unet is conditioned on them",
+                "pass them, from Python, one per video or per frame",
             )
         if isinstance(embedding, nn.Embedding):
             known = not class_labels.is_floating_point() and (
@@ -156,8 +158,10 @@ class VideoUNet(UNet2DConditionModel):
             )
             if not known:
                 raise TavError(
-                    f"class_labels={class_labels.unique().tolist()} must be integers from 0 to {embedding.num_embeddings - 1}; "
-                    "give those that this unet was trained on"
+                    "class_labels",
+                    class_labels.unique().tolist(),
+                    f"must be integers from 0 to {embedding.num_embeddings - 1}",
+                    "give those that this unet was trained on",
                 )
         elif kind != "timestep":  # a vector
             class_labels = class_labels.to(sample.dtype)
@@ -166,9 +170,9 @@ class VideoUNet(UNet2DConditionModel):
     def set_memory(self, memory: str) -> None:
         """What the backward pass recomputes.
 
-        "fast": nothing; "selective": resnets and feed-forwards, which keep much for the time that they take; "checkpointing":
-        resnets and transformers, one at a time; "low": around them whole blocks of the U-Net, so that nothing is kept but what
-        flows from block to block, and in them attentions and feed-forwards.
+        "fast": nothing; "selective": resnets and feed-forwards, which keep much for the time that they take;
+        "checkpointing": resnets and transformers, one at a time; "low": around them whole blocks of the U-Net, so that
+        nothing is kept but what flows from block to block, and in them attentions and feed-forwards.
         """
         self.memory = memory
         for module in self.modules():
@@ -208,15 +212,15 @@ def inflate(
         TavError: an unknown option, a model that is inflated already or has no transformer block.
     """
     if attention not in MODES:
-        raise TavError(f"attention={attention!r} is unknown; choose one of {', '.join(MODES)}")
+        raise TavError("attention", attention, "is unknown", f"choose one of {', '.join(MODES)}")
     if norm not in NORMS:
-        raise TavError(f"norm={norm!r} is unknown; choose one of {', '.join(NORMS)}")
+        raise TavError("norm", norm, "is unknown", f"choose one of {', '.join(NORMS)}")
     if isinstance(unet, VideoUNet):
-        raise TavError("unet is inflated already; pass the 2D model")
+        raise TavError("unet", None, "is inflated already", "pass the 2D model")
     if not isinstance(unet, UNet2DConditionModel):
-        raise TavError(f"unet is a {type(unet).__name__}; pass a diffusers UNet2DConditionModel")
+        raise TavError("unet", None, f"is a {type(unet).__name__}", "pass a diffusers UNet2DConditionModel")
     if not any(isinstance(module, BasicTransformerBlock) for module in unet.modules()):
-        raise TavError("unet has no transformer block to inflate; pass a text-to-image model such as SD 1.5")
+        raise TavError("unet", None, "has no transformer block to inflate", "pass a text-to-image model such as SD 1.5")
 
     unet = copy.deepcopy(unet)
     context, checkpointing = FrameContext(), unet.is_gradient_checkpointing

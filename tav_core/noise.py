@@ -22,7 +22,7 @@ def save_noise(path: Path, noise: Tensor, subject: Tensor | None, prompt: str, p
 
 
 def read_noise(path: Path, preset: Preset) -> tuple[Tensor, Tensor | None, str]:
-    """Inverted noise `1 c f h w`, the mask of the subject `1 1 f h w` of pixels if one was found, and the sentence of its clip.
+    """Inverted noise `1 c f h w`, the subject's mask `1 1 f h w` of pixels if one was found, and the clip's sentence.
 
     Raises:
         TavError: a file that isn't noise, or noise that was inverted in another way than `preset` samples.
@@ -31,21 +31,25 @@ def read_noise(path: Path, preset: Preset) -> tuple[Tensor, Tensor | None, str]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise TavError(f"--noise {path} is not a file of `invert`; make one with python -m tav_core invert")
+                raise TavError("noise", path, "is not a file of `invert`", "make one with python -m tav_core invert")
             noise = file.get_tensor("latents")
             subject = file.get_tensor("subject") if "subject" in file.keys() else None
     except (OSError, SafetensorError) as error:
-        raise TavError(f"--noise {path} can't be read ({error}); make one with python -m tav_core invert") from error
+        raise TavError("noise", path, f"can't be read ({error})", "make one with python -m tav_core invert") from error
     steps, inverted_with = int(metadata["steps"]), metadata.get("inverted_with", "empty prompt")
     if steps != preset.sampling_steps:
         raise TavError(
-            f"--sampling-steps is {preset.sampling_steps}, but {path} was inverted with {steps}; "
-            f"use --sampling-steps {steps}"
+            "sampling_steps",
+            preset.sampling_steps,
+            f"is not the {steps} that {path} was inverted with",
+            f"give {steps}",
         )
     if (inverted_with == "caption") != (preset.caption_as_negative > 0):
         remedy = "a value above 0" if inverted_with == "caption" else "0"
         raise TavError(
-            f"--caption-as-negative is {preset.caption_as_negative:g}, but {path} was inverted with the "
-            f"{inverted_with}; give it {remedy}, or invert again"
+            "caption_as_negative",
+            preset.caption_as_negative,
+            f"doesn't fit {path}, which was inverted with the {inverted_with}",
+            f"give it {remedy}, or invert again",
         )
     return noise, subject, metadata["prompt"]

@@ -34,7 +34,7 @@ class Preset:
     def __post_init__(self):
         for name in ("attention_injection", "caption_as_negative"):
             if not 0 <= getattr(self, name) <= 1:
-                raise TavError(f"{name}={getattr(self, name)} is out of range; give a number from 0 to 1")
+                raise TavError(name, getattr(self, name), "is out of range", "give a number from 0 to 1")
         if self.tuning.context_length is not None:
             ContextWindows(self.tuning.context_length, self.context_overlap)
 

@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+from dataclasses import fields
 
 from diffusers.utils import logging as diffusers_logging
 from tqdm import tqdm
@@ -14,8 +15,11 @@ from .memory import is_out_of_memory
 from .precision import DTYPES
 from .presets import PRESETS, Preset, default_preset, with_settings
 from .recompute import MEMORY
+from .tuning import TuneConfig
 
 STAGES = {"tune": "tuning", "invert": "inversion", "sample": "sampling"}
+# fields of errors that are called otherwise here
+_NAMES = {"count": "frames", "width": "size", "height": "size", "num_steps": "sampling_steps", "state": "state file"}
 
 
 class Progress:
@@ -88,7 +92,8 @@ def add_preset_arguments(parser: argparse.ArgumentParser):
         "--attention-injection",
         type=float,
         metavar="X",
-        help="share of the sampling steps in which edits attend as the clip does (0 to 1): more keeps more of its layout and motion",
+        help="share of the sampling steps in which edits attend as the clip does (0 to 1): more keeps more of its "
+        "layout and motion",
     )
     group.add_argument(
         "--caption-as-negative",
@@ -113,21 +118,9 @@ def add_preset_arguments(parser: argparse.ArgumentParser):
 
 def preset_of(args: argparse.Namespace) -> Preset:
     """The preset that the arguments of `add_preset_arguments` describe."""
-    return with_settings(
-        PRESETS[args.preset or default_preset(args.checkpoint)],
-        steps=args.steps,
-        learning_rate=args.learning_rate,
-        seed=args.seed,
-        dtype=args.dtype,
-        memory=args.memory,
-        sampling_steps=args.sampling_steps,
-        guidance_scale=args.guidance_scale,
-        attention_injection=args.attention_injection,
-        caption_as_negative=args.caption_as_negative,
-        steady=args.steady,
-        context_length=args.context_length,
-        context_overlap=args.context_overlap,
-    )
+    settings = {each.name for of in (Preset, TuneConfig) for each in fields(of)}
+    given = {name: value for name, value in vars(args).items() if name in settings}
+    return with_settings(PRESETS[args.preset or default_preset(args.checkpoint)], **given)
 
 
 def run(parser: argparse.ArgumentParser):
@@ -136,15 +129,22 @@ def run(parser: argparse.ArgumentParser):
         library.set_verbosity_error()
         library.disable_progress_bar()
     args = parser.parse_args()
+    options = frozenset(vars(args))  # by their name as a variable; a command may add to `args`
+
+    def name_of(field: str) -> str:
+        name = _NAMES.get(field, field)
+        return f"--{name.replace('_', '-')}" if name in options else name
+
     try:
         args.run(args)
     except TavError as error:
+        error.name_of, error.assign = name_of, " "
         sys.exit(_fail(f"error: {error}", 2))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        remedy = "fewer --frames, --context-length, a smaller --size, --memory low or --dtype bf16"
-        sys.exit(_fail(f"error: the device ran out of memory; try {remedy}", 2))
+        told = "error: the device ran out of memory; try fewer --frames, --context-length, a smaller --size, "
+        sys.exit(_fail(f"{told}--memory low or --dtype bf16", 2))
     except Cancelled as stop:
         sys.exit(_fail(str(stop), 130))
     except KeyboardInterrupt:

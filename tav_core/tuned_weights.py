@@ -122,23 +122,20 @@ def read_tuned(path: str | Path) -> TunedInfo:
     """
     path = Path(path)
     if not path.is_file():
-        raise TavError(f"tuned weights {path} do not exist; make them with tune")
+        raise TavError("tuned", path, "does not exist", "make it with tune")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise TavError(
-            f"tuned weights {path} can't be read ({error}); give a .safetensors file made by tune"
-        ) from error
+        raise TavError("tuned", path, f"can't be read ({error})", "give a .safetensors file made by tune") from error
     if metadata.get("format") != FORMAT:
-        raise TavError(
-            f"{path} holds no tuned weights (its format is {metadata.get('format')!r}); give a file made by tune"
-        )
+        problem = f"holds no tuned weights (its format is {metadata.get('format')!r})"
+        raise TavError("tuned", path, problem, "give a file made by tune")
     try:
         metadata = {"more_prompts": "[]", **metadata}  # files of one take may not have it
         return TunedInfo(**{name: json.loads(metadata[name]) for name in TunedInfo.__dataclass_fields__})
     except (KeyError, json.JSONDecodeError) as error:
-        raise TavError(f"tuned weights {path} have damaged metadata ({error}); tune again") from error
+        raise TavError("tuned", path, f"has damaged metadata ({error})", "tune again") from error
 
 
 def load_tuned(path: str | Path, unet: VideoUNet) -> TunedInfo:
@@ -150,7 +147,7 @@ def load_tuned(path: str | Path, unet: VideoUNet) -> TunedInfo:
     info = read_tuned(path)
     _require_inflated(unet)
     parameters, tensors = trainable_parameters(unet), load_file(path)
-    check_fit(f"tuned weights {path}", info, tensors, base_fingerprint(unet), unet.inflation, parameters)
+    check_fit(path, info, tensors, base_fingerprint(unet), unet.inflation, parameters)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
@@ -158,7 +155,7 @@ def load_tuned(path: str | Path, unet: VideoUNet) -> TunedInfo:
 
 
 def check_fit(
-    what: str,
+    path: str | Path | None,
     info: TunedInfo,
     weights: Mapping[str, Tensor],
     base: str,
@@ -168,7 +165,7 @@ def check_fit(
     """Refuses tuned weights that were made on another model.
 
     Args:
-        what: how the message calls the weights.
+        path: of the file of the weights, or None if they are in none.
         base, inflation, parameters: fingerprint, options and trainable parameters of the model at hand.
 
     Raises:
@@ -176,17 +173,24 @@ def check_fit(
     """
     if info.base != base:
         raise TavError(
-            f"{what} belong to the base model {info.base_name!r} ({info.base[:12]}), this one is "
-            f"{base[:12]}; load that checkpoint, or tune on this one"
+            "tuned",
+            path,
+            f"belongs to the base model {info.base_name!r} ({info.base[:12]}), this one is {base[:12]}",
+            "load that checkpoint, or tune on this one",
         )
     if info.inflation != inflation:
         raise TavError(
-            f"{what} were made with {info.inflation}, the U-Net is inflated with {inflation}; inflate it the same way"
+            "tuned",
+            path,
+            f"was made with {info.inflation}, the U-Net is inflated with {inflation}",
+            "inflate it the same way",
         )
     if {n: t.shape for n, t in weights.items()} != {n: p.shape for n, p in parameters.items()}:
-        raise TavError(f"{what} do not name the parameters of this U-Net; the file is damaged, tune again")
+        raise TavError("tuned", path, "does not name the parameters of this U-Net: it is damaged", "tune again")
 
 
 def _require_inflated(unet: nn.Module):
     if not isinstance(unet, VideoUNet):
-        raise TavError(f"unet is a {type(unet).__name__}; inflate it first: only a video U-Net has tuned weights")
+        raise TavError(
+            "unet", None, f"is a {type(unet).__name__}", "inflate it first: only a video U-Net has tuned weights"
+        )

@@ -84,9 +84,9 @@ def read_state(path: Path) -> tuple[TuneState, dict[str, Tensor]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
-        raise TavError(f"cannot read state file {path}: {error}; delete it or choose another one") from error
+        raise TavError("state", path, f"can't be read ({error})", "delete it or choose another one") from error
     if metadata.get("format") != FORMAT:
-        raise TavError(f"state file {path} is not one of a tuning run ({FORMAT}); choose another one")
+        raise TavError("state", path, f"is not of a tuning run ({FORMAT})", "choose another one")
     step, fingerprint, probe_losses, loss_scale = (
         json.loads(metadata[key]) for key in ("step", "fingerprint", "probe_losses", "loss_scale")
     )
@@ -126,8 +126,10 @@ def check_same_run(path: Path, stored: dict[str, Any], current: dict[str, Any], 
             return
     if different:
         raise TavError(
-            f"state file {path} belongs to another run ({', '.join(different)} changed); "
-            "choose another state file, or start over with resume=False"
+            "state",
+            path,
+            f"belongs to another run ({', '.join(different)} changed)",
+            "choose another one, or delete it to start over",
         )
 
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .atomic import atomic_path
-from .errors import TavError
+from .errors import TavError, field
 
 FITS = ("crop", "pad", "stretch")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -56,16 +56,16 @@ def load_video(
     for name, value, least in (
         ("start", start, 0),
         ("stride", stride, 1),
-        ("frames", count, 1),
-        ("size", width, 1),
-        ("size", height, 1),
+        ("count", count, 1),
+        ("width", width, 1),
+        ("height", height, 1),
     ):
         if value is not None and value < least:
-            raise TavError(f"--{name} {value} is out of range; give {least} or more")
+            raise TavError(name, value, "is out of range", f"give {least} or more")
     if fit not in FITS:
-        raise TavError(f"--fit {fit} is unknown; choose one of {', '.join(FITS)}")
+        raise TavError("fit", fit, "is unknown", f"choose one of {', '.join(FITS)}")
     if not path.exists():
-        raise TavError(f"--video {path} does not exist; check the path")
+        raise TavError("video", path, "does not exist", "check where it is")
     source = _folder(path, start, stride) if path.is_dir() else _file(path, start, stride)
     fps = next(source)
     frames = []
@@ -77,14 +77,17 @@ def load_video(
     finally:
         source.close()  # the decoder stops here, whatever is left in the file
     if not frames:
-        raise TavError(f"--start {start} is past the end of {path}; give a smaller number")
+        raise TavError("start", start, f"is past the end of {path}", "give a smaller number")
     if count is not None and len(frames) < count:
         raise TavError(
-            f"--frames {count}: {path} has only {len(frames)} frames from --start {start} with --stride "
-            f"{stride}; use --frames {len(frames)} or a smaller stride"
+            "count",
+            count,
+            f"is more than the {len(frames)} frames of {path} from {field('start')} {start} with "
+            f"{field('stride')} {stride}",
+            f"give {len(frames)}, or a smaller {field('stride')}",
         )
     if len({frame.shape for frame in frames}) > 1:
-        raise TavError(f"--video {path} holds images of several sizes; give --size to bring them to one")
+        raise TavError("video", path, "holds images of several sizes", f"give {field('size')} to bring them to one")
     return Clip(torch.from_numpy(np.stack(frames)), fps / stride, str(path))
 
 
@@ -93,13 +96,13 @@ def _folder(path: Path, start: int, stride: int) -> Iterator[float | np.ndarray]
     names = [p for p in path.iterdir() if p.suffix.lower() in IMAGES and not p.name.startswith(".")]
     names.sort(key=lambda p: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", p.name.lower())])
     if not names:
-        raise TavError(f"--video {path} is a folder without images; it needs {', '.join(IMAGES)}")
+        raise TavError("video", path, "is a folder without images", f"put some there ({', '.join(IMAGES)})")
     yield FOLDER_FPS
     for name in names[start::stride]:
         try:
             yield _image(name)
         except (UnidentifiedImageError, OSError) as error:
-            raise TavError(f"--video {name} can't be read as an image ({error}); remove or replace it") from error
+            raise TavError("video", name, f"can't be read as an image ({error})", "remove or replace it") from error
 
 
 def _image(path: Path) -> np.ndarray:
@@ -125,7 +128,7 @@ def _file(path: Path, start: int, stride: int) -> Iterator[float | np.ndarray]:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise TavError(
-                    f"--video {path} has no video stream; give an mp4, webm or gif file or a folder of images"
+                    "video", path, "has no video stream", "give an mp4, webm or gif file or a folder of images"
                 )
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
@@ -138,10 +141,12 @@ def _file(path: Path, start: int, stride: int) -> Iterator[float | np.ndarray]:
                 stream, "index_entries", ()
             )  # of mp4, from PyAV 17 on; the decoder takes a missing rest for the end
             if len(index) and (last := index[len(index) - 1]).pos + last.size > path.stat().st_size:
-                raise TavError(f"--video {path} is cut off, its last frames are missing; copy it again")
+                raise TavError("video", path, "is cut off, its last frames are missing", "copy it again")
     except (av.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise TavError(f"--video {path} can't be decoded ({reason}); is it a video? Convert it to mp4 again") from error
+        raise TavError(
+            "video", path, f"can't be decoded ({reason})", "if it is a video, convert it to mp4 again"
+        ) from error
 
 
 def _fit(frame: np.ndarray, width: int | None, height: int | None, fit: str) -> np.ndarray:
@@ -190,12 +195,14 @@ def save_video(frames: Tensor | np.ndarray, path: str | Path, fps: float):
     path = Path(path)
     codecs = {".mp4": ("libx264", {"crf": "17"}), ".webm": ("libvpx-vp9", {"crf": "24", "b": "0"}), ".gif": None}
     if path.suffix.lower() not in codecs:
-        raise TavError(f"cannot write {path}: {path.suffix or 'no suffix'} is unknown; use .mp4, .webm or .gif")
+        raise TavError("output", path, "ends in the suffix of no known format", "use .mp4, .webm or .gif")
     if not 0.01 <= fps <= 1000:
-        raise TavError(f"--fps {fps} is out of range; give a number from 0.01 to 1000")
+        raise TavError("fps", fps, "is out of range", "give a number from 0.01 to 1000")
     frames = torch.as_tensor(frames)
     if frames.ndim != 4 or len(frames) == 0 or frames.shape[-1] != 3:
-        raise TavError(f"frames of shape {tuple(frames.shape)} are no video; give f h w 3 with one frame or more")
+        raise TavError(
+            "frames", None, f"has shape {tuple(frames.shape)}, which is no video", "give f h w 3, one frame or more"
+        )
     if frames.dtype != torch.uint8:
         frames = (frames * 255).round().clamp(0, 255).to(torch.uint8)
     frames = frames.cpu().numpy()
@@ -226,7 +233,7 @@ def save_video(frames: Tensor | np.ndarray, path: str | Path, fps: float):
         except av.FFmpegError as error:
             if isinstance(error, OSError):
                 raise  # the disk: atomic_path says so
-            raise TavError(f"cannot encode {path} ({error}); try another --size") from error
+            raise TavError("output", path, f"can't be encoded ({error})", f"try another {field('size')}") from error
 
 
 def to_pixels(frames: Tensor) -> Tensor:

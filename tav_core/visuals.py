@@ -55,7 +55,7 @@ def side_by_side(videos: list[Tensor], labels: list[str]) -> Tensor:
         TavError: videos of several sizes.
     """
     if len(sizes := {f"{video.shape[2]}x{video.shape[1]}" for video in videos}) > 1:
-        raise TavError(f"the videos are of several sizes ({', '.join(sorted(sizes))}); bring them to one")
+        raise TavError("videos", None, f"are of several sizes ({', '.join(sorted(sizes))})", "bring them to one")
     length = max(len(video) for video in videos)
     columns = len(videos) if len(videos) <= 3 else math.ceil(math.sqrt(len(videos)))
     tiles = []

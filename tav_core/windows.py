@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .attention import FrameContext
 from .condition import at_frames
-from .errors import TavError
+from .errors import TavError, field
 from .inflation import VideoUNet
 
 SHORTEST = 3  # frame 0, the previous frame, and one that sees both
@@ -40,8 +40,10 @@ class ContextWindows:
         check_context_length(self.context_length)
         if not 2 <= self.context_overlap < self.context_length:
             raise TavError(
-                f"context_overlap={self.context_overlap} doesn't fit a context_length of "
-                f"{self.context_length}; give 2 to {self.context_length - 1}"
+                "context_overlap",
+                self.context_overlap,
+                f"doesn't fit a {field('context_length')} of {self.context_length}",
+                f"give 2 to {self.context_length - 1}",
             )
 
     def __call__(
@@ -116,11 +118,13 @@ class WindowedUNet:
 def check_context_length(context_length: int, num_frames: int | None = None):
     """Raises a TavError for a window that is too short, or longer than a clip of `num_frames`."""
     if isinstance(context_length, bool) or not isinstance(context_length, int) or context_length < SHORTEST:
-        raise TavError(f"context_length={context_length!r} is out of range; give an integer of at least {SHORTEST}")
+        raise TavError("context_length", context_length, "is out of range", f"give an integer of at least {SHORTEST}")
     if num_frames is not None and context_length > num_frames:
         raise TavError(
-            f"context_length={context_length} is more than the {num_frames} frames of the clip; give it at "
-            f"most {num_frames}, or a longer clip"
+            "context_length",
+            context_length,
+            f"is more than the {num_frames} frames of the clip",
+            f"give it at most {num_frames}, or a longer clip",
         )
 
 

@@ -217,7 +217,7 @@ def test_a_mode_that_runs_out_of_memory_gets_no_figure_of_another(subject, monke
         return tuning_loss(*args)
 
     monkeypatch.setattr("tav_core.tuning.tuning_loss", out_of_memory)
-    with pytest.raises(TavError, match="fast ran out of memory; leave fast out with --memory"):
+    with pytest.raises(TavError, match="memory='fast' ran out of memory; choose modes that take less"):
         subject.run("tune", bench.Mode())
 
 
@@ -256,11 +256,16 @@ def test_memory_that_cannot_be_read_is_told_first(monkeypatch, tmp_path, capsys)
     monkeypatch.setattr(bench, "seconds", lambda *args: pytest.fail("it has begun"))
     with pytest.raises(SystemExit):
         run(monkeypatch, "--layout", "small")
-    assert "use --no-memory" in capsys.readouterr().err
+    assert "use --no-memory, without --growth" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "options, told", [(["--runs", 0], "--runs 0"), (["--size", 12], "--size 12"), (["--frames", -1], "--frames -1")]
+    "options, told",
+    [
+        (["--runs", 0], "--runs 0"),
+        (["--size", 12], "--size 12 is not a positive multiple of 8"),
+        (["--frames", -1], "--frames -1"),
+    ],
 )
 def test_what_cannot_be_run_is_refused(monkeypatch, capsys, options, told):
     with pytest.raises(SystemExit):

@@ -152,7 +152,7 @@ def test_windows_and_the_search_for_the_subject_take_labels(unet):
 
 
 @pytest.mark.parametrize("labels, told", [
-    (None, "conditioned on class labels and got none; pass class_labels"),
+    (None, "class_labels are missing, and this unet is conditioned on them; pass them"),
     (label(5), r"class_labels=\[5\] must be integers from 0 to 4"),
     (label(-1), r"class_labels=\[-1\] must be integers from 0 to 4"),
     (torch.tensor([1.0]), r"class_labels=\[1.0\] must be integers from 0 to 4"),
@@ -212,12 +212,12 @@ def test_an_edit_from_end_to_end(classes):
     )
     assert dog.shape == frames.shape and not torch.equal(dog, cat)
     unlabelled = prepare(checkpoint, frames, "a dog runs")
-    refused("got none; pass class_labels", checkpoint, [unlabelled], preset, call=tune_on)
+    refused("class_labels are missing", checkpoint, [unlabelled], preset, call=tune_on)
 
 
 def test_nodes_refuse_what_conditioning_cannot_say(pack, classes):
     checkpoint = load_checkpoint(classes)
     with pytest.raises(
-        ValueError, match="checkpoint 'classes' is conditioned on class labels, which CONDITIONING doesn't hold"
+        ValueError, match="checkpoint classes is conditioned on class labels, which CONDITIONING doesn't hold"
     ):
         pack.nodes.load_checkpoint.native_unet(checkpoint, classes)

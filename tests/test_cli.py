@@ -117,20 +117,20 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, tav, tm
         "--frames": 2,
     }
     cases = [
-        ({"--video": tmp_path / "none.mp4"}, "none.mp4"),
-        ({"--video": broken}, "broken.mp4"),
-        ({"--frames": 99}, "--frames 8"),
+        ({"--video": tmp_path / "none.mp4"}, f"--video {tmp_path / 'none.mp4'} does not exist"),
+        ({"--video": broken}, f"--video {broken} can't be decoded"),
+        ({"--frames": 99}, "--frames 99 is more than the 8 frames of"),
         ({"--size": "100x128"}, "100"),
         ({"--prompt": " "}, "--prompt"),
-        ({"--edit": ""}, "--edit"),
-        ({"--checkpoint": tmp_path}, "--checkpoint"),
-        ({"--checkpoint": clip}, "--checkpoint"),
+        ({"--edit": ""}, "--edit is empty"),
+        ({"--checkpoint": tmp_path}, f"--checkpoint {tmp_path} is no diffusers model"),
+        ({"--checkpoint": clip}, f"--checkpoint {clip} is not a .safetensors file"),
         ({"--steps": 0}, "steps"),
         ({"--learning-rate": 5}, "learning_rate"),
         ({"--sampling-steps": 0}, "1000"),
-        ({"--attention-injection": 1.5}, "attention_injection=1.5"),
-        ({"--caption-as-negative": -1}, "caption_as_negative=-1"),
-        ({"--region": "subject"}, "--contrast"),
+        ({"--attention-injection": 1.5}, "--attention-injection 1.5"),
+        ({"--caption-as-negative": -1}, "--caption-as-negative -1"),
+        ({"--region": "subject"}, "--region needs to know where the subject is; give --contrast,"),
         ({"--contrast": "a red ball"}, "--contrast 'a red ball' says nothing of another subject"),
     ]
     for change, words in cases:
@@ -142,8 +142,9 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, tav, tm
     sample = ["sample", "--edit", "x", "--output", tmp_path]
     tuned = [*sample, "--tuned", edited / "tuned.safetensors", "--noise", edited / "noise.safetensors", *FAST]
     told = tav(*tuned, "--region", "subject", "--region", "background", fails=True)
-    assert "there are 2 --region for 1 --edit" in told
-    assert "tuned weights" in tav(*sample, "--tuned", edited / "noise.safetensors", fails=True)
+    assert "--region has 2 values for 1 --edit" in told
+    told = tav(*sample, "--tuned", edited / "noise.safetensors", fails=True)
+    assert f"--tuned {edited / 'noise.safetensors'} holds no tuned weights" in told
     told = tav(*tuned, "--caption-as-negative", "0", fails=True)
     assert "inverted with the caption; give it a value above 0" in told
 

@@ -132,7 +132,7 @@ def test_tuned_weights_belong_to_their_lora_and_strength(pack, load, mini, infer
     tuned = nodes.ApplyTunedWeights.execute(upstream(1.0), weights).args[0]
     assert relative(drawn(tuned, mini, 3), drawn(styled, mini, 3)) > 1e-3
     for other in (upstream(0.5), mini.inflated):
-        with pytest.raises(ValueError, match="belong to the base model"):
+        with pytest.raises(ValueError, match="tuned_weights belongs to the base model"):
             nodes.ApplyTunedWeights.execute(other, weights)
 
 

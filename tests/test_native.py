@@ -528,7 +528,7 @@ def test_tuning_is_that_of_the_core(pack, mini, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="inflate it the same way"):
         other = pack.nodes.Inflate.execute(mini.model, "first", False, "video").args[0]
         pack.nodes.ApplyTunedWeights.execute(other, weights)
-    with pytest.raises(ValueError, match="belong to the base model"):
+    with pytest.raises(ValueError, match="tuned_weights belongs to the base model"):
         pack.nodes.ApplyTunedWeights.execute(inflated(pack, native()), weights)
 
 
@@ -550,19 +550,21 @@ def test_out_of_memory_is_told_plainly_and_the_core_sees_it(pack):
     common, tuning = pack.nodes.common, pack.tav_core.tuning
     for cause in OUT_OF_MEMORY:
         with (
-            pytest.raises(OOM_EXCEPTION, match="^out of memory; use fewer .*, memory low, or dtype bf16$") as error,
+            pytest.raises(
+                OOM_EXCEPTION, match="^the device ran out of memory; use fewer .*, memory low, or dtype bf16$"
+            ) as error,
             common.plain_errors(),
         ):
             raise cause
         assert isinstance(error.value, ValueError) and error.value.__cause__ is cause
     with (
-        pytest.raises(OOM_EXCEPTION, match="step 3 ran out of memory, with memory low") as error,
+        pytest.raises(OOM_EXCEPTION, match="^memory low ran out of memory at step 3; use fewer frames$") as error,
         common.plain_errors(),
     ):
-        raise tuning.OutOfMemory("step 3 ran out of memory, with --memory low")
+        raise tuning.OutOfMemory("memory", "low", "ran out of memory at step 3", "use fewer frames")
     for other in (
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
-        common.TavError("steps=0 is out of range"),
+        common.TavError("steps", 0, "is out of range", "give 1 or more"),
     ):
         with pytest.raises(type(other), match=re.escape(str(other))) as error, common.plain_errors():
             raise other

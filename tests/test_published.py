@@ -126,7 +126,7 @@ def test_what_is_no_such_model_is_refused(copied):
     refused("has down_blocks.0.motion_modules.0.weight", copied)
     lost = "mid_block.attentions.0.transformer_blocks.0.attn_temp.to_q.weight"
     write(weights, {name: value for name, value in good.items() if name != lost})
-    refused(f"lacks 1 of its weights .{lost}", copied)
+    refused(f"lacks 1 of its weights .unet: {lost}", copied)
     config.write_text(json.dumps(CONFIG | {"in_channels": 9}))
     refused("inpainting", copied)
 
@@ -149,7 +149,7 @@ def test_tuned_weights_can_be_taken_out_of_it(published, copied, tmp_path):
     )
     save_tuned(path, unet, **facts)
     refused(
-        "belong to the base model", path, base, call=load_tuned
+        "belongs to the base model", path, base, call=load_tuned
     )  # these vectors have a norm_temp that tuning never makes
     weights = copied / "unet" / "diffusion_pytorch_model.safetensors"
     write(weights, parameters() | {name: value for name, value in base.state_dict().items() if "norm_temp" in name})
@@ -189,7 +189,7 @@ def test_commands_need_no_tuned_weights(published, tmp_path):
     tav_process("sample", "--noise", noise, "--edit", "a star", "--output", tmp_path, *common)
     assert (tmp_path / "edit-1-a-star.mp4").exists()
     refused(
-        "--tuned is missing; give a file of `tune` or `edit`, or a --checkpoint that is a Tune-A-Video model",
+        "tuned is missing; give a file of `tune` or `edit`, or a name_or_path that is a Tune-A-Video model",
         SimpleNamespace(tuned=None),
         load_checkpoint("mini"),
         call=_load_tuned_unet,

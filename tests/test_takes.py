@@ -71,7 +71,11 @@ def test_all_takes_are_learned():
         nothing = replace(CONFIG, steps=1, learning_rate=1e-7, probe_size=8)
         return [
             run(
-                unet, nothing, latents=t.latents, encoder_hidden_states=t.condition.encoder_hidden_states, latents_std=None
+                unet,
+                nothing,
+                latents=t.latents,
+                encoder_hidden_states=t.condition.encoder_hidden_states,
+                latents_std=None,
             ).probe_losses[0][1]
             for t in (take_of(**clip()), *OTHERS)
         ]
@@ -123,7 +127,7 @@ def test_commands_with_several_takes(tav, tmp_path):
         out,
         *fast,
     ]
-    assert "there are 2 --video and 1 --prompt; give each --video its own --prompt" in tav(*tune, fails=True)
+    assert "--video has 2 values, --prompt 1; give each --video its own --prompt" in tav(*tune, fails=True)
     assert not out.exists()
     tav(*tune, "--prompt", "a red ball rolls back")
     info = read_tuned(out / "tuned.safetensors")

@@ -88,7 +88,7 @@ def test_damaged_tuned_weights(checkpoint, tuned, tmp_path):
         refused("bad.safetensors", bad, unet, call=load_tuned)
     torch.save(tensors, bad)  # a pickle
     refused("bad.safetensors", bad, unet, call=load_tuned)
-    refused("do not exist", tmp_path / "none.safetensors", unet, call=load_tuned)
+    refused("path='.*none.safetensors' does not exist", tmp_path / "none.safetensors", unet, call=load_tuned)
     assert not any(torch.equal(p, tensors[n]) for n, p in trainable_parameters(unet).items())  # nothing was loaded
 
 
@@ -125,6 +125,6 @@ def test_only_a_video_unet_is_saved(checkpoint, tmp_path):
 def test_a_path_that_cannot_be_written_leaves_nothing(tuned, tmp_path):
     (tmp_path / "taken").mkdir()
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(TavError, match="cannot write .*taken"):
+    with pytest.raises(TavError, match="path='.*taken' can't be written"):
         save_tuned(tmp_path / "taken", tuned[0], prompt="", num_frames=1, width=8, height=8, config={})
     assert sorted(tmp_path.iterdir()) == before

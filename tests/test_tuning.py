@@ -139,7 +139,7 @@ def test_state_of_another_model(tmp_path):
 def test_damaged_state(tmp_path, content):
     path = tmp_path / "run.safetensors"
     path.write_bytes(content)
-    with pytest.raises(TavError, match="cannot read state file"):
+    with pytest.raises(TavError, match="state_path='.*run.safetensors' can't be read"):
         run(make_unet(), state_path=path)
 
 
@@ -175,7 +175,9 @@ def test_disk_full(monkeypatch, tmp_path, function):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, function, full)
-    with pytest.raises(TavError, match="cannot write .*: No space left on device; free space or") as caught:
+    with pytest.raises(
+        TavError, match=r"path='.*' can't be written \(No space left on device\); free space or"
+    ) as caught:
         run(make_unet(), state_path=path)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
@@ -189,7 +191,7 @@ def test_atomic_path(tmp_path):
         temporary.write_text("second")
         raise KeyError
     assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
-    with pytest.raises(TavError, match="cannot write"), atomic_path(path / "below"):
+    with pytest.raises(TavError, match="path='.*below' can't be written"), atomic_path(path / "below"):
         pass
 
 
@@ -317,5 +319,5 @@ def test_disk_full_in_safetensors(monkeypatch, tmp_path):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("tav_core.tuning_state.save_file", full)
-    with pytest.raises(TavError, match="run.safetensors: No space left on device; free space or"):
+    with pytest.raises(TavError, match=r"run.safetensors' can't be written \(No space left on device\); free space or"):
         run(make_unet(), state_path=path)

@@ -270,7 +270,7 @@ def test_commands_on_long_clips(tav, tmp_path):
     edit = ["edit", "--video", CLIP, "--prompt", "a red ball", "--edit", "a blue ball", "--frames", 8, *fast]
     windows = ["--context-length", 4, "--context-overlap", 2]
     out = tmp_path / "out"
-    assert "context_length=9 is more than the 8 frames" in tav(
+    assert "--context-length 9 is more than the 8 frames" in tav(
         *edit, "--output", out, "--context-length", 9, fails=True
     )
     assert "context_overlap=4 doesn't fit a context_length of 4" in tav(
@@ -427,7 +427,7 @@ def test_windows_of_the_core(tuned_on_4):
     assert relative(predicted(free, x), blended / total) > 1e-3
     with pytest.raises(
         ValueError,
-        match="a context window has 3 frames, this MODEL was tuned on 4; set context_length to 4, or use "
+        match="context_length gives a window of 3 frames, this MODEL was tuned on 4; set context_length to 4, or use "
         r"Context Windows \(Tune-A-Video\)",
     ):
         predicted(core_windows(tuned, 3), x)
@@ -465,11 +465,11 @@ def test_windows_that_a_model_cannot_have(pack, inference_mode):
     windows, model = pack.nodes.ContextWindows.execute, inflated(pack, native())
     with pytest.raises(ValueError, match="MODEL is not inflated"):
         windows(native(), 8, 4)
-    with pytest.raises(ValueError, match="context_overlap=8 doesn't fit a context_length of 8; give 2 to 7"):
+    with pytest.raises(ValueError, match="context_overlap 8 doesn't fit a context_length of 8; give 2 to 7"):
         windows(model, 8, 8)
     with pytest.raises(
-        ValueError, match="context_length is 0, the tuned length, and MODEL isn't tuned; give it a number"
+        ValueError, match="context_length 0 is the tuned length, and MODEL isn't tuned; give it a number"
     ):
         sample(windows(model, 0, 4).args[0], 5, steps=1)
-    with pytest.raises(ValueError, match="context_length=8 is more than the 5 frames of the clip"):
+    with pytest.raises(ValueError, match="context_length 8 is more than the 5 frames of the clip"):
         sample(windows(model, 8, 4).args[0], 5, steps=1)
