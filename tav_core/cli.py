@@ -107,11 +107,11 @@ def _inflation(args) -> dict[str, Any]:
 
 
 @contextmanager
-def _told_how_to_go_on() -> Iterator[None]:
+def _told_how_to_go_on(how: str = "add --resume") -> Iterator[None]:
     try:
         yield
     except Cancelled as stop:
-        raise Cancelled(f"{stop}; add --resume to go on") from None
+        raise Cancelled(f"{stop}; {how} to go on") from None
 
 
 # ---------------------------------------------------------------------------------------------- the commands
@@ -137,7 +137,7 @@ def _demo(args):
     clip = load_video(demo.CLIP, count=FRAMES, width=checkpoint.size, height=checkpoint.size)
     edits = [job.Edit(prompt, demo.REGIONS[kind]) for kind, prompt in demo.EDITS.items()]
     wanted = job.EditJob(demo.PROMPT, edits, preset_of(args), demo.CONTRASTS)
-    with _told_how_to_go_on():
+    with _told_how_to_go_on("run the command again"):
         summary, videos = job.run_edit(wanted, checkpoint, clip, args.output, callback=progress)
     summary["judged"] = {kind: demo.score(kind, videos[prompt].numpy()) for kind, prompt in demo.EDITS.items()}
     job.write_json(args.output / "summary.json", summary)

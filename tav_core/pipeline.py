@@ -158,7 +158,7 @@ def check_contrasts(prompt: str, contrasts: Sequence[str]):
     for contrast in contrasts:
         if not contrast.strip() or contrast == prompt:
             remedy = f"change the subject's words in {prompt!r}"
-            raise TavError("contrast", repr(contrast), "says nothing of another subject", remedy)
+            raise TavError("contrast", contrast, "says nothing of another subject", remedy)
 
 
 def sample(

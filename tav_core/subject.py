@@ -133,7 +133,7 @@ def word_places(sentence: Sequence[int], word: Sequence[int], name: str) -> list
     """
     starts = [i for i in range(len(sentence) - len(word) + 1) if list(sentence[i : i + len(word)]) == list(word)]
     if not word or not starts:
-        raise TavError("word", repr(name), "is not in the sentence", "name one of its words")
+        raise TavError("word", name, "is not in the sentence", "name one of its words")
     return [start + i for start in starts for i in range(len(word))]
 
 

@@ -134,14 +134,18 @@ def test_a_schedule_may_end_in_pure_noise():
         rescale_betas_zero_snr=True,
         clip_sample=False,
     )
-    reference, model, x = copy.deepcopy(scheduler), Model(scheduler, "v_prediction"), latents()
-    model.alphas = model.alphas.clamp(min=1e-12)
+    reference, x = copy.deepcopy(scheduler), latents()
     reference.set_timesteps(10)
+
+    def model(x, t, text):
+        return 0.9 * torch.tanh(x + text.mean()) + 0.0002 * t
+
+    model.dtype = torch.float32
     assert scheduler.alphas_cumprod[reference.timesteps[0]] < 1e-6
     for t in reference.timesteps:
         x = reference.step(model(x, t, TEXT), t, x).prev_sample
     out = ddim_sample(model, latents(), TEXT, scheduler, 10, guidance_scale=1)
-    assert (out - x).abs().max() <= 1e-4
+    assert (out - x).abs().max() <= 1e-5
     noise = ddim_invert(model, latents(), TEXT, scheduler, 10)
     assert torch.isfinite(noise).all() and noise.abs().max() < 10
 

@@ -13,6 +13,7 @@ from support.errors import refused
 from support.led_sampling import led_sample
 from tav_core import (
     PRESETS,
+    EditPlaces,
     TavError,
     TuneConfig,
     ddim_invert,
@@ -28,7 +29,6 @@ from tav_core.checkpoint import CONFIGS
 from tav_core.mini import world
 from tav_core.mini.benchmark import BenchmarkClip, untouched
 from tav_core.subject import (
-    EditPlaces,
     mask_of,
     mask_of_attention,
     outlined,
@@ -299,6 +299,6 @@ def test_a_word_is_found_during_inversion(mini, found):
     source, unet, _ = found
     ids = mini.tokenizer(source.prompt).input_ids
     mask = word_mask(
-        unet, source.take.latents, source.hidden_states, word_places(ids, ids[3:4], "heart"), mini.scheduler, steps=2
+        unet, source.take.latents, source.take.condition, word_places(ids, ids[3:4], "heart"), mini.scheduler, steps=2
     )
     assert mask.shape == (1, 1, 4, 16, 16) and 0 < mask.mean() < 1 and set(mask.unique().tolist()) == {0, 1}

@@ -55,13 +55,13 @@ def test_each_step_sees_one_take_with_its_own_sentence(monkeypatch):
     monkeypatch.setattr(tav_core.tuning, "tuning_loss", lambda *args: (calls.append(args), inner(*args))[1])
     first = take_of(**clip())
     result = run(make_unet(), replace(CONFIG, steps=6, probe_every=6), more_takes=OTHERS)
-    probes, steps = calls[:6], calls[6:12]
+    probes, learned = calls[:6], calls[6:12]
     assert len(calls) == 6 + 6 + 6
     assert [args[2].shape for args in probes[::2]] == [t.latents.shape for t in (first, *OTHERS)]
     drawn = [draw_take(CONFIG.seed, step, 3) for step in range(6)]
-    for args, number in zip(steps, drawn):
+    for args, number in zip(learned, drawn):
         seen = (first, *OTHERS)[number]
-        assert args[2].shape == seen.latents.shape and torch.equal(args[5], seen.encoder_hidden_states)
+        assert args[2].shape == seen.latents.shape and torch.equal(args[5].encoder_hidden_states, seen.condition.encoder_hidden_states)
         assert torch.equal(args[2], seen.latents) == (seen.latents_std is None)
     assert result.probe_losses[0][1] == pytest.approx(sum(inner(*args).item() for args in probes) / 6, abs=0.05)
 
