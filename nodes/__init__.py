@@ -20,7 +20,8 @@ from .windows import ContextWindows
 from .word import WordMask
 
 NODES = [LoadVideo, LoadCheckpoint, LoadControlNet, Inflate, Take, OneShotTune, SaveTunedWeights, LoadTunedWeights,
-         ApplyTunedWeights, ContextWindows, DDIMInversion, SubjectMask, WordMask, AttentionInjection, VideoSampler, Compare]  # fmt: skip
+         ApplyTunedWeights, ContextWindows, DDIMInversion, SubjectMask, WordMask, AttentionInjection,
+         VideoSampler, Compare]  # fmt: skip
 
 # for the stock LoRA loaders, behind the user's own folders: a file of the same name there is the one that is taken
 folder_paths.add_model_folder_path("loras", str(MINI.parent / "lora"))

@@ -14,20 +14,22 @@ class Inflate(io.ComfyNode):
         return schema(
             node_id="TAVInflate",
             display_name="Inflate (Tune-A-Video)",
-            description="Turns a Stable Diffusion 1.x, 2.x or SDXL MODEL into one that sees all frames of a LATENT batch as one "
-            "video. LoRAs connected before it are baked in. Until it is tuned it draws almost what the image model draws.",
+            description="Turns a Stable Diffusion 1.x, 2.x or SDXL MODEL into one that sees all frames of a LATENT "
+                        "batch as one video. LoRAs connected before it are baked in. Until it is tuned it draws "
+                        "almost what the image model draws.",
             search_aliases=["video model", "sparse-causal attention", "temporal attention"],
             advanced=("temporal_causal", "norm"),
             inputs=[
                 io.Model.Input("model", tooltip="From Load Checkpoint, the stock one or ours, with LoRAs if you like."),
                 io.Combo.Input("attention", options=list(MODES), default="sparse-causal",
-                               tooltip="Frames that each frame looks at: the first and the previous one (sparse-causal, as "
-                               "in the paper), the first alone, or all of them (full: slow, most consistent)."),
+                               tooltip="Frames that each frame looks at: the first and the previous one "
+                                       "(sparse-causal, as in the paper), the first alone, or all of them (full: "
+                                       "slow, most consistent)."),
                 io.Boolean.Input("temporal_causal", default=False,
                                  tooltip="Frames see only earlier ones in temporal attention. The paper: off."),
                 io.Combo.Input("norm", options=list(NORMS), default="video",
-                               tooltip="Statistics of the group norms over the whole video, as in the reference code, or "
-                               "over each frame."),
+                               tooltip="Statistics of the group norms over the whole video, as in the reference code, "
+                                       "or over each frame."),
             ],
             outputs=[io.Model.Output(tooltip="For One-Shot Tune, DDIM Inversion and every sampler.")],
         )  # fmt: skip

@@ -32,8 +32,8 @@ WRAPPER = "model_function_wrapper"
 class Injection:
     """A MODEL's calls in a sampler, beside which the clip walks (see `tav_core.injection.SourceWalk`).
 
-    It is the MODEL's function wrapper and, with `sample`, a wrapper of its whole sampling. A noise mask (stock Set Latent
-    Noise Mask) limits what may change as well, together with `region`, in a sampling that starts from the latent
+    It is the MODEL's function wrapper and, with `sample`, a wrapper of its whole sampling. A noise mask (stock Set
+    Latent Noise Mask) limits what may change as well, together with `region`, in a sampling that starts from the latent
     itself. In one that adds noise it keeps its stock meaning.
 
     Args:
@@ -130,7 +130,9 @@ class Injection:
         return {**args, "input": x, "c": c, "cond_or_uncond": kinds, "timestep": timestep}
 
     def __deepcopy__(self, memo: dict) -> "Injection":
-        """Itself: clones of a MODEL, whose options older cores copy deeply, keep `sample` as well, which goes on with this."""
+        """Itself: clones of a MODEL, whose options older cores copy deeply, keep `sample` as well, which goes on with
+        this.
+        """
         return self
 
 
@@ -159,7 +161,8 @@ def noise_mask(mask: Tensor, latents: Tensor) -> Tensor:
 def with_checked_masks(sample: Callable) -> Callable:
     """`CFGGuider.sample`, in which an `Injection` refuses noise masks of another number of frames.
 
-    The core repeats or cuts them, in newer cores before any wrapper of the MODEL is called: here alone they can be counted.
+    The core repeats or cuts them, in newer cores before any wrapper of the MODEL is called: here alone they can be
+    counted.
     """
 
     @wraps(sample)
@@ -228,27 +231,31 @@ class AttentionInjection(io.ComfyNode):
         return schema(
             node_id="TAVAttentionInjection",
             display_name="Attention Injection (Tune-A-Video)",
-            description="Keeps more of the clip's layout and motion in the edits: in the first steps they attend as the clip does. "
-            "Goes between the tuned MODEL and any sampler that starts from the noise of DDIM Inversion.",
+            description="Keeps more of the clip's layout and motion in the edits: in the first steps they attend as "
+                        "the clip does. Goes between the tuned MODEL and any sampler that starts from the noise of "
+                        "DDIM Inversion.",
             search_aliases=["plug and play", "fatezero", "keep structure", "keep motion"],
             advanced=("steady",),
             inputs=[
                 io.Model.Input("model", tooltip="The tuned MODEL."),
-                io.Conditioning.Input("conditioning", tooltip="What the clip was inverted with: that of DDIM Inversion."),
+                io.Conditioning.Input("conditioning",
+                                      tooltip="What the clip was inverted with: that of DDIM Inversion."),
                 io.Float.Input("share", default=0.6, min=0.0, max=1.0, step=0.05,
-                               tooltip="Share of the sampling steps, from the first on. More keeps more of the clip's layout and motion; "
-                               "less lets the edit go further. 0: as in the paper."),
+                               tooltip="Share of the sampling steps, from the first on. More keeps more of the clip's "
+                                       "layout and motion; less lets the edit go further. 0: as in the paper."),
                 io.Combo.Input("region", options=list(REGIONS), default="everything",
                                tooltip="What the edit may change. The rest is what the noise reconstructs of the clip. "
                                "subject and background need the mask."),
                 io.Boolean.Input("steady", default=True,
-                                 tooltip="With the mask: a background that the edit draws anew stands still where the clip's does. "
-                                 "Turn it off for one that should move, such as a fire or a crowd."),
+                                 tooltip="With the mask: a background that the edit draws anew stands still where the "
+                                         "clip's does. Turn it off for one that should move, such as a fire or a "
+                                         "crowd."),
                 io.Mask.Input("subject", optional=True,
-                              tooltip="Where the subject is, a mask for each frame or one for all: from Subject Mask, or of any "
-                              "other node. It is kept in its place."),
+                              tooltip="Where the subject is, a mask for each frame or one for all: from Subject Mask, "
+                                      "or of any other node. It is kept in its place."),
             ],
-            outputs=[io.Model.Output(tooltip="For a sampler with add_noise disabled. A sampling step takes half as long again.")],
+            outputs=[io.Model.Output(tooltip="For a sampler with add_noise disabled. A sampling step takes half as "
+                                             "long again.")],
         )  # fmt: skip
 
     @classmethod

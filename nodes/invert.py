@@ -19,26 +19,36 @@ class DDIMInversion(io.ComfyNode):
         return schema(
             node_id="TAVDDIMInversion",
             display_name="DDIM Inversion (Tune-A-Video)",
-            description="Finds the noise that carries the structure and motion of a clip. Start a sampler from it, with an "
-            "edited prompt: Video Sampler, or KSampler Advanced with add_noise disabled, at the same steps and scheduler.",
+            description="Finds the noise that carries the structure and motion of a clip. Start a sampler from it, "
+                        "with an edited prompt: Video Sampler, or KSampler Advanced with add_noise disabled, at the "
+                        "same steps and scheduler.",
             search_aliases=["invert", "unsample", "ddim inverse"],
             hidden=[io.Hidden.unique_id],
             advanced=("measure",),
             inputs=[
                 io.Model.Input("model", tooltip="The tuned MODEL."),
                 io.Latent.Input("latent", tooltip="The clip, from VAE Encode."),
-                io.Conditioning.Input("conditioning", tooltip="An empty prompt, as in the paper; or the sentence of the clip, which finds back better."),
-                io.Int.Input("steps", default=50, min=1, max=1000, tooltip="As many as the sampler will take. The paper: 50."),
+                io.Conditioning.Input("conditioning",
+                                      tooltip="An empty prompt, as in the paper; or the sentence of the clip, which "
+                                              "finds back better."),
+                io.Int.Input("steps", default=50, min=1, max=1000,
+                             tooltip="As many as the sampler will take. The paper: 50."),
                 io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="ddim_uniform",
                                tooltip="The one that the sampler will use. ddim_uniform is that of the paper."),
                 io.Boolean.Input("measure", default=True,
-                                 tooltip="Samples back without guidance and reports how far from the clip it ends. Takes as long again."),
-                io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels to invert on, in place of steps and scheduler."),
+                                 tooltip="Samples back without guidance and reports how far from the clip it ends. "
+                                         "Takes as long again."),
+                io.Sigmas.Input("sigmas", optional=True,
+                                tooltip="Noise levels to invert on, in place of steps and scheduler."),
             ],
             outputs=[
-                io.Latent.Output(display_name="noise", tooltip="For Video Sampler, or KSampler Advanced with add_noise disabled."),
-                io.Sigmas.Output(display_name="sigmas", tooltip="The noise levels: for Video Sampler or SamplerCustom."),
-                io.Float.Output(display_name="error", tooltip="Reconstruction error: root mean square in units of the latents; -1 if not measured."),
+                io.Latent.Output(display_name="noise",
+                                 tooltip="For Video Sampler, or KSampler Advanced with add_noise disabled."),
+                io.Sigmas.Output(display_name="sigmas",
+                                 tooltip="The noise levels: for Video Sampler or SamplerCustom."),
+                io.Float.Output(display_name="error",
+                                tooltip="Reconstruction error: root mean square in units of the latents; -1 if not "
+                                        "measured."),
             ],
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The second condition of SDXL: a vector of the pooled text and of the sizes of the picture, carried behind the text."""
+"""The second condition of SDXL: a vector of pooled text and of the sizes of the picture, carried behind the text."""
 
 import torch
 import torch.nn.functional as F

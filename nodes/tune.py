@@ -66,8 +66,9 @@ class OneShotTune(io.ComfyNode):
         return schema(
             node_id="TAVOneShotTune",
             display_name="One-Shot Tune (Tune-A-Video)",
-            description="Teaches an inflated MODEL one clip: only some attention projections change. Cancel whenever you "
-            "like and queue again: it goes on where it stopped. A run that was finished once is not trained again.",
+            description="Teaches an inflated MODEL one clip: only some attention projections change. Cancel whenever "
+                        "you like and queue again: it goes on where it stopped. A run that was finished once is not "
+                        "trained again.",
             search_aliases=["train", "fine-tune video", "tune a video"],
             hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,  # the loss curve stays in the node, also after a cached run
@@ -75,29 +76,36 @@ class OneShotTune(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="From Inflate."),
                 io.Latent.Input("latent", tooltip="The clip, from VAE Encode: its frames are the batch."),
-                io.Conditioning.Input("positive", tooltip="One sentence that describes the clip, from CLIP Text Encode."),
+                io.Conditioning.Input("positive",
+                                      tooltip="One sentence that describes the clip, from CLIP Text Encode."),
                 io.Int.Input("steps", default=500, min=1, max=100_000,
-                             tooltip="The paper: 300 to 500 on SD 1.5. 200 suit the mini checkpoint. A larger number goes on "
-                             "from a shorter run."),
+                             tooltip="The paper: 300 to 500 on SD 1.5. 200 suit the mini checkpoint. A larger number "
+                                     "goes on from a shorter run."),
                 io.Float.Input("learning_rate", default=3e-5, min=1e-7, max=1.0, step=1e-7, round=1e-8,
                                tooltip="The paper: 0.00003. The mini checkpoint wants 0.002."),
                 # a seed that changes after each run, as the frontend gives it by default, would train each time
                 io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False,
                              tooltip="Of noise and timesteps; the same seed gives the same weights."),
                 io.Combo.Input("dtype", display_name="Precision (dtype)", options=["auto", *DTYPES], default="auto",
-                               tooltip="Precision of the computation; auto is bf16 where the GPU has it, else fp32. What is "
-                               "tuned stays in fp32."),
+                               tooltip="Precision of the computation; auto is bf16 where the GPU has it, else fp32. "
+                                       "What is tuned stays in fp32."),
                 io.Combo.Input("memory", options=["auto", *MEMORY], default="auto",
-                               tooltip="fast takes the most memory; selective a third less, and a tenth longer; checkpointing much less, "
-                               "and a third to a half longer; low the least, and about twice as long. auto is the first that fits. All give the same weights, to rounding."),
+                               tooltip="fast takes the most memory; selective a third less, and a tenth longer; "
+                                       "checkpointing much less, and a third to a half longer; low the least, and "
+                                       "about twice as long. auto is the first that fits. All give the same weights, "
+                                       "to rounding."),
                 io.Combo.Input("timestep_sampling", options=["uniform", "stratified"], default="uniform",
-                               tooltip="uniform as in the paper; stratified covers all noise levels evenly, better for short runs."),
+                               tooltip="uniform as in the paper; stratified covers all noise levels evenly, better "
+                                       "for short runs."),
                 io.Int.Input("preview_every", default=0, min=0, max=10_000,
-                             tooltip="Shows the clip as preview_prompt draws it after every so many steps; 0 does not."),
+                             tooltip="Shows the clip as preview_prompt draws it after every so many steps; 0 does "
+                                     "not."),
                 io.Conditioning.Input("preview_prompt", optional=True,
                                       tooltip="The edit to preview; without it the clip itself."),
-                io.Vae.Input("vae", display_name="VAE", optional=True, tooltip="Decodes the preview; without it the preview is a rough one."),
-                NodeTakes.Input("takes", optional=True, tooltip="Further clips to learn from, each with its sentence, from Take."),
+                io.Vae.Input("vae", display_name="VAE", optional=True,
+                             tooltip="Decodes the preview; without it the preview is a rough one."),
+                NodeTakes.Input("takes", optional=True,
+                                tooltip="Further clips to learn from, each with its sentence, from Take."),
             ],
             outputs=[
                 io.Model.Output(tooltip="The tuned MODEL, for DDIM Inversion and every sampler."),

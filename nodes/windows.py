@@ -20,21 +20,23 @@ class ContextWindows(io.ComfyNode):
         return schema(
             node_id="TAVContextWindows",
             display_name="Context Windows (Tune-A-Video)",
-            description="For long clips: the MODEL sees them in overlapping windows, in the memory of a short one, and "
-            "draws one video without seams. Goes before One-Shot Tune, which then learns the whole long clip, or behind "
-            "the tuned MODEL.",
+            description="For long clips: the MODEL sees them in overlapping windows, in the memory of a short one, "
+                        "and draws one video without seams. Goes before One-Shot Tune, which then learns the whole "
+                        "long clip, or behind the tuned MODEL.",
             search_aliases=["long video", "sliding window", "context length"],
             inputs=[
                 io.Model.Input("model", tooltip="From Inflate, One-Shot Tune or Apply Tuned Weights."),
                 io.Int.Input("context_length", default=0, min=0, max=1024,
-                             tooltip="Frames that are looked at together, the first of the clip among them, 3 or more. 0: as "
-                             "many as the MODEL was tuned on; give a number if it isn't tuned yet."),
+                             tooltip="Frames that are looked at together, the first of the clip among them, 3 or "
+                                     "more. 0: as many as the MODEL was tuned on; give a number if it isn't tuned "
+                                     "yet."),
                 io.Int.Input("context_overlap", default=4, min=2, max=1023,
                              tooltip="Frames that neighbouring windows share. More blends more softly and takes more "
                              "time."),
             ],
             outputs=[
-                io.Model.Output(tooltip="For One-Shot Tune, DDIM Inversion and every sampler. A LATENT is one clip then."),
+                io.Model.Output(tooltip="For One-Shot Tune, DDIM Inversion and every sampler. A LATENT is one clip "
+                                        "then."),
             ],
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Tune-A-Video (Wu et al., ICCV 2023, arXiv 2212.11565): one-shot tuning of image diffusion models for video editing."""
+"""Tune-A-Video (Wu et al., ICCV 2023, arXiv 2212.11565): one-shot tuning of image diffusion models to edit video."""
 
 from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video, load_checkpoint, load_controlnet
 from .condition import Condition

@@ -1,9 +1,10 @@
 """Which attention a CPU computes fastest, PyTorch's or one of three others: measured where it runs.
 
-Which of them wins, by up to three times, depends on the CPU, the dtype, the width of the heads and the lengths. So every shape is
-measured once, on a part of its heads and queries, for some milliseconds. What was found is kept in PyTorch's cache folder
-(`cache_file`), so that later runs on the same machine, with as many threads and the same PyTorch, compute the very same, to the bit;
-where it can't be kept, PyTorch's is taken. What was found while other programs had the processor says little, and is kept for a day.
+Which of them wins, by up to three times, depends on the CPU, the dtype, the width of the heads and the lengths. So
+every shape is measured once, on a part of its heads and queries, for some milliseconds. What was found is kept in
+PyTorch's cache folder (`cache_file`), so that later runs on the same machine, with as many threads and the same
+PyTorch, compute the very same, to the bit; where it can't be kept, PyTorch's is taken. What was found while other
+programs had the processor says little, and is kept for a day.
 """
 
 import functools
@@ -50,7 +51,7 @@ ATTENTIONS: dict[str, Attention] = {
 
 
 def choose_attention(q: Tensor, k: Tensor, v: Tensor) -> Attention:
-    """What computes softmax attention on `b heads n d` of the CPU fastest, with its backward pass if it will have one."""
+    """What computes softmax attention on `b heads n d` of the CPU fastest, and its backward pass if there will be one."""
     (b, heads, n, d), m = q.shape, k.shape[2]
     if b * heads * n * m < _MANY or q.dtype == torch.float64:
         return F.scaled_dot_product_attention
@@ -119,7 +120,9 @@ def _candidates(m: int, dtype: torch.dtype, backward: bool) -> list[str]:
 
 @torch.inference_mode(False)
 def measure(heads: int, n: int, m: int, d: int, dtype: torch.dtype, backward: bool) -> tuple[dict[str, float], bool]:
-    """Seconds of each, the least of some turns, for queries `1 heads n d` and keys `1 heads m d`; whether it had the processor alone."""
+    """Seconds of each, the least of some turns, for queries `1 heads n d` and keys `1 heads m d`; whether it had the
+    processor alone.
+    """
     taken: dict[str, float] = {}
     began = time.perf_counter(), time.process_time()
     # in a part of the U-Net that is computed again, tensors kept for the backward pass are counted: not these

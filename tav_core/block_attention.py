@@ -1,11 +1,12 @@
 """Exact softmax attention for CPUs, forward and backward, that never holds all scores.
 
-The scores of a few thousand keys with heads as narrow as those of small models (8 to 16 channels) cost more in exponentials and
-passes over memory than in multiplications. So a block of queries meets all keys at once, while its scores stay in the cache (after
-Rabe & Staats, arXiv 2112.05682), and the backward pass computes them again from the log-sum-exp (after FlashAttention, arXiv
-2205.14135). What makes it quick: the sum of the exponentials comes from the same product as the output, by a column of ones beside
-the values; in the backward pass two more columns subtract the log-sum-exp and the inner product of output and gradient; all
-products run along contiguous memory; exponentials are of base 2; and all blocks of a call share their buffers.
+The scores of a few thousand keys with heads as narrow as those of small models (8 to 16 channels) cost more in
+exponentials and passes over memory than in multiplications. So a block of queries meets all keys at once, while its
+scores stay in the cache (after Rabe & Staats, arXiv 2112.05682), and the backward pass computes them again from the
+log-sum-exp (after FlashAttention, arXiv 2205.14135). What makes it quick: the sum of the exponentials comes from the
+same product as the output, by a column of ones beside the values; in the backward pass two more columns subtract the
+log-sum-exp and the inner product of output and gradient; all products run along contiguous memory; exponentials are of
+base 2; and all blocks of a call share their buffers.
 
 Whether it is quicker than others depends on the CPU and the width of the heads: see `attention_choice`.
 """
@@ -27,7 +28,9 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _blocks(heads: int, n: int, m: int) -> Iterator[tuple[slice, slice]]:
-    """Heads and queries of each block: as many heads as threads, each with some queries; more where heads have few scores."""
+    """Heads and queries of each block: as many heads as threads, each with some queries; more where heads have few
+    scores.
+    """
     queries, together = _extent(heads, n, m)
     for head in range(0, heads, together):
         for query in range(0, n, queries):

@@ -411,13 +411,14 @@ def _bench_arguments(parser):
 
 
 COMMANDS = {
-    "demo": (_demo, _demo_arguments, "tune, invert and edit the clip that ships with the pack, on its small checkpoint"),
+    "demo": (_demo, _demo_arguments, "tune, invert and edit the clip that ships with the pack, on its small "
+                                     "checkpoint"),
     "edit": (_edit, _edit_arguments, "tune on a clip, invert it, and sample edited versions of it"),
     "tune": (_tune, _tune_arguments, "tune on a clip, or on several, and write DIR/tuned.safetensors"),
     "invert": (_invert, _invert_arguments, "invert a clip with tuned weights to the noise it would come from"),
     "sample": (_sample, _sample_arguments, "sample edited clips from inverted (or random) noise"),
-    "bench": (bench.bench, _bench_arguments, "measure the speed and the memory of every stage, against the method written "
-              "plainly"),
+    "bench": (bench.bench, _bench_arguments, "measure the speed and the memory of every stage, against the method "
+                                             "written plainly"),
 }  # fmt: skip
 
 

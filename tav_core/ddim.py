@@ -1,8 +1,8 @@
 """DDIM sampling and its inversion (Song et al., arXiv 2010.02502) on videos.
 
 Both walk along noise levels sigma in the scale of Karras et al. (arXiv 2206.00364), where a noisy video is
-`x = x0 + sigma eps` and DDIM is Euler's method. The literature's latents are `z = x / sqrt(1 + sigma^2)`, and its signal
-level alphas_cumprod is `1 / (1 + sigma^2)`. Arithmetic runs in float32, the model in its own dtype.
+`x = x0 + sigma eps` and DDIM is Euler's method. The literature's latents are `z = x / sqrt(1 + sigma^2)`, and its
+signal level alphas_cumprod is `1 / (1 + sigma^2)`. Arithmetic runs in float32, the model in its own dtype.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,6 @@
-"""What a long stage tells while it runs. A callback gets every event; it stops the stage by raising, `Cancelled` as a rule."""
+"""What a long stage tells while it runs. A callback gets every event; it stops the stage by raising, `Cancelled` as a
+rule.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,9 +1,10 @@
-"""Attention injection: the source clip walks back from the noise beside an edit, leads it, and holds what it may not change.
+"""Attention injection: the source clip walks back from the noise beside an edit, leads it, and holds what it may not
+change.
 
-Beyond the paper. In the first steps of a sampling the edit attends as its source clip does, which keeps the clip's layout
-and motion (after Plug-and-Play, arXiv 2211.12572, section 4.1, and FateZero, arXiv 2303.09535, section 3.2); the U-Net's
-part of it is in `attention`. Where the subject is known, the clip's features hold it in its place, an edit of a region
-leaves the rest as the noise reconstructs it, and a background that is drawn anew stands as still as the clip's.
+Beyond the paper. In the first steps of a sampling the edit attends as its source clip does, which keeps the clip's
+layout and motion (after Plug-and-Play, arXiv 2211.12572, section 4.1, and FateZero, arXiv 2303.09535, section 3.2); the
+U-Net's part of it is in `attention`. Where the subject is known, the clip's features hold it in its place, an edit of a
+region leaves the rest as the noise reconstructs it, and a background that is drawn anew stands as still as the clip's.
 """
 
 from collections.abc import Callable
@@ -182,8 +183,8 @@ def steadied(x0: Tensor, clip: Tensor, places: Tensor) -> Tensor:
 
     An edit is drawn from noise that differs a little from frame to frame, and what it makes up (waves, blades of grass)
     differs with it. Frame g counts in frame f, at each place, as exp(-|clip_f - clip_g|^2 / 2 STILL^2), with the mean
-    square over the channels (a cross-bilateral filter along time, Petschnig et al., SIGGRAPH 2004). The steps that follow
-    draw crisply what the average only hints at. Nothing is averaged where a camera or a thing moves.
+    square over the channels (a cross-bilateral filter along time, Petschnig et al., SIGGRAPH 2004). The steps that
+    follow draw crisply what the average only hints at. Nothing is averaged where a camera or a thing moves.
 
     Args:
         x0: clean latents of the edit, `b c f h w`.

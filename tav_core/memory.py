@@ -25,8 +25,8 @@ def needed_memory(unet: VideoUNet, take: Take, dtype: torch.dtype, memory: str, 
 
     The step is run, forward and backward, on tensors without content (fake tensors), which have all but the memory:
     the most that live at once, and for each tuned weight AdamW's two moments and the copy that a failed run goes back
-    to. Left out are what kernels take for themselves (convolutions above all), the callback (a preview) and gaps: on the
-    CPU the C library keeps freed tensors of up to 32 MB, which small clips notice. Takes a second or two, even for
+    to. Left out are what kernels take for themselves (convolutions above all), the callback (a preview) and gaps: on
+    the CPU the C library keeps freed tensors of up to 32 MB, which small clips notice. Takes a second or two, even for
     Stable Diffusion.
 
     Args:
@@ -53,7 +53,9 @@ def needed_memory(unet: VideoUNet, take: Take, dtype: torch.dtype, memory: str, 
 
 
 def without_content(unet: VideoUNet, dtype: torch.dtype, device: torch.device) -> VideoUNet:
-    """A copy, as it computes in a dtype on a device, whose weights have no content; made and used under a `FakeTensorMode`."""
+    """A copy, as it computes in a dtype on a device, whose weights have no content; made and used under a
+    `FakeTensorMode`.
+    """
     weights = {
         id(p): nn.Parameter(
             torch.empty(p.shape, dtype=torch.float32 if p.requires_grad else dtype, device=device), p.requires_grad
@@ -104,7 +106,9 @@ class _Peak(TorchDispatchMode):
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that the device can still give: on CUDA also what PyTorch keeps and doesn't use, elsewhere the system's memory."""
+    """Bytes that the device can still give: on CUDA also what PyTorch keeps and doesn't use, elsewhere the system's
+    memory.
+    """
     if device.type == "cuda":
         return (
             torch.cuda.mem_get_info(device)[0]
@@ -139,7 +143,7 @@ class Device:
 
 
 def choose(needed: Callable[[str], int], free: int) -> tuple[str, str]:
-    """The first of the `MEMORY` modes that fits into `free` bytes with a margin, or the last; and a line that says why."""
+    """The first of the `MEMORY` modes that fits into `free` bytes with a margin, or the last; and a line on why."""
     unfit = ""
     for memory in MEMORY:
         wanted = needed(memory) * _MARGIN
@@ -159,7 +163,9 @@ def _gb(size: float) -> str:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed: CUDA's, or by its words one of the CPU (on Windows: "not enough memory"), MPS or cuBLAS."""
+    """Whether an allocation failed: CUDA's, or by its words one of the CPU (on Windows: "not enough memory"), MPS or
+    cuBLAS.
+    """
     told = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
     return isinstance(error, torch.cuda.OutOfMemoryError) or any(words in str(error) for words in told)
 

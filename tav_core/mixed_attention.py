@@ -1,7 +1,7 @@
 """PyTorch's fused attention for CPUs, forward in the dtype of its inputs and backward in float32.
 
-For narrow heads on an Intel Xeon with AMX, PyTorch's own backward pass takes up to five times as long in bfloat16 as in float32, although
-its forward pass is the quicker one there. Where this pays, `attention_choice` finds out.
+For narrow heads on an Intel Xeon with AMX, PyTorch's own backward pass takes up to five times as long in bfloat16 as in
+float32, although its forward pass is the quicker one there. Where this pays, `attention_choice` finds out.
 """
 
 import torch

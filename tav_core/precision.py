@@ -1,4 +1,4 @@
-"""In which precision the U-Net computes while it is tuned: tuned weights in float32, the others in the computing dtype."""
+"""The precision in which a U-Net is tuned: tuned weights in float32, the others in the computing dtype."""
 
 import functools
 import math
@@ -44,7 +44,9 @@ def computing(unet: VideoUNet, dtype: str, memory: str) -> Iterator[None]:
 
 @functools.cache
 def half_precision_cost(dtype: torch.dtype) -> float:
-    """How many times longer than in float32 a matrix product in that dtype takes on this CPU; some hundredths of a second."""
+    """How many times longer than in float32 a matrix product in that dtype takes on this CPU; some hundredths of a
+    second.
+    """
     best = dict.fromkeys((torch.float32, dtype), math.inf)
     for _ in range(6):
         for of in best:
@@ -56,7 +58,9 @@ def half_precision_cost(dtype: torch.dtype) -> float:
 
 
 def next_scale(scale: float, age: int, finite: bool) -> tuple[float, int]:
-    """Dynamic scaling of the fp16 loss: the factor and the steps that it has lasted, after one with finite gradients or not."""
+    """Dynamic scaling of the fp16 loss: the factor and the steps that it has lasted, after one with finite gradients or
+    not.
+    """
     if not finite:
         return scale / 2, 0
     return (scale * 2, 0) if age + 1 == _SCALE_INTERVAL else (scale, age + 1)

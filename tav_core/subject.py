@@ -2,9 +2,10 @@
 
 By contrast: a sentence and the same sentence about another subject make the model predict different noise where the
 subject is (DiffEdit, Couairon et al., arXiv 2210.11427, section 3.2). By a word: its cross-attention is high there
-(Prompt-to-Prompt, Hertz et al., arXiv 2208.01626, section 3). The second needs no other sentence, but a model whose words
-keep apart: in a causal text encoder those after the subject tell of it too, and in a small one (the mini checkpoint's) they
-take its place.
+(Prompt-to-Prompt, Hertz et al., arXiv 2208.01626, section 3). The second needs no other sentence, but a model whose
+words
+keep apart: in a causal text encoder those after the subject tell of it too, and in a small one (the mini checkpoint's)
+they take its place.
 
 Either knows latent pixels alone; the outline is found in the clip itself (GrabCut, Rother et al., SIGGRAPH 2004).
 """
@@ -76,7 +77,7 @@ def probes(latents: Tensor, scheduler: SchedulerMixin, seed: int) -> list[tuple[
 
 
 def mask_of(predictions: list[Tensor], threshold: float) -> Tensor:
-    """The mask `1 1 f h w` from what was predicted at each level, `1+k c f h w`: for the sentence, then for the others."""
+    """The mask `1 1 f h w` from what was predicted at each level, `1+k c f h w`: for the sentence, then the others."""
     difference = torch.zeros(())
     for prediction in predictions:
         changes = (prediction[1:] - prediction[:1]).square().mean(1, keepdim=True)  # k 1 f h w

@@ -40,7 +40,8 @@ class TuneConfig:
         seed: of every random draw, 0 or more.
         dtype: "fp32", "bf16" or "fp16" computation; the tuned weights stay float32.
         memory: "fast", "selective", "checkpointing" or "low", each with less memory for more time (see
-            `VideoUNet.set_memory`), but the same weights, to rounding; or "auto": the first of them that fits (see `memory`).
+            `VideoUNet.set_memory`), but the same weights, to rounding; or "auto": the first of them that fits (see
+            `memory`).
         probe_every: steps between measurements of the loss on `probe_size` fixed draws.
         save_every: steps between writes of the state file.
         timestep_sampling: "uniform", or "stratified": consecutive draws cover the range evenly.

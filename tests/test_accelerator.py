@@ -22,7 +22,8 @@ from tav_core.mini import world
 ACCELERATOR = ROOT / "tests" / "support" / "accelerator.py"
 EDIT = [
     "edit", "--prompt", "a red ball is sliding on the grass", "--frames", "3", "--steps", "1", "--sampling-steps", "2",
-    "--edit", "a blue ball is sliding on the grass", "--region", "subject", "--contrast", "a blue star is sliding on the grass",
+    "--edit", "a blue ball is sliding on the grass", "--region", "subject", "--contrast", "a blue star is sliding on "
+                                                                                          "the grass",
     "--edit", "a red ball is sliding on the snow", "--region", "background",
 ]  # fmt: skip
 pytestmark = pytest.mark.skipif(
@@ -74,9 +75,11 @@ def test_windows_of_a_long_clip_stay_on_their_device(tmp_path):
 
 @pytest.mark.slow
 def test_the_benchmark_stays_on_its_device():
-    options = ["bench", "--device", "npu", "--gpu", "--layout", "small", "--size", "8", "--frames", "2", "--dtype", "fp32", "--memory", "selective",
+    options = ["bench", "--device", "npu", "--gpu", "--layout", "small", "--size", "8", "--frames", "2",
+               "--dtype", "fp32", "--memory", "selective",
                "--runs", "1", "--threads", "1", "--no-memory"]  # fmt: skip
-    lines = ["import sys", "from support import accelerator", "accelerator.register()", "from tav_core import bench", "from tav_core.cli import main",
+    lines = ["import sys", "from support import accelerator", "accelerator.register()", "from tav_core import bench",
+             "from tav_core.cli import main",
              "edit = bench.Subject.edit", "bench.Subject.edit = lambda self, mode: edit(self, mode, steps=2)",
              f"sys.argv[1:] = {options}", "main()"]  # fmt: skip
     done = python("-c", "\n".join(lines))
@@ -85,9 +88,11 @@ def test_the_benchmark_stays_on_its_device():
 
 
 def test_what_a_stage_does_not_need_waits_on_the_cpu():
-    lines = ["import torch", "from support import accelerator", "accelerator.register()", "from tav_core.memory import offloaded",
+    lines = ["import torch", "from support import accelerator", "accelerator.register()", "from tav_core.memory "
+                                                                                          "import offloaded",
              "model = torch.nn.Linear(2, 2).to('npu')", "before = model.weight.detach().cpu()",
-             "try:", "    with offloaded(model):", "        assert model.weight.device.type == 'cpu'", "        raise KeyboardInterrupt",
+             "try:", "    with offloaded(model):", "        assert model.weight.device.type == 'cpu'",
+             "        raise KeyboardInterrupt",
              "except KeyboardInterrupt:", "    assert model.weight.device.type == 'npu'",
              "assert torch.equal(model.weight.detach().cpu(), before)"]  # fmt: skip
     done = python("-c", "\n".join(lines))
@@ -101,7 +106,10 @@ MISTAKES = {
 
 
 def test_what_a_gpu_refuses_is_refused():
-    lines = ["import torch", "from support import accelerator", "accelerator.register()", "there, here = torch.ones(2, device='npu'), torch.ones(2)",
+    lines = ["import torch", "from support import accelerator", "accelerator.register()", "there, here = "
+                                                                                          "torch.ones(2, "
+                                                                                          "device='npu'), "
+                                                                                          "torch.ones(2)",
              "assert (there + here.to(there.device) + here.sum()).cpu().tolist() == [4, 4]"]  # fmt: skip
     for mistake in MISTAKES:
         lines += ["try:", f"    {mistake}", "    print('taken')", "except RuntimeError as error:", "    print(error)"]
@@ -111,10 +119,11 @@ def test_what_a_gpu_refuses_is_refused():
         assert expected in said
 
 
-# memory of the device, of 1 GB ComfyUI puts none by for weights; and what is for weights under dynamic VRAM: of 1 GB all of
-# them, of 5 MB a part of each model
+# memory of the device, of 1 GB ComfyUI puts none by for weights; and what is for weights under dynamic VRAM: of 1 GB
+# all of them, of 5 MB a part of each model
 MEMORY = {"whole models": (16_000_000_000, None), "models in parts": (1_000_000_000, None),
-          "dynamic VRAM": (16_000_000_000, 1_000_000_000), "little dynamic VRAM": (16_000_000_000, 5_000_000)}  # fmt: skip
+          "dynamic VRAM": (16_000_000_000, 1_000_000_000),
+          "little dynamic VRAM": (16_000_000_000, 5_000_000)}  # fmt: skip
 
 
 @pytest.fixture(params=MEMORY)

@@ -27,7 +27,9 @@ def kept():
 
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
-    """What is measured, in turn: the seconds of PyTorch's and ours, put there by the test, and the shapes that were asked for."""
+    """What is measured, in turn: the seconds of PyTorch's and ours, put there by the test, and the shapes that were
+    asked for.
+    """
 
     class Measured:
         seconds, alone, asked = (1.0, 2.0), True, []
@@ -45,7 +47,8 @@ def measured(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("seconds, chosen", [
-    ((1.0, 2.0), F.scaled_dot_product_attention), ((1.0, 0.9), F.scaled_dot_product_attention), ((1.0, 0.8), block_attention),
+    ((1.0, 2.0), F.scaled_dot_product_attention), ((1.0, 0.9), F.scaled_dot_product_attention),
+    ((1.0, 0.8), block_attention),
 ])  # fmt: skip
 def test_ours_is_taken_where_it_is_faster_by_a_fifth(measured, seconds, chosen):
     measured.seconds = seconds

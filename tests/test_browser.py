@@ -24,7 +24,8 @@ PICTURES = bool(os.environ.get("TAV_PICTURES"))
 FIRST, SAVES, LOADS = "01-one-shot-edit-mini", "02-four-edits-mini", "04-reuse-tuned-weights-mini"
 MINI = {  # workflow -> columns, rows and size of the tiles of its video
     FIRST: (2, 1, 128), SAVES: (3, 2, 128), LOADS: (2, 1, 128), "05-stock-sampler-mini": (2, 1, 128),
-    "06-upscale-mini": (2, 1, 256), "07-long-clip-mini": (2, 1, 128), "08-two-takes-mini": (2, 1, 128), "09-regions-mini": (2, 2, 128),
+    "06-upscale-mini": (2, 1, 256), "07-long-clip-mini": (2, 1, 128), "08-two-takes-mini": (2, 1, 128),
+    "09-regions-mini": (2, 2, 128),
     "10-controlnet-mini": (2, 2, 128),
     "11-lora-mini": (3, 1, 128),
 }  # fmt: skip
@@ -158,9 +159,11 @@ def test_opens_as_it_was_saved(page, server, name):
             await new Promise(done => setTimeout(done, 500))  // DOM widgets find their place
             const slot = (id, side, i) => app.graph.getNodeById(id)[side][i].type
             return {
-                nodes: app.graph.nodes.map(node => ({...node.serialize(), box: [...node.boundingRect], missing: node.has_errors})),
-                links: [...app.graph.links.values()].map(link => [link.id, Number(link.origin_id), link.origin_slot,  // newer: text
-                    Number(link.target_id), link.target_slot, link.type, slot(link.origin_id, 'outputs', link.origin_slot),
+                nodes: app.graph.nodes.map(node =>
+                    ({...node.serialize(), box: [...node.boundingRect], missing: node.has_errors})),
+                links: [...app.graph.links.values()].map(link => [link.id, Number(link.origin_id), link.origin_slot,
+                    Number(link.target_id), link.target_slot, link.type,  // newer: text
+                    slot(link.origin_id, 'outputs', link.origin_slot),
                     slot(link.target_id, 'inputs', link.target_slot)]),
                 groups: app.graph.groups.map(group => [...group.boundingRect]),
                 types: Object.keys(LiteGraph.registered_node_types),
@@ -214,7 +217,8 @@ def test_layout(browser, server, renderer):
                     return [app.graph.nodes.map(node => {
                         if (!vue) return [node.type, ...node.boundingRect]
                         const box = element(node).getBoundingClientRect()
-                        return [node.type, (box.x - canvas.x) / scale - offset[0], (box.y - canvas.y) / scale - offset[1],
+                        return [node.type, (box.x - canvas.x) / scale - offset[0],
+                                (box.y - canvas.y) / scale - offset[1],
                             box.width / scale, box.height / scale]
                     }), app.graph.groups.map(group => [...group.boundingRect])]
                 }""",

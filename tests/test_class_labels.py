@@ -46,8 +46,10 @@ def unet():
     (CLASSES, label(1), label(4)),
     (dict(class_embed_type="timestep"), label(20), label(900)),
     (dict(class_embed_type="identity"), torch.full((1, 64), 0.1), torch.full((1, 64), -0.4)),
-    (dict(class_embed_type="projection", projection_class_embeddings_input_dim=6), torch.ones(1, 6), -torch.ones(1, 6)),
-    (dict(class_embed_type="simple_projection", projection_class_embeddings_input_dim=6), torch.ones(1, 6), -torch.ones(1, 6)),
+    (dict(class_embed_type="projection", projection_class_embeddings_input_dim=6), torch.ones(1, 6),
+     -torch.ones(1, 6)),
+    (dict(class_embed_type="simple_projection", projection_class_embeddings_input_dim=6), torch.ones(1, 6),
+     -torch.ones(1, 6)),
 ])  # fmt: skip
 @torch.no_grad()
 def test_every_kind_of_label_is_that_of_the_2d_model(changes, first, other):
@@ -156,7 +158,7 @@ def test_windows_and_the_search_for_the_subject_take_labels(unet):
     (label(5), r"class_labels=\[5\] must be integers from 0 to 4"),
     (label(-1), r"class_labels=\[-1\] must be integers from 0 to 4"),
     (torch.tensor([1.0]), r"class_labels=\[1.0\] must be integers from 0 to 4"),
-    (label(1, 2), "class_labels has a batch of 2 for 1 videos of 3 frames; give 1, 1 .one per video. or 3 .one per frame."),
+    (label(1, 2), "class_labels has a batch of 2 for 1 videos of 3 frames; give 1, 1 .one per video. or 3"),
 ])  # fmt: skip
 def test_labels_that_do_not_fit(unet, labels, told):
     latents, t, text = inputs()

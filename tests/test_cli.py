@@ -151,7 +151,8 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, tav, tm
 
 @pytest.mark.parametrize("error", [
     torch.cuda.OutOfMemoryError("CUDA out of memory."),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+                 "to allocate 9 bytes."),
     RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB)"),
 ])  # fmt: skip
 def test_out_of_memory_gives_one_line_on_every_device(error, monkeypatch, capsys):

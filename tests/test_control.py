@@ -10,7 +10,8 @@ pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
 @pytest.mark.parametrize("nets", [
-    [(control_net, 0.8, 0.0, 1.0)], [(control_net, 1.0, 0.3, 0.7)], [(control_net, 0.5, 0.0, 1.0), (control_net, 1.0, 0.0, 0.6)],
+    [(control_net, 0.8, 0.0, 1.0)], [(control_net, 1.0, 0.3, 0.7)],
+    [(control_net, 0.5, 0.0, 1.0), (control_net, 1.0, 0.0, 0.6)],
     [(t2i_adapter, 1.0, 0.0, 1.0)], [(t2i_adapter, 0.7, 0.0, 0.6), (control_net, 0.7, 0.2, 1.0)],
 ], ids=["strength", "start and end", "two", "T2I-Adapter", "one of each"])  # fmt: skip
 @pytest.mark.parametrize("on", ["both", "positive"])

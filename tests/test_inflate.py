@@ -272,7 +272,9 @@ def distance(found, exact):
 @pytest.mark.parametrize("memory", MEMORY[1:])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient_checkpointing(layout, memory):
-    """A product of fewer rows may end in other last bits, but no mode may be further from the exact gradient than rounding is."""
+    """A product of fewer rows may end in other last bits, but no mode may be further from the exact gradient than
+    rounding is.
+    """
     unet = stir(inflate(make_unet(**LAYOUTS[layout])))
     labels = {"class_labels": torch.tensor([1])} if layout == "class labels" else {}
     x, t, text = inputs()

@@ -1,4 +1,6 @@
-"""Load ControlNet: diffusers folders as native CONTROL_NETs, and the one of the mini checkpoint, which obeys silhouettes."""
+"""Load ControlNet: diffusers folders as native CONTROL_NETs, and the one of the mini checkpoint, which obeys
+silhouettes.
+"""
 
 import json
 import re
@@ -150,7 +152,9 @@ def test_hints_that_fit_nothing_and_other_families(pack, models):
         native(num_res_blocks=[1] * 4, transformer_depth=[1, 1, 1, 0], transformer_depth_output=[1] * 6 + [0] * 2),
         native(channel_mult=[1, 2, 2, 4]),
     ):
-        told = r"ControlNet reduced is for another family of models \(text of width 48, .*MODEL: text of width 48, .*use one for"
+        told = (
+            r"ControlNet reduced is for another family of models \(text of width 48, .*MODEL: text of width 48, .*use "
+        )
         with pytest.raises(ValueError, match=told):
             steered(model, controlled(prompt(1), (net, hints(), *ALL)), clip())
     other = SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1))  # of a transformer

@@ -1,4 +1,6 @@
-"""Memory modes of the tuning: what each keeps and needs, which one is chosen, and what happens when the memory runs out."""
+"""Memory modes of the tuning: what each keeps and needs, which one is chosen, and what happens when the memory runs
+out.
+"""
 
 import copy
 from dataclasses import replace
@@ -37,9 +39,11 @@ def trained(memory, **kwargs):
 
 
 def check_same(of_each, result, tuned):
-    """To rounding, as in all of these tests: some modes take products of fewer rows, which end in other last bits on some CPUs.
+    """To rounding, as in all of these tests: some modes take products of fewer rows, which end in other last bits on
+    some CPUs.
 
-    Rounding moves what is learned in six steps by some millionths; a gradient without one of its parts moves it by tenths.
+    Rounding moves what is learned in six steps by some millionths; a gradient without one of its parts moves it by
+    tenths.
     """
     expected, learned = of_each["fast"], weights(make_unet())
     assert result.losses == pytest.approx(expected[0].losses, rel=1e-5)
@@ -108,7 +112,9 @@ def estimate(subject, memory, **changes):
 
 
 def test_the_estimate_is_near_the_measured_peak(subject, monkeypatch, without_comfyui):
-    """Measured in a process of its own, where the code and the buffers of kernels that run for the first time count as well."""
+    """Measured in a process of its own, where the code and the buffers of kernels that run for the first time count as
+    well.
+    """
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 17))  # or the C library keeps what was freed
     layout, kernels = replace(bench.LAYOUTS["small"], frames=12), 15e6
     used = bench.memory(layout, bench.Mode(), "tune", "cpu", 1)
@@ -163,7 +169,7 @@ def test_auto_goes_by_what_is_free(of_each, monkeypatch):
 
 
 def run_out(monkeypatch, step, modes, error=OUT_OF_MEMORY):
-    """From a step on, the backward pass runs out of memory in some modes. Returns the modes and losses of all attempts."""
+    """From a step on, the backward pass runs out of memory in some modes. Returns modes and losses of all attempts."""
     attempts = []
 
     class Hungry(torch.autograd.Function):

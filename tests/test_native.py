@@ -174,7 +174,8 @@ def test_attention_is_the_one_that_the_user_chose(pack, monkeypatch):
 
 @pytest.mark.parametrize(("changes", "told"), [
     (dict(adm_in_channels=2816, num_classes="sequential"), "SDXL"),
-    (dict(in_channels=9), "inpainting"), (dict(use_temporal_attention=True, merge_strategy="fixed", merge_factor=0.5), "a video model already"),
+    (dict(in_channels=9), "inpainting"),
+    (dict(use_temporal_attention=True, merge_strategy="fixed", merge_factor=0.5), "a video model already"),
 ])  # fmt: skip
 def test_other_families_are_refused(pack, changes, told):
     with pytest.raises(ValueError, match=told):

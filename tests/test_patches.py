@@ -80,7 +80,8 @@ def stock(name, *args):
 
 STOCK = {
     "FreeU": stock("FreeU", 1.1, 1.2, 0.9, 0.2), "FreeU V2": stock("FreeU_V2", 1.3, 1.4, 0.9, 0.2),
-    "perturbed attention": stock("PerturbedAttentionGuidance", 3.0), "self-attention guidance": stock("SelfAttentionGuidance", 0.8, 2.0),
+    "perturbed attention": stock("PerturbedAttentionGuidance", 3.0),
+    "self-attention guidance": stock("SelfAttentionGuidance", 0.8, 2.0),
     "HyperTile": stock("HyperTile", 32, 2, 1, True), "token merging": stock("TomePatchModel", 0.5),
     "Deep Shrink": stock("PatchModelAddDownscale", 3, 2.0, 0.0, 0.9, True, "bicubic", "bicubic"),
     "Deep Shrink, skips too": stock("PatchModelAddDownscale", 4, 1.6, 0.0, 0.9, False, "bicubic", "bislerp"),

@@ -1,4 +1,4 @@
-"""Checkpoints as the authors' code publishes them, with the parameters and the answers of the reference implementation."""
+"""Checkpoints as the authors' code publishes them, with parameters and answers of the reference implementation."""
 
 import json
 import shutil

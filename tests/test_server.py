@@ -1,4 +1,4 @@
-"""The nodes in a running ComfyUI, as the frontend uses them: over HTTP and a websocket, in one process that lives on."""
+"""The nodes in a running ComfyUI, as the frontend uses them: over HTTP and a websocket, in a process that lives on."""
 
 import json
 import re
@@ -57,7 +57,9 @@ def states(server):
 
 
 def steps_seen(server, node):
-    """The values that a node's progress bar took; newer cores leave some out, where they come fast, but never the first and the last."""
+    """The values that a node's progress bar took; newer cores leave some out, where they come fast, but never the first
+    and the last.
+    """
     return [m["data"]["value"] for m in server.messages if m["type"] == "progress" and m["data"]["node"] == node.id]
 
 
@@ -157,7 +159,9 @@ def test_progress_previews_and_loss(server, graph):
 
 
 def long_run(graph, name, **inputs):
-    """A run whose weights and losses are kept; of so many steps that on a busy machine it can still be halted before it ends."""
+    """A run whose weights and losses are kept; of so many steps that on a busy machine it can still be halted before it
+    ends.
+    """
     tuned = graph.tune(**dict(seed=5, steps=150, memory="fast") | inputs)
     graph("TAVSaveTunedWeights", tuned_weights=tuned[1], name=name, prompt=SOURCE)
     return tuned, graph("PreviewAny", source=tuned[3])
@@ -500,7 +504,8 @@ def test_videos_outside_of_the_input_folder(server, info, file):
 
 
 @pytest.mark.parametrize("name, told", [
-    ("../../x", "leads out of tune_a_video"), ("/tmp/x", "leads out of tune_a_video"), ("a/../../x", "leads out of tune_a_video"),
+    ("../../x", "leads out of tune_a_video"), ("/tmp/x", "leads out of tune_a_video"), ("a/../../x", "leads out of "
+                                                                                                     "tune_a_video"),
     (" ", "name is empty"), ("x" * 300, "can't be written (File name too long); choose another name"),
 ])  # fmt: skip
 def test_weights_are_saved_in_their_folder_alone(server, graph, name, told):

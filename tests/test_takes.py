@@ -61,7 +61,9 @@ def test_each_step_sees_one_take_with_its_own_sentence(monkeypatch):
     drawn = [draw_take(CONFIG.seed, step, 3) for step in range(6)]
     for args, number in zip(learned, drawn):
         seen = (first, *OTHERS)[number]
-        assert args[2].shape == seen.latents.shape and torch.equal(args[5].encoder_hidden_states, seen.condition.encoder_hidden_states)
+        assert args[2].shape == seen.latents.shape and torch.equal(
+            args[5].encoder_hidden_states, seen.condition.encoder_hidden_states
+        )
         assert torch.equal(args[2], seen.latents) == (seen.latents_std is None)
     assert result.probe_losses[0][1] == pytest.approx(sum(inner(*args).item() for args in probes) / 6, abs=0.05)
 

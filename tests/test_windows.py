@@ -90,7 +90,8 @@ def test_windows_move_with_the_timestep_alone():
 
 
 @pytest.mark.parametrize("length, overlap, told", [
-    (2, 2, "context_length=2 is out of range; give an integer of at least 3"), (8.0, 4, "context_length=8.0 is out of range"),
+    (2, 2, "context_length=2 is out of range; give an integer of at least 3"), (8.0, 4, "context_length=8.0 is out of "
+                                                                                        "range"),
     (8, 8, "context_overlap=8 doesn't fit a context_length of 8; give 2 to 7"), (8, 1, "context_overlap=1 doesn't fit"),
 ])  # fmt: skip
 def test_windows_that_cannot_be(length, overlap, told):
@@ -123,7 +124,8 @@ def test_a_clip_as_long_as_the_window_is_seen_as_without_windows():
     )
     noise = [ddim_invert(model, video(6), text(), SCHEDULER, 4) for model in (unet, windowed)]
     videos = [led_sample(model, noise[0], text(), SCHEDULER, 4, **settings) for model in (unet, windowed)]
-    # to rounding: a window is a copy of the frames, and its share of them may round; shorter windows differ by 0.05 and more
+    # to rounding: a window is a copy of the frames, and its share of them may round; shorter windows differ by 0.05 and
+    # more
     assert all((a - b).abs().max() < 1e-4 for a, b in (noise, videos))
 
 

@@ -1,4 +1,4 @@
-"""A graph that is written down node by node, in the format that ComfyUI's frontend saves and in the one that it queues."""
+"""A graph that is written down node by node, in the format that ComfyUI's frontend saves and the one that it queues."""
 
 import copy
 import uuid
@@ -14,10 +14,12 @@ COLOURS = {
 BUTTON = "IMAGEUPLOAD"  # the frontend adds it where a file can be uploaded
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", BUTTON}
 TITLE, ROW, WIDGET, TEXT, GAP, HEADING = 30, 20, 24, 52, 24, 44
-# room for what a node shows below its widgets: a picture, a video, progress; as much as the renderer that takes the most
+# room for what a node shows below its widgets: a picture, a video, progress; as much as the renderer that takes the
+# most
 SHOWS = {"PreviewImage": 220, "SaveVideo": 270, "TAVLoadVideo": 300, "TAVOneShotTune": 380, "TAVDDIMInversion": 375,
          "TAVVideoSampler": 300, "KSampler": 300, "KSamplerAdvanced": 300}  # fmt: skip
-# below the others, since rows of "Nodes 2.0" are higher than those of the classic renderer, and for a widget that a core adds
+# below the others, since rows of "Nodes 2.0" are higher than those of the classic renderer, and for a widget that a
+# core adds
 SPARE = 60
 
 

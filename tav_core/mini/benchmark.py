@@ -3,7 +3,8 @@
 Half of the clips show content that the checkpoint has never seen (patterns, unknown shapes and backgrounds), as
 every real video does. Three arms: `tuned`, `untuned` (the inflated model as it is, noise inverted and subject found
 with it) and `random_noise` (the tuned model from Gaussian noise). Edits of the subject and of its colour may change the
-subject alone, edits of the background all but the subject, edits of the style everything. For every edit the renderer knows the exact answer.
+subject alone, edits of the background all but the subject, edits of the style everything. For every edit the renderer
+knows the exact answer.
 """
 
 import random
@@ -255,11 +256,11 @@ def untouched(
 ) -> dict[str, dict[str, float]]:
     """How well edits of the subject and of the background leave all else as the noise reconstructs the clip.
 
-    PSNR in dB against the walk back without guidance, over the pixels outside of the region, whose edge is taken as hard;
-    mean of the clips. With a region those pixels are the same but for that edge (see `put_back`).
+    PSNR in dB against the walk back without guidance, over the pixels outside of the region, whose edge is taken as
+    hard; mean of the clips. With a region those pixels are the same but for that edge (see `put_back`).
 
-    Returns: kind -> "no_mask", "subject_held" (in its place, the region is everything), "region", and "least_gain", from
-    the first to the last, of a clip.
+    Returns: kind -> "no_mask", "subject_held" (in its place, the region is everything), "region", and "least_gain",
+    from the first to the last, of a clip.
     """
     figures: dict[str, list[list[float]]] = {"subject": [], "background": []}
     clips = clips or benchmark_clips()

@@ -130,7 +130,9 @@ def steered(unet: VideoUNet, controlnet: ControlNetModel, hints: torch.Tensor) -
 
 
 def overlap(judge: Judge, images: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """Intersection over union of the subjects that the judge finds in pictures (uint8 `n h w 3`) and masks `n h w`, `n`."""
+    """Intersection over union of the subjects that the judge finds in pictures (uint8 `n h w 3`) and masks `n h w`,
+    `n`.
+    """
     pixels = torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1
     seen, wanted = verdict(judge, rearrange(pixels, "n h w c -> n c h w")).mask.numpy() > 0, masks > 0.5
     return (seen & wanted).sum((1, 2)) / (seen | wanted).sum((1, 2))
@@ -146,10 +148,12 @@ def evaluate_controlnet(
     steps: int = 25,
     seed: int = 0,
 ) -> tuple[dict, np.ndarray]:
-    """How well silhouettes are obeyed, over `count` of shapes of the world and as many of shapes that training never saw.
+    """How well silhouettes are obeyed, over `count` of shapes of the world and as many of shapes that training never
+    saw.
 
-    Returns: the overlap (see `overlap`) with and without the ControlNet and of renders, and with it the share of pictures that
-    show each attribute (without the unknown shape); and the hints and pictures `4 n h w 3`: of known shapes, then of unknown.
+    Returns: the overlap (see `overlap`) with and without the ControlNet and of renders, and with it the share of
+    pictures that show each attribute (without the unknown shape); and the hints and pictures `4 n h w 3`: of known
+    shapes, then of unknown.
     """
     rng = random.Random(seed + 2_000_003)
     known = [world.random_scene(rng) for _ in range(count)]
@@ -195,8 +199,8 @@ def evaluate_neon(
 ) -> tuple[dict, np.ndarray]:
     """How far each checkpoint draws in the style "neon", which no caption speaks of.
 
-    Returns: of each, and of renders in the style: the mean `brightness` (0..1), the share of `night` (pixels of the night blue,
-    which no other style has) and of subjects in the right `colour`; and the pictures `k n h w 3`.
+    Returns: of each, and of renders in the style: the mean `brightness` (0..1), the share of `night` (pixels of the
+    night blue, which no other style has) and of subjects in the right `colour`; and the pictures `k n h w 3`.
     """
     rng, places = random.Random(seed + 3_000_003), [place for place in world.BACKGROUNDS if place != "night"]
     scenes = [

@@ -1,7 +1,7 @@
 """Quick previews of the small checkpoint: a pixel for each place of the latents, in about the right colour.
 
-A linear map, which previews of larger checkpoints make do with, draws its red brown and its green grey: its few latents tell
-colours apart by their surroundings. So this is a small convolutional network, fitted to renders of the world.
+A linear map, which previews of larger checkpoints make do with, draws its red brown and its green grey: its few latents
+tell colours apart by their surroundings. So this is a small convolutional network, fitted to renders of the world.
 """
 
 import random

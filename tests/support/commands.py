@@ -8,7 +8,8 @@ from support import ROOT
 
 
 def environment(**more: str) -> dict[str, str]:
-    # two threads on two busy cores wait for each other in each of a step's thousands of operations: it takes 20 times as long
+    # two threads on two busy cores wait for each other in each of a step's thousands of operations: it takes 20 times
+    # as long
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 

@@ -1,4 +1,5 @@
-"""ComfyUI's dynamic VRAM without a GPU: what its core calls of `comfy_aimdo`, played in Python on the device of `accelerator`.
+"""ComfyUI's dynamic VRAM without a GPU: what its core calls of `comfy_aimdo`, played in Python on the device of
+`accelerator`.
 
 A model has a region of virtual addresses (VBAR) with a place for each of its big weights. When a layer is called, its
 weights are cast into their place, if memory is left for it, and stay there until others need it; or else into a buffer

@@ -1,4 +1,4 @@
-"""MODELs of reduced layouts with random weights, as ComfyUI's own loaders would make them, and stock sampling on them."""
+"""MODELs of reduced layouts with random weights, as ComfyUI's loaders would make them, and stock sampling on them."""
 
 import torch
 
@@ -105,7 +105,7 @@ def plain(model, noise, mini):
 
 
 def attention_lora(model, name_of, seed=0):
-    """A LoRA on every attention projection; `name_of` makes its name from those of diffusers and of the native model."""
+    """A LoRA on every attention projection; `name_of` makes a name from those of diffusers and the native model."""
     from comfy.utils import unet_to_diffusers
 
     generator, tensors = torch.Generator().manual_seed(seed), {}
