@@ -51,7 +51,7 @@ ATTENTIONS: dict[str, Attention] = {
 
 
 def choose_attention(q: Tensor, k: Tensor, v: Tensor) -> Attention:
-    """What computes softmax attention on `b heads n d` of the CPU fastest, and its backward pass if there will be one."""
+    """What computes softmax attention on `b heads n d` of the CPU fastest, and its backward pass if there is one."""
     (b, heads, n, d), m = q.shape, k.shape[2]
     if b * heads * n * m < _MANY or q.dtype == torch.float64:
         return F.scaled_dot_product_attention

@@ -5,7 +5,7 @@ Both walk along noise levels sigma in the scale of Karras et al. (arXiv 2206.003
 signal level alphas_cumprod is `1 / (1 + sigma^2)`. Arithmetic runs in float32, the model in its own dtype.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -226,32 +226,13 @@ def ddim_sample(
     if source_walk is not None and source_hidden_states is None:
         raise TavError("source_walk", None, "needs source_hidden_states", "pass it or leave it out")
     schedule, condition = Schedule.of(scheduler, num_steps), Condition.of(condition)
-    b, _, f, _, _ = latents.shape
-    prompts = {"condition": condition}
+    prompts, source = {"condition": condition}, None
     if guided:
         prompts = {"negative_hidden_states": Condition.of(negative_hidden_states).or_labels_of(condition), **prompts}
-    edits = joined(prompts, b, f)
     if source_walk is not None:
         source_walk.begin()
-        source = {"source_hidden_states": Condition.of(source_hidden_states).or_labels_of(condition)}
-        with_source = joined(source | prompts, b, f)
-
-    def denoise(x: Tensor, step: int) -> Tensor:
-        """Of one video under all prompts, and beside it of the source where that leads."""
-
-        def ask(x: Tensor, led: "Led | None") -> Tensor:
-            if led is None:
-                return schedule.denoised(unet, x, step, edits)
-            with unet.frame_context.running(sources=led.sources):
-                return schedule.denoised(unet, x, step, with_source, **led.keywords)
-
-        x, sigma = torch.cat([x] * len(prompts)), schedule.sigmas[step]
-        x0 = ask(x, None) if source_walk is None else source_walk(ask, x, sigma, schedule.sigmas, len(prompts))
-        if not guided:
-            return x0
-        negative, positive = x0.chunk(2)
-        return negative + guidance_scale * (positive - negative)
-
+        source = Condition.of(source_hidden_states).or_labels_of(condition)
+    denoise = _edit_denoiser(unet, schedule, latents.shape, prompts, guidance_scale, source_walk, source)
     x = from_latents(latents.float().contiguous(), schedule.sigmas[0])
     for step, (sigma, lower) in enumerate(pairwise(schedule.sigmas)):
         x0 = denoise(x, step)
@@ -262,3 +243,39 @@ def ddim_sample(
         z = to_latents(x, lower)
         callback(DDIMStep("sample", step + 1, num_steps, schedule.timesteps[step], z, x0))
     return to_latents(x, schedule.sigmas[-1])
+
+
+def _edit_denoiser(
+    unet: VideoModel,
+    schedule: Schedule,
+    shape: torch.Size,
+    prompts: Mapping[str, Condition],
+    guidance_scale: float,
+    source_walk: "SourceWalk | None",
+    source: Condition | None,
+) -> Callable[[Tensor, int], Tensor]:
+    """What a U-Net sees in an edit at a step, `(x, step) -> x0`: under guidance, and beside the source where it walks.
+
+    Args:
+        shape: `b c f h w` of the edit.
+        prompts: the condition, behind the negative one where there is guidance; names are for errors.
+    """
+    b, _, f, _, _ = shape
+    edits = joined(prompts, b, f)
+    with_source = None if source is None else joined({"source_hidden_states": source, **prompts}, b, f)
+
+    def denoise(x: Tensor, step: int) -> Tensor:
+        def ask(x: Tensor, led: "Led | None") -> Tensor:
+            if led is None:
+                return schedule.denoised(unet, x, step, edits)
+            with unet.frame_context.running(sources=led.sources):
+                return schedule.denoised(unet, x, step, with_source, **led.keywords)
+
+        x, sigma = torch.cat([x] * len(prompts)), schedule.sigmas[step]
+        x0 = ask(x, None) if source_walk is None else source_walk(ask, x, sigma, schedule.sigmas, len(prompts))
+        if len(prompts) == 1:
+            return x0
+        negative, positive = x0.chunk(2)
+        return negative + guidance_scale * (positive - negative)
+
+    return denoise

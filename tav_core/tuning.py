@@ -182,10 +182,8 @@ def tune(
             memory, line = choose(lambda memory: step_memory(unet, takes, config, memory, device.device), free)
             unet.set_memory(memory)
             callback(Note(line))
-        dtype = DTYPES[config.dtype]
-        if config.dtype != "fp32" and device.device.type == "cpu" and (times := half_precision_cost(dtype)) > 2:
-            slow = f"makes this CPU compute matrix products {times:.0f} times as slowly as fp32 does; use fp32"
-            callback(Note(f"dtype: {config.dtype} {slow}"))
+        if config.dtype != "fp32" and device.device.type == "cpu":
+            _warn_of_slow_dtype(config.dtype, callback)
         while run.state.step < config.steps:
             loss, grad_norm, lr = run.step()
             step, probe_loss, seconds = run.state.step, run.state.probe_losses[-1][1], time.monotonic() - started
@@ -199,6 +197,12 @@ def tune(
         weights = {name: parameter.detach().float().cpu().clone() for name, parameter in run.parameters.items()}
     state = run.state
     return TuneResult(state.losses, state.probe_losses, state.step, first, time.monotonic() - started, weights)
+
+
+def _warn_of_slow_dtype(dtype: str, callback: Callback):
+    if (times := half_precision_cost(DTYPES[dtype])) > 2:
+        slow = f"makes this CPU compute matrix products {times:.0f} times as slowly as fp32 does; use fp32"
+        callback(Note(f"dtype: {dtype} {slow}"))
 
 
 class TuningRun:

@@ -191,64 +191,53 @@ def benchmark(
     Returns: arm -> "seen" | "unseen" -> metric -> mean.
     """
     scores = {arm: {"seen": Scores(), "unseen": Scores()} for arm in ARMS}
-
-    def run(arm: str, name: str, clip: BenchmarkClip, unet, noise, frames: np.ndarray, subject=None):
-        source_prompt = None if arm == "random_noise" else clip.caption()
-        into = scores[arm]["seen" if clip.seen else "unseen"]
-        again = sample(
-            checkpoint, unet, noise, clip.caption(), preset, source_prompt=source_prompt, subject=subject
-        ).numpy()
-        into.add(reconstruction=_rmse(again, frames))
-        if on_video:
-            on_video(f"{name}-{arm}-again", again)
-        for kind, value in clip.edits.items():
-            video = sample(
-                checkpoint,
-                unet,
-                noise,
-                clip.caption(**{KINDS[kind]: value}),
-                preset,
-                source_prompt=source_prompt,
-                subject=subject,
-                region="everything" if subject is None else REGIONS[kind],
-            ).numpy()
-            into.add(**score_edit(judge, video, clip, kind))
-            if on_video:
-                on_video(f"{name}-{arm}-{kind}", video)
-
     clips = clips or benchmark_clips()
     for number, clip in enumerate(clips):
         frames = world.render_clip(clip.scenes())
         source: Source = prepare(checkpoint, torch.from_numpy(frames), clip.caption())
+
+        def run(arm: str, name: str, unet, noise, subject=None, clip=clip, frames=frames):
+            into, source_prompt = scores[arm]["seen" if clip.seen else "unseen"], clip.caption()
+            settings = {"source_prompt": None if arm == "random_noise" else source_prompt, "subject": subject}
+            drawn = partial(sample, checkpoint, unet, noise, preset=preset, **settings)
+            keep = on_video and (lambda kind, video: on_video(f"{name}-{arm}-{kind}", video))
+            _score_edits(into, judge, clip, frames, drawn, keep)
+
         untuned = inflate(checkpoint.unet)
         callback(Note(f"clip {number + 1}/{len(clips)}: {clip.caption()}, untuned"))
         # without tuning and with eta 0 nothing is random: one run stands for all seeds
-        run(
-            "untuned",
-            f"clip{number}",
-            clip,
-            untuned,
-            invert(checkpoint, untuned, source, preset),
-            frames,
-            find_subject(checkpoint, untuned, source, clip.contrasts(), preset),
-        )
+        subject = find_subject(checkpoint, untuned, source, clip.contrasts(), preset)
+        run("untuned", f"clip{number}", untuned, invert(checkpoint, untuned, source, preset), subject)
         for seed in range(seeds):
             callback(Note(f"clip {number + 1}/{len(clips)}: {clip.caption()}, tuned with seed {seed}"))
-            seeded = with_settings(preset, seed=seed)
+            seeded, name = with_settings(preset, seed=seed), f"clip{number}-seed{seed}"
             tuned, _ = tune_on(checkpoint, [source], seeded)
-            name = f"clip{number}-seed{seed}"
-            run(
-                "tuned",
-                name,
-                clip,
-                tuned,
-                invert(checkpoint, tuned, source, preset),
-                frames,
-                find_subject(checkpoint, tuned, source, clip.contrasts(), seeded),
-            )
+            subject = find_subject(checkpoint, tuned, source, clip.contrasts(), seeded)
+            run("tuned", name, tuned, invert(checkpoint, tuned, source, preset), subject)
             noise = torch.randn(source.take.latents.shape, generator=torch.Generator().manual_seed(seed))
-            run("random_noise", name, clip, tuned, noise, frames)
+            run("random_noise", name, tuned, noise)
     return {arm: {content: s.means() for content, s in by.items()} for arm, by in scores.items()}
+
+
+def _score_edits(
+    into: "Scores",
+    judge: Judge,
+    clip: BenchmarkClip,
+    frames: np.ndarray,
+    drawn: Callable[..., torch.Tensor],
+    on_video: Callable[[str, np.ndarray], None] | None,
+):
+    """Adds the figures of one clip, sampled again and edited in every way, by `drawn(prompt, region=...)`."""
+    again = drawn(clip.caption()).numpy()
+    into.add(reconstruction=_rmse(again, frames))
+    if on_video:
+        on_video("again", again)
+    for kind, value in clip.edits.items():
+        region = "everything" if drawn.keywords["subject"] is None else REGIONS[kind]
+        video = drawn(clip.caption(**{KINDS[kind]: value}), region=region).numpy()
+        into.add(**score_edit(judge, video, clip, kind))
+        if on_video:
+            on_video(kind, video)
 
 
 def untouched(
