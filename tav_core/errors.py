@@ -45,7 +45,8 @@ class TavError(ValueError):
     def _value(self) -> str:
         value = str(self.value) if isinstance(self.value, PathLike) else self.value
         text = str(value)
-        return text if self.assign != "=" and text and text.isprintable() else repr(value)
+        plain = self.assign != "=" and text and text.isprintable()  # nothing, or a line break, would not be seen
+        return text if plain else repr(value)
 
 
 class OutOfMemory(TavError):

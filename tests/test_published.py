@@ -189,7 +189,7 @@ def test_commands_need_no_tuned_weights(published, tmp_path):
     tav_process("sample", "--noise", noise, "--edit", "a star", "--output", tmp_path, *common)
     assert (tmp_path / "edit-1-a-star.mp4").exists()
     refused(
-        "tuned is missing; give a file of `tune` or `edit`, or a name_or_path that is a Tune-A-Video model",
+        "path is missing; give a file of `tune` or `edit`, or a name_or_path that is a Tune-A-Video model",
         SimpleNamespace(tuned=None),
         load_checkpoint("mini"),
         call=_load_tuned_unet,

@@ -275,7 +275,7 @@ def test_commands_on_long_clips(tav, tmp_path):
     assert "--context-length 9 is more than the 8 frames" in tav(
         *edit, "--output", out, "--context-length", 9, fails=True
     )
-    assert "context_overlap=4 doesn't fit a context_length of 4" in tav(
+    assert "--context-overlap 4 doesn't fit a --context-length of 4; give 2 to 3" in tav(
         *edit, "--output", out, "--context-length", 4, fails=True
     )
     assert not out.exists()
@@ -429,7 +429,7 @@ def test_windows_of_the_core(tuned_on_4):
     assert relative(predicted(free, x), blended / total) > 1e-3
     with pytest.raises(
         ValueError,
-        match="context_length gives a window of 3 frames, this MODEL was tuned on 4; set context_length to 4, or use "
+        match="context_length gives a window of 3 frames, this MODEL was tuned on 4; set it to 4, or use "
         r"Context Windows \(Tune-A-Video\)",
     ):
         predicted(core_windows(tuned, 3), x)
