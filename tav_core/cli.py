@@ -3,17 +3,20 @@
 import argparse
 import json
 import os
+import platform
 import re
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import bench, pipeline
+from . import __version__, bench, pipeline
 from .atomic import atomic_path
 from .checkpoint import Checkpoint, load_checkpoint
 from .ddim import ddim_timesteps
@@ -479,8 +482,14 @@ def _contrast_argument(parser):
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m tav_core", description=__doc__.split(": ", 1)[1])
+def main(prog: str = "tune-a-video"):
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split(": ", 1)[1])
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"tune-a-video {__version__}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"diffusers {diffusers.__version__}, transformers {transformers.__version__}",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, function, help: str) -> argparse.ArgumentParser:
