@@ -238,7 +238,8 @@ def run_edit(args, checkpoint: Checkpoint, clip: Clip, progress: Progress) -> tu
     save_video(side_by_side(list(videos.values()), list(videos)), args.output / "comparison.mp4", clip.fps)
     summary = {
         "prompt": args.prompt, "checkpoint": checkpoint.name, "frames": len(clip.frames), "fps": round(clip.fps, 3),
-        "size": [clip.frames.shape[2], clip.frames.shape[1]], "preset": args.preset or default_preset(args.checkpoint), "steps": result.steps,
+        "size": [clip.frames.shape[2], clip.frames.shape[1]],
+        "preset": args.preset or default_preset(args.checkpoint), "steps": result.steps,
         "probe_loss": {"before": result.probe_losses[0][1], "after": result.probe_losses[-1][1]},
         "reconstruction_psnr": round(psnr(videos["reconstruction"], clip.frames), 2),
         "frame_difference": {label: round(frame_difference(video), 4) for label, video in videos.items()},
