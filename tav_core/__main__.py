@@ -1,4 +1,4 @@
 from .cli import main
 
 if __name__ == "__main__":  # the benchmark starts processes that import this
-    main()
+    main("python -m tav_core")

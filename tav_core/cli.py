@@ -1,16 +1,19 @@
 """The command line: edit a video with one sentence (Tune-A-Video, arXiv 2212.11565)."""
 
 import argparse
+import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from torch import nn
 
-from . import bench, job, pipeline
+from . import __version__, bench, job, pipeline
 from .attention import MODES
 from .checkpoint import Checkpoint, load_checkpoint
 from .ddim import ddim_timesteps
@@ -422,8 +425,14 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m tav_core", description=__doc__.split(": ", 1)[1])
+def main(prog: str = "tune-a-video"):
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split(": ", 1)[1])
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"tune-a-video {__version__}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"diffusers {diffusers.__version__}, transformers {transformers.__version__}",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (function, add_arguments, help) in COMMANDS.items():
         sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
