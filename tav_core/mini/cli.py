@@ -146,40 +146,30 @@ def _regions(args):
     print(json.dumps(figures, indent=2))
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m tav_core.mini", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name: str, function, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help, formatter_class=parser.formatter_class)
-        sub.set_defaults(run=function)
-        return sub
-
-    train = command("train", _train, "train the checkpoint, or one stage of it; starts again where it stopped")
-    train.add_argument("stage", choices=["vae", "unet", "judge", "export", "controlnet", "lora", "all"])
-    train.add_argument("--work", type=Path, required=True, help="folder for renders, latents and states")
-    train.add_argument(
+def _train_arguments(parser):
+    parser.add_argument("stage", choices=["vae", "unet", "judge", "export", "controlnet", "lora", "all"])
+    parser.add_argument("--work", type=Path, required=True, help="folder for renders, latents and states")
+    parser.add_argument(
         "--output",
         type=Path,
         default=Path(__file__).parent,
         help="where checkpoint/, the judge, controlnet/ and lora/ go",
     )
-    train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    train.add_argument(
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
         "--renders",
         type=int,
         default=24_000,
         help="pictures to learn from, at most; at least 48, and the same for all stages",
     )
-    train.add_argument("--vae-steps", type=int, default=3600, help="batches of 16")
-    train.add_argument("--unet-steps", type=int, default=3000, help="batches of 64")
-    train.add_argument("--judge-steps", type=int, default=1600, help="batches of 48")
-    train.add_argument("--controlnet-steps", type=int, default=2000, help="batches of 32")
-    train.add_argument("--lora-steps", type=int, default=450, help="batches of 32")
+    parser.add_argument("--vae-steps", type=int, default=3600, help="batches of 16")
+    parser.add_argument("--unet-steps", type=int, default=3000, help="batches of 64")
+    parser.add_argument("--judge-steps", type=int, default=1600, help="batches of 48")
+    parser.add_argument("--controlnet-steps", type=int, default=2000, help="batches of 32")
+    parser.add_argument("--lora-steps", type=int, default=450, help="batches of 32")
 
-    render = command("render", _render, "render a clip of the world")
+
+def _render_arguments(parser):
     for name, choices in (
         ("shape", [*world.SHAPES, *world.UNKNOWN_SHAPES]),
         ("colour", [*world.COLOURS]),
@@ -188,54 +178,81 @@ def main():
         ("pattern", [*world.PATTERNS]),
         ("motion", [*world.MOTIONS]),
     ):
-        render.add_argument(f"--{name}", choices=choices, default=choices[0])
-    render.add_argument("--frames", type=int, default=8)
-    render.add_argument("--layout", type=int, default=0, help="seed of the background's details")
-    render.add_argument(
+        parser.add_argument(f"--{name}", choices=choices, default=choices[0])
+    parser.add_argument("--frames", type=int, default=8)
+    parser.add_argument("--layout", type=int, default=0, help="seed of the background's details")
+    parser.add_argument(
         "--silhouette", action="store_true", help="the subject white on black: hints for the ControlNet"
     )
-    render.add_argument("--output", type=Path, required=True, help="an .mp4, .webm or .gif file")
+    parser.add_argument("--output", type=Path, required=True, help="an .mp4, .webm or .gif file")
 
-    previews = command("previews", _previews, "fit the colours of quick previews to renders of the world, in a minute")
-    previews.add_argument("--checkpoint", type=Path, default=MINI, help="a diffusers folder")
-    previews.add_argument("--output", type=Path, help="a .safetensors file; the one in the folder without it")
 
-    evaluate = command("evaluate", _evaluate, "text-to-image accuracy, judged by a classifier; prints JSON")
-    evaluate.add_argument("--checkpoint", default="mini")
-    evaluate.add_argument("--count", type=int, default=256, help="prompts, a third of them unseen combinations")
-    evaluate.add_argument("--guidance-scale", type=float, default=3.0)
-    evaluate.add_argument("--sampling-steps", type=int, default=50)
-    evaluate.add_argument("--seed", type=int, default=0)
-    evaluate.add_argument("--sheet", type=Path, help="write the pictures here as one PNG")
+def _previews_arguments(parser):
+    parser.add_argument("--checkpoint", type=Path, default=MINI, help="a diffusers folder")
+    parser.add_argument("--output", type=Path, help="a .safetensors file; the one in the folder without it")
 
-    controlnet = command("controlnet", _controlnet, "how well the ControlNet obeys silhouettes; prints JSON")
-    controlnet.add_argument("--controlnet", default="mini")
-    controlnet.add_argument(
+
+def _evaluate_arguments(parser):
+    parser.add_argument("--checkpoint", default="mini")
+    parser.add_argument("--count", type=int, default=256, help="prompts, a third of them unseen combinations")
+    parser.add_argument("--guidance-scale", type=float, default=3.0)
+    parser.add_argument("--sampling-steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sheet", type=Path, help="write the pictures here as one PNG")
+
+
+def _controlnet_arguments(parser):
+    parser.add_argument("--controlnet", default="mini")
+    parser.add_argument(
         "--count", type=int, default=64, help="silhouettes of known shapes, and as many of unknown ones"
     )
-    controlnet.add_argument("--guidance-scale", type=float, default=3.0)
-    controlnet.add_argument("--sampling-steps", type=int, default=25)
-    controlnet.add_argument("--seed", type=int, default=0)
-    controlnet.add_argument("--sheet", type=Path, help="write hints and pictures here as one PNG")
+    parser.add_argument("--guidance-scale", type=float, default=3.0)
+    parser.add_argument("--sampling-steps", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sheet", type=Path, help="write hints and pictures here as one PNG")
 
-    lora = command("lora", _lora, "how far the LoRA draws in its style, by strength; prints JSON")
-    lora.add_argument("--strengths", type=float, nargs="+", default=[0.0, 0.5, 1.0])
-    lora.add_argument("--count", type=int, default=32, help="captions")
-    lora.add_argument("--guidance-scale", type=float, default=3.0)
-    lora.add_argument("--sampling-steps", type=int, default=25)
-    lora.add_argument("--seed", type=int, default=0)
-    lora.add_argument("--sheet", type=Path, help="write the pictures here as one PNG")
 
-    benchmark = command("benchmark", _benchmark, "tune, invert and edit clips of known truth; prints JSON")
-    benchmark.add_argument("--checkpoint", default="mini")
-    benchmark.add_argument("--seeds", type=int, default=2, help="runs of every clip")
-    benchmark.add_argument("--clips", type=int, nargs="*", help="numbers of the clips to run; all without it")
-    benchmark.add_argument("--videos", type=Path, help="write every video into this folder")
-    add_preset_arguments(benchmark)
+def _lora_arguments(parser):
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.0, 0.5, 1.0])
+    parser.add_argument("--count", type=int, default=32, help="captions")
+    parser.add_argument("--guidance-scale", type=float, default=3.0)
+    parser.add_argument("--sampling-steps", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sheet", type=Path, help="write the pictures here as one PNG")
 
-    regions = command("regions", _regions, "how well edits of a region leave the rest alone (PSNR in dB); prints JSON")
-    regions.add_argument("--clips", type=int, nargs="*", help="numbers of the clips to run; all without it")
-    add_preset_arguments(regions)
-    regions.set_defaults(checkpoint="mini")
 
+def _benchmark_arguments(parser):
+    parser.add_argument("--checkpoint", default="mini")
+    parser.add_argument("--seeds", type=int, default=2, help="runs of every clip")
+    parser.add_argument("--clips", type=int, nargs="*", help="numbers of the clips to run; all without it")
+    parser.add_argument("--videos", type=Path, help="write every video into this folder")
+    add_preset_arguments(parser)
+
+
+def _regions_arguments(parser):
+    parser.add_argument("--clips", type=int, nargs="*", help="numbers of the clips to run; all without it")
+    add_preset_arguments(parser)
+    parser.set_defaults(checkpoint="mini")
+
+
+COMMANDS = {
+    "train": (_train, _train_arguments, "train the checkpoint, or one stage of it; starts again where it stopped"),
+    "render": (_render, _render_arguments, "render a clip of the world"),
+    "previews": (_previews, _previews_arguments, "fit the colours of quick previews to renders of the world, in a minute"),
+    "evaluate": (_evaluate, _evaluate_arguments, "text-to-image accuracy, judged by a classifier; prints JSON"),
+    "controlnet": (_controlnet, _controlnet_arguments, "how well the ControlNet obeys silhouettes; prints JSON"),
+    "lora": (_lora, _lora_arguments, "how far the LoRA draws in its style, by strength; prints JSON"),
+    "benchmark": (_benchmark, _benchmark_arguments, "tune, invert and edit clips of known truth; prints JSON"),
+    "regions": (_regions, _regions_arguments, "how well edits of a region leave the rest alone (PSNR in dB); prints JSON"),
+}  # fmt: skip
+
+
+def main():
+    kind = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m tav_core.mini", description=__doc__, formatter_class=kind)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (function, add_arguments, help) in COMMANDS.items():
+        sub = commands.add_parser(name, help=help, description=help, formatter_class=kind)
+        add_arguments(sub)
+        sub.set_defaults(run=function)
     run(parser)
