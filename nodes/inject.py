@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..tav_core import TavError
+from ..tav_core.errors import field
 from ..tav_core.injection import REGIONS, EditPlaces, Led, SourceWalk
 from .common import hidden_states, plain_errors, schema
 from .native import ANCHOR, SOURCE_ROWS, video_unet
@@ -90,10 +91,11 @@ class Injection:
     def __call__(self, apply_model: Callable, args: dict[str, Any]) -> Tensor:
         x, kinds, options = args["input"], args["cond_or_uncond"], args["c"]["transformer_options"]
         if "context_window" in options:  # of the core: it doesn't say what it makes of the clip's other frames
-            raise TavError(
-                "MODEL comes through Attention Injection (a noise mask in Video Sampler needs it too) and through "
-                "Context Windows of ComfyUI itself, which don't go together; use Context Windows (Tune-A-Video)"
+            problem = (
+                "comes through Attention Injection (a noise mask in Video Sampler needs it too) and through Context "
+                "Windows of ComfyUI itself, which don't go together"
             )
+            raise TavError("MODEL", None, problem, "use Context Windows (Tune-A-Video)")
         frames = len(x) // len(kinds)
 
         def ask(videos: Tensor, led: Led | None) -> Tensor:  # k c f h w
@@ -179,7 +181,8 @@ comfy.samplers.CFGGuider.sample = with_checked_masks(comfy.samplers.CFGGuider.sa
 
 def _check_count(name: str, masks: int, frames: int):
     if masks not in (1, frames):
-        raise TavError(f"{name} has {masks} masks for {frames} frames; give one for all, or one for each frame")
+        problem = f"has {masks} masks for {frames} frames"
+        raise TavError(name, None, problem, "give one for all, or one for each frame")
 
 
 def with_injection(
@@ -262,6 +265,7 @@ class AttentionInjection(io.ComfyNode):
     def execute(cls, model, conditioning, share, region="everything", steady=True, subject=None) -> io.NodeOutput:
         with plain_errors():
             if region != "everything" and subject is None:
-                raise TavError(f"region is {region}, but there is no mask; connect subject to Subject Mask")
+                remedy = f"connect {field('subject')} to Subject Mask"
+                raise TavError("region", region, "needs to know where the subject is", remedy)
             model = with_injection(model, conditioning, share, region, subject, steady)
         return io.NodeOutput(model)

@@ -31,13 +31,11 @@ class TavError(ValueError):
     name_of: Callable[[str], str] = staticmethod(lambda field: _PYTHON.get(field, field))
     assign: str = "="
 
-    def __init__(self, field: str, value: Any = None, problem: str = "", remedy: str = ""):
+    def __init__(self, field: str, value: Any, problem: str, remedy: str):
         super().__init__(field, value, problem, remedy)
         self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
 
     def __str__(self) -> str:
-        if not self.problem:  # TODO: goes when all errors have their parts
-            return self.field
         value = "" if self.value is None else self.assign + self._value()
         told = f"{field(self.field)}{value} {self.problem}; {self.remedy}"
         return _MENTIONED.sub(lambda mentioned: self.name_of(mentioned[1]), told)

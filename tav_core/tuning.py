@@ -77,7 +77,7 @@ class TuneConfig:
         }.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise TavError(f"{name}={value!r} is out of range; give an integer of at least {least}")
+                raise TavError(name, value, "is out of range", f"give an integer of at least {least}")
         for name, good, remedy in (
             ("learning_rate", lambda x: 0 < x <= 1, "give a number above 0 and up to 1, such as 3e-5"),
             ("weight_decay", lambda x: 0 <= x < math.inf, "give 0 or a positive number, such as 1e-2"),
@@ -90,7 +90,7 @@ class TuneConfig:
             ("loss_weighting", lambda x: x in ("none", "min_snr"), "choose none or min_snr"),
         ):
             if not good(getattr(self, name)):
-                raise TavError(f"{name}={getattr(self, name)!r} is out of range; {remedy}")
+                raise TavError(name, getattr(self, name), "is out of range", remedy)
         if self.context_length is not None:
             check_context_length(self.context_length)
 

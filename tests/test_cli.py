@@ -130,7 +130,7 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, tav, tm
         ({"--sampling-steps": 0}, "1000"),
         ({"--attention-injection": 1.5}, "--attention-injection 1.5"),
         ({"--caption-as-negative": -1}, "--caption-as-negative -1"),
-        ({"--region": "subject"}, "--region needs to know where the subject is; give --contrast,"),
+        ({"--region": "subject"}, "--region subject needs to know where the subject is; give --contrast,"),
         ({"--contrast": "a red ball"}, "--contrast a red ball says nothing of another subject"),
     ]
     for change, words in cases:

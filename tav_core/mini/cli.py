@@ -238,12 +238,12 @@ def _regions_arguments(parser):
 COMMANDS = {
     "train": (_train, _train_arguments, "train the checkpoint, or one stage of it; starts again where it stopped"),
     "render": (_render, _render_arguments, "render a clip of the world"),
-    "previews": (_previews, _previews_arguments, "fit the colours of quick previews to renders of the world, in a minute"),
+    "previews": (_previews, _previews_arguments, "fit the colours of quick previews to renders, in a minute"),
     "evaluate": (_evaluate, _evaluate_arguments, "text-to-image accuracy, judged by a classifier; prints JSON"),
     "controlnet": (_controlnet, _controlnet_arguments, "how well the ControlNet obeys silhouettes; prints JSON"),
     "lora": (_lora, _lora_arguments, "how far the LoRA draws in its style, by strength; prints JSON"),
     "benchmark": (_benchmark, _benchmark_arguments, "tune, invert and edit clips of known truth; prints JSON"),
-    "regions": (_regions, _regions_arguments, "how well edits of a region leave the rest alone (PSNR in dB); prints JSON"),
+    "regions": (_regions, _regions_arguments, "how well edits of a region spare the rest (PSNR in dB); prints JSON"),
 }  # fmt: skip
 
 
