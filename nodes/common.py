@@ -112,12 +112,8 @@ def clean_latents(model: ModelPatcher, latent: dict[str, Any]) -> Tensor:
     samples = latent["samples"]
     channels = video_unet(model).config.in_channels
     if samples.ndim != 4 or samples.shape[1] != channels:
-        raise TavError(
-            "LATENT",
-            None,
-            f"has shape {tuple(samples.shape)}",
-            f"give frames as a batch, (frames, {channels}, height, width)",
-        )
+        problem = f"has shape {tuple(samples.shape)}"
+        raise TavError("LATENT", None, problem, f"give frames as a batch, (frames, {channels}, height, width)")
     latents = model.model.process_latent_in(samples.float())
     return rearrange(latents, "f c h w -> 1 c f h w")
 

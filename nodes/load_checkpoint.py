@@ -23,7 +23,8 @@ from ..tav_core import Checkpoint, TavError, load_checkpoint
 from ..tav_core.checkpoint import MINI
 from ..tav_core.mini.preview import LATENT_COLOURS, load_latent_colours
 from .common import plain_errors, schema
-from .native import core_layout, to_native, use_operations
+from .layout import core_layout
+from .native import to_native, use_operations
 
 
 def choices() -> dict[str, Path]:
@@ -71,12 +72,8 @@ def patchers(folder: Path, disable_dynamic: bool = False) -> tuple[comfy.model_p
 def native_unet(checkpoint: Checkpoint, folder: Path, **options) -> comfy.model_patcher.ModelPatcher:
     unet, management = checkpoint.unet, comfy.model_management
     if unet.class_embedding is not None:
-        raise TavError(
-            "checkpoint",
-            checkpoint.name,
-            "is conditioned on class labels, which CONDITIONING doesn't hold",
-            "use it from Python",
-        )
+        problem = "is conditioned on class labels, which CONDITIONING doesn't hold"
+        raise TavError("checkpoint", checkpoint.name, problem, "use it from Python")
     width = unet.config.cross_attention_dim
     kind = comfy.supported_models.SD20 if width == 1024 else comfy.supported_models.SD15
     model_config = kind({})

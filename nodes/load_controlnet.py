@@ -19,6 +19,7 @@ from ..tav_core import TavError, load_controlnet
 from ..tav_core.checkpoint import MINI_CONTROLNET
 from .common import plain_errors, schema
 from .native import use_operations
+from .native_model import check_hints
 
 
 def choices() -> dict[str, Path]:
@@ -70,23 +71,12 @@ class Control(comfy.controlnet.ControlNet):
     def pre_run(self, model: BaseModel, percent_to_timestep_function):
         own, wanted = family(self.control_model.config), family_of(model)
         if own != wanted:
-            raise TavError(
-                "ControlNet",
-                self.name,
-                f"is for another family of models ({told(own)}; MODEL: {told(wanted)})",
-                "use one for the family of MODEL",
-            )
+            problem = f"is for another family of models ({told(own)}; MODEL: {told(wanted)})"
+            raise TavError("ControlNet", self.name, problem, "use one for the family of MODEL")
         super().pre_run(model, percent_to_timestep_function)
 
     def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
-        hints, frames = len(self.cond_hint_original), len(x_noisy) // batched_number
-        if hints not in (1, frames):
-            raise TavError(
-                "ControlNet",
-                self.name,
-                f"has {hints} hints, LATENT has {frames} frames",
-                f"give it 1 image for all frames, or {frames}",
-            )
+        check_hints(self, len(x_noisy) // batched_number)
         return super().get_control(x_noisy, t, cond, batched_number, transformer_options)
 
 

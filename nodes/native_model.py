@@ -13,6 +13,15 @@ from torch import Tensor
 from ..tav_core import TavError, VideoUNet
 
 
+def check_hints(net: comfy.controlnet.ControlBase, frames: int):
+    """Raises a TavError for hints that are neither one for all frames nor one for each, which the core cycles or cuts."""
+    hints, name = len(net.cond_hint_original), getattr(net, "name", None)
+    if hints not in (1, frames):
+        problem = f"has {hints} hints, LATENT has {frames} frames"
+        remedy = f"give it 1 image for all frames, or {frames}"
+        raise TavError("ControlNet" if name else "ControlNet or T2I-Adapter", name, problem, remedy)
+
+
 class OneFamily:
     """Mixin for a `BaseModel` around a diffusers U-Net. Refused are foreign ControlNets, hints that fit no clip, and
     masks that keep only noise.
@@ -22,42 +31,26 @@ class OneFamily:
         net, frames = kwargs.get("control"), len(kwargs["noise"])
         while net is not None:
             if isinstance(net, comfy.controlnet.ControlLora):
-                raise TavError(
-                    "Control-LoRA",
-                    None,
-                    "needs the weights of a native MODEL",
-                    "use a whole ControlNet with an inflated one",
-                )
+                remedy = "use a whole ControlNet with an inflated one"
+                raise TavError("Control-LoRA", None, "needs the weights of a native MODEL", remedy)
             if (module := getattr(net, "control_model", None)) is not None:
                 widths = {
                     weight.shape[1] for name, weight in module.named_parameters() if name.endswith("attn2.to_k.weight")
                 }
                 if widths != {self.diffusion_model.config.cross_attention_dim}:
-                    raise TavError(
-                        "ControlNet", None, "is for another family of models", "use one for the family of MODEL"
-                    )
-            hints = len(net.cond_hint_original)
-            # others the core would cycle or cut
-            if isinstance(self.diffusion_model, VideoUNet) and hints not in (1, frames):
-                name = getattr(net, "name", None)
-                raise TavError(
-                    "ControlNet" if name else "ControlNet or T2I-Adapter",
-                    name,
-                    f"has {hints} hints, LATENT has {frames} frames",
-                    f"give it 1 image for all frames, or {frames}",
-                )
+                    problem = "is for another family of models"
+                    raise TavError("ControlNet", None, problem, "use one for the family of MODEL")
+            if isinstance(self.diffusion_model, VideoUNet):
+                check_hints(net, frames)
             net = net.previous_controlnet
         return super().extra_conds(**kwargs)
 
     def scale_latent_inpaint(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, **kwargs) -> Tensor:
         """What a stock noise mask puts outside of it: the latent under as much noise as the sampler is at."""
         if isinstance(self.diffusion_model, VideoUNet) and not noise.any():  # the latent is inverted noise itself
-            raise TavError(
-                "noise_mask",
-                None,
-                "on inverted noise needs to know what the clip was inverted with",
-                "connect MODEL through Attention Injection (share 0 will do), or use Video Sampler",
-            )
+            problem = "on inverted noise needs to know what the clip was inverted with"
+            remedy = "connect MODEL through Attention Injection (share 0 will do), or use Video Sampler"
+            raise TavError("noise_mask", None, problem, remedy)
         return super().scale_latent_inpaint(sigma=sigma, noise=noise, latent_image=latent_image, **kwargs)
 
 
@@ -77,12 +70,8 @@ class InflatedSDXL(OneFamily, comfy.model_base.SDXL):
 
     def encode_adm(self, **kwargs) -> Tensor:
         if "pooled_output" not in kwargs and "unclip_conditioning" not in kwargs:
-            raise TavError(
-                "CONDITIONING",
-                None,
-                "has no pooled text, which SDXL needs",
-                "use CLIP Text Encode with the CLIP of the same checkpoint",
-            )
+            problem = "has no pooled text, which SDXL needs"
+            raise TavError("CONDITIONING", None, problem, "use CLIP Text Encode with the CLIP of the same checkpoint")
         return super().encode_adm(**kwargs)
 
 
@@ -92,12 +81,8 @@ class NativePatcher(getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatche
     def add_patches(self, patches, *args, **kwargs):
         weights, added = self.model.state_dict(), super().add_patches(patches, *args, **kwargs)
         if not added:
-            raise TavError(
-                "LoRA (or merge)",
-                None,
-                "names no weights of MODEL: it is for another family, or has the names of the original code",
-                "connect it before Inflate",
-            )
+            problem = "names no weights of MODEL: it is for another family, or has the names of the original code"
+            raise TavError("LoRA (or merge)", None, problem, "connect it before Inflate")
         for key in added:
             if isinstance(key, str):
                 check_lora(key, weights[key], patches[key])

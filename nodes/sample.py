@@ -64,12 +64,9 @@ class VideoSampler(io.ComfyNode):
                     )
                 if not has_injection(model):
                     if INVERTED_WITH not in noise:
-                        raise TavError(
-                            "noise",
-                            None,
-                            "has a noise_mask, but doesn't say what the clip was inverted with",
-                            "connect noise to DDIM Inversion, or MODEL through Attention Injection",
-                        )
+                        problem = "has a noise_mask, but doesn't say what the clip was inverted with"
+                        remedy = "connect noise to DDIM Inversion, or MODEL through Attention Injection"
+                        raise TavError("noise", None, problem, remedy)
                     model = with_injection(model, noise[INVERTED_WITH], share=0.0)
             start = dict(noise)
             random = torch.zeros_like(noise["samples"])

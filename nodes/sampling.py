@@ -72,10 +72,6 @@ def sample_with(
         seed=seed,
     )
     if not torch.isfinite(samples).all():
-        raise TavError(
-            "MODEL",
-            None,
-            "gives a result that is not finite (NaN)",
-            "run ComfyUI with --force-fp32, or tune at a lower learning_rate",
-        )
+        problem = "gives a result that is not finite (NaN)"
+        raise TavError("MODEL", None, problem, "run ComfyUI with --force-fp32, or tune at a lower learning_rate")
     return samples

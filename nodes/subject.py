@@ -40,12 +40,8 @@ def check_images(images: Tensor, latent: dict):
     frames, _, height, width = latent["samples"].shape
     if images.shape[:3] != (frames, 8 * height, 8 * width):
         count, h, w, _ = images.shape
-        raise TavError(
-            "images",
-            None,
-            f"are {count} of {w} x {h}, latent is of {frames} of {8 * width} x {8 * height}",
-            "give the frames that were encoded",
-        )
+        problem = f"are {count} of {w} x {h}, latent is of {frames} of {8 * width} x {8 * height}"
+        raise TavError("images", None, problem, "give the frames that were encoded")
 
 
 class SubjectMask(io.ComfyNode):

@@ -59,12 +59,10 @@ class WordMask(io.ComfyNode):
             scheduler_of(model)  # raises for a model that this isn't for
             model = without_injection(model)
             if windows_of(model.model_options["transformer_options"]):
-                raise TavError(
-                    "MODEL",
-                    None,
-                    "sees the clip in Context Windows (Tune-A-Video), but a word is looked for in all of it at once",
-                    "use Subject Mask",
+                problem = (
+                    "sees the clip in Context Windows (Tune-A-Video), but a word is looked for in all of it at once"
                 )
+                raise TavError("MODEL", None, problem, "use Subject Mask")
             clean_latents(model, latent)
             check_images(images, latent)
             places = word_places(tokens(clip, sentence), tokens_of_word(clip, word), word)

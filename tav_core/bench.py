@@ -413,12 +413,8 @@ def bench(args):
     if args.runs < 1:
         raise TavError("runs", args.runs, "is out of range", "give 1 or more")
     if args.device.type != "cuda" and not _PROCESS.exists() and (args.growth or not args.no_memory):
-        raise TavError(
-            "device",
-            args.device,
-            "has its resident memory in /proc, which this system lacks",
-            f"use {field('no_memory')}, without {field('growth')}",
-        )
+        problem = "has its resident memory in /proc, which this system lacks"
+        raise TavError("device", args.device, problem, f"use {field('no_memory')}, without {field('growth')}")
     torch.set_num_threads(args.threads or torch.get_num_threads())
     layout, device = (
         LAYOUTS[args.layout or ("sd15" if args.gpu else "small" if args.growth else "middle")],

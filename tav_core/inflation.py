@@ -146,23 +146,16 @@ class VideoUNet(UNet2DConditionModel):
                 raise TavError("class_labels", None, "are given, but this unet knows no classes", "leave them out")
             return None
         if class_labels is None:
-            raise TavError(
-                "class_labels",
-                None,
-                "are missing, and this unet is conditioned on them",
-                "pass them, from Python, one per video or per frame",
-            )
+            problem = "are missing, and this unet is conditioned on them"
+            raise TavError("class_labels", None, problem, "pass them, from Python, one per video or per frame")
         if isinstance(embedding, nn.Embedding):
             known = not class_labels.is_floating_point() and (
                 0 <= class_labels.min() <= class_labels.max() < embedding.num_embeddings
             )
             if not known:
-                raise TavError(
-                    "class_labels",
-                    class_labels.unique().tolist(),
-                    f"must be integers from 0 to {embedding.num_embeddings - 1}",
-                    "give those that this unet was trained on",
-                )
+                problem = f"must be integers from 0 to {embedding.num_embeddings - 1}"
+                remedy = "give those that this unet was trained on"
+                raise TavError("class_labels", class_labels.unique().tolist(), problem, remedy)
         elif kind != "timestep":  # a vector
             class_labels = class_labels.to(sample.dtype)
         return super().get_class_embed(sample, class_labels)

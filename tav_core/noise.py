@@ -38,18 +38,10 @@ def read_noise(path: Path, preset: Preset) -> tuple[Tensor, Tensor | None, str]:
         raise TavError("noise", path, f"can't be read ({error})", "make one with python -m tav_core invert") from error
     steps, inverted_with = int(metadata["steps"]), metadata.get("inverted_with", "empty prompt")
     if steps != preset.sampling_steps:
-        raise TavError(
-            "sampling_steps",
-            preset.sampling_steps,
-            f"is not the {steps} that {path} was inverted with",
-            f"give {steps}",
-        )
+        problem = f"is not the {steps} that {path} was inverted with"
+        raise TavError("sampling_steps", preset.sampling_steps, problem, f"give {steps}")
     if (inverted_with == "caption") != (preset.caption_as_negative > 0):
         remedy = "a value above 0" if inverted_with == "caption" else "0"
-        raise TavError(
-            "caption_as_negative",
-            preset.caption_as_negative,
-            f"doesn't fit {path}, which was inverted with the {inverted_with}",
-            f"give it {remedy}, or invert again",
-        )
+        problem = f"doesn't fit {path}, which was inverted with the {inverted_with}"
+        raise TavError("caption_as_negative", preset.caption_as_negative, problem, f"give it {remedy}, or invert again")
     return noise, subject, metadata["prompt"]

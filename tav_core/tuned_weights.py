@@ -172,19 +172,11 @@ def check_fit(
         TavError: another base model, another inflation, or other parameters.
     """
     if info.base != base:
-        raise TavError(
-            "tuned",
-            path,
-            f"belongs to the base model {info.base_name!r} ({info.base[:12]}), this one is {base[:12]}",
-            "load that checkpoint, or tune on this one",
-        )
+        problem = f"belongs to the base model {info.base_name!r} ({info.base[:12]}), this one is {base[:12]}"
+        raise TavError("tuned", path, problem, "load that checkpoint, or tune on this one")
     if info.inflation != inflation:
-        raise TavError(
-            "tuned",
-            path,
-            f"was made with {info.inflation}, the U-Net is inflated with {inflation}",
-            "inflate it the same way",
-        )
+        problem = f"was made with {info.inflation}, the U-Net is inflated with {inflation}"
+        raise TavError("tuned", path, problem, "inflate it the same way")
     if {n: t.shape for n, t in weights.items()} != {n: p.shape for n, p in parameters.items()}:
         raise TavError("tuned", path, "does not name the parameters of this U-Net: it is damaged", "tune again")
 

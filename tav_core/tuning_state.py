@@ -125,12 +125,8 @@ def check_same_run(path: Path, stored: dict[str, Any], current: dict[str, Any], 
         if hash_tensors(weights) == current["initial weights"]:
             return
     if different:
-        raise TavError(
-            "state",
-            path,
-            f"belongs to another run ({', '.join(different)} changed)",
-            "choose another one, or delete it to start over",
-        )
+        problem = f"belongs to another run ({', '.join(different)} changed)"
+        raise TavError("state", path, problem, "choose another one, or delete it to start over")
 
 
 def hash_tensors(tensors: Iterable[Tensor]) -> str:

@@ -39,12 +39,8 @@ class ContextWindows:
     def __post_init__(self):
         check_context_length(self.context_length)
         if not 2 <= self.context_overlap < self.context_length:
-            raise TavError(
-                "context_overlap",
-                self.context_overlap,
-                f"doesn't fit a {field('context_length')} of {self.context_length}",
-                f"give 2 to {self.context_length - 1}",
-            )
+            problem = f"doesn't fit a {field('context_length')} of {self.context_length}"
+            raise TavError("context_overlap", self.context_overlap, problem, f"give 2 to {self.context_length - 1}")
 
     def __call__(
         self, unet: Callable[..., Tensor], latents: Tensor, timesteps: Tensor | float, text: Tensor, **kwargs
@@ -120,12 +116,8 @@ def check_context_length(context_length: int, num_frames: int | None = None):
     if isinstance(context_length, bool) or not isinstance(context_length, int) or context_length < SHORTEST:
         raise TavError("context_length", context_length, "is out of range", f"give an integer of at least {SHORTEST}")
     if num_frames is not None and context_length > num_frames:
-        raise TavError(
-            "context_length",
-            context_length,
-            f"is more than the {num_frames} frames of the clip",
-            f"give it at most {num_frames}, or a longer clip",
-        )
+        problem = f"is more than the {num_frames} frames of the clip"
+        raise TavError("context_length", context_length, problem, f"give it at most {num_frames}, or a longer clip")
 
 
 def random_window(num_frames: int, context_length: int, generator: torch.Generator) -> Tensor:

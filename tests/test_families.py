@@ -85,7 +85,7 @@ def test_the_layouts_of_the_real_models(pack, family):
             self.model_config = model_config
 
     with torch.device("meta"):
-        ours = UNet2DConditionModel.from_config(pack.nodes.native.unet_layout(Model(), unet)).state_dict()
+        ours = UNet2DConditionModel.from_config(pack.nodes.layout.unet_layout(Model(), unet)).state_dict()
     theirs, names = unet.state_dict(), comfy.utils.unet_to_diffusers(model_config.unet_config)
     assert set(names[name] for name in ours) == set(theirs)
     assert all(weight.shape == theirs[names[name]].shape for name, weight in ours.items())

@@ -422,7 +422,9 @@ def test_subject_and_region_are_those_of_the_core(pack, mini, region):
         nodes.VideoSampler.execute(
             model, mini.encode(edit), mini.encode(""), noise, 10, 5.0, "ddim_uniform", 0.0, False, 0
         )
-    with pytest.raises(ValueError, match="region .* needs to know where the subject is; connect subject to Subject Mask"):
+    with pytest.raises(
+        ValueError, match="region .* needs to know where the subject is; connect subject to Subject Mask"
+    ):
         nodes.AttentionInjection.execute(mini.inflated, mini.encode(caption), 0.5, "subject")
 
 

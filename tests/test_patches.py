@@ -135,7 +135,7 @@ def test_the_2d_diffusers_model_as_well(pack, second):
     config, told = type(model.model.model_config)({}), model.model.model_config.unet_config
     with torch.inference_mode(False):
         unet = bridge.to_diffusers(model)
-        config.unet_config |= bridge.core_layout(unet)
+        config.unet_config |= pack.nodes.layout.core_layout(unet)
         config.set_inference_dtype(torch.float32, None)
         wrapped = bridge.to_native(unet, config, model.model.model_type)
     assert type(wrapped.model.diffusion_model) is bridge.NativeUNet
