@@ -80,7 +80,7 @@ class Injection:
         places = EditPlaces()
         if self.subject is not None:
             mask = rearrange(at_size(self.subject, noise), "f 1 h w -> 1 1 f h w")
-            places = EditPlaces.of(self.region, mask, room=1, steady=self.steady)
+            places = EditPlaces.of(self.region, mask, margin=1, steady=self.steady)
         if denoise_mask is not None and not noise.any():
             mask = rearrange(noise_mask(denoise_mask, noise), "f 1 h w -> 1 1 f h w")
             changeable = mask if places.changeable is None else mask * places.changeable

@@ -60,12 +60,12 @@ class DDIMInversion(io.ComfyNode):
             clip = clean_latents(model, latent)
             hidden_states(model, conditioning, "conditioning")
             levels = sigmas_for(model, steps, scheduler, sigmas)
-            still, clean = torch.zeros_like(latent["samples"]), {"samples": latent["samples"]}
-            noise = sample_with(model, InversionSampler(), levels, clean, conditioning, conditioning, 1.0, still)
+            no_noise, clean = torch.zeros_like(latent["samples"]), {"samples": latent["samples"]}
+            noise = sample_with(model, InversionSampler(), levels, clean, conditioning, conditioning, 1.0, no_noise)
             error = -1.0
             if measure:
                 euler = comfy.samplers.sampler_object("euler")
-                back = sample_with(model, euler, levels, {"samples": noise}, conditioning, conditioning, 1.0, still)
+                back = sample_with(model, euler, levels, {"samples": noise}, conditioning, conditioning, 1.0, no_noise)
                 error = (clean_latents(model, {"samples": back}) - clip).square().mean().sqrt().item()
                 report(cls, f"reconstruction error {error:.3f}")
         return io.NodeOutput({**latent, "samples": noise, INVERTED_WITH: conditioning}, levels, error)

@@ -14,7 +14,7 @@ from ..tav_core import TavError, VideoUNet
 
 
 def check_hints(net: comfy.controlnet.ControlBase, frames: int):
-    """Raises a TavError for hints that are neither one for all frames nor one for each, which the core cycles or cuts."""
+    """Raises a TavError for hints that are neither one for all frames nor one for each, as the core would cut them."""
     hints, name = len(net.cond_hint_original), getattr(net, "name", None)
     if hints not in (1, frames):
         problem = f"has {hints} hints, LATENT has {frames} frames"

@@ -84,9 +84,9 @@ class SubjectMask(io.ComfyNode):
             predictions = []
             for sentence in [conditioning, *([other] for other in contrast)]:
                 hidden_states(model, sentence, "contrast")
-                probe, still = Probe(levels), torch.zeros_like(latent["samples"])
+                probe, no_noise = Probe(levels), torch.zeros_like(latent["samples"])
                 sigmas = torch.cat([probe.sigmas, torch.zeros(1)])
-                sample_with(model, probe, sigmas, {"samples": latent["samples"]}, sentence, sentence, 1.0, still)
+                sample_with(model, probe, sigmas, {"samples": latent["samples"]}, sentence, sentence, 1.0, no_noise)
                 predictions.append(probe.predictions)
             mask = mask_of([torch.cat(level) for level in zip(*predictions)], threshold)
             mask = softened(outlined(mask, from_images(images)), softness)

@@ -148,7 +148,9 @@ class OneShotTune(io.ComfyNode):
                 context_length=length or None,
             )
             clips = [(latent, positive, "positive")]
-            clips += [(clip, said, f"positive of take {number}") for number, (clip, said) in enumerate(takes, 2)]
+            clips += [
+                (clip, sentence, f"positive of take {number}") for number, (clip, sentence) in enumerate(takes, 2)
+            ]
             taken = [take_of(model, *clip) for clip in clips]
             edit = take_of(model, latent, preview_prompt or positive, "preview_prompt").condition
             tuned, result = run(cls, model, taken, config, preview_every, edit, vae)

@@ -68,7 +68,7 @@ class WordMask(io.ComfyNode):
             places = word_places(tokens(clip, sentence), tokens_of_word(clip, word), word)
             conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(sentence))
             hidden_states(model, conditioning, "clip")
-            still, levels = torch.zeros_like(latent["samples"]), sigmas_for(model, steps, "ddim_uniform", None)
+            no_noise, levels = torch.zeros_like(latent["samples"]), sigmas_for(model, steps, "ddim_uniform", None)
             with word_attention(video_unet(model), places) as maps:
                 sample_with(
                     model,
@@ -78,7 +78,7 @@ class WordMask(io.ComfyNode):
                     conditioning,
                     conditioning,
                     1.0,
-                    still,
+                    no_noise,
                 )
             mask = mask_of_attention(maps, *latent["samples"].shape[-2:], threshold)
             mask = softened(outlined(mask, from_images(images)), softness)

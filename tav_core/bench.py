@@ -139,7 +139,7 @@ class Enough(Exception):
     """Ends a tuning that was measured."""
 
 
-class Subject:
+class Workload:
     """A checkpoint, its inflated U-Net and a clip, ready to run every stage in any mode. Stages return seconds."""
 
     def __init__(self, layout: Layout, device: str):
@@ -153,7 +153,9 @@ class Subject:
         generator, side = torch.Generator().manual_seed(0), layout.size * self.checkpoint.downscale
         self.pixels = torch.rand(1, 3, layout.frames, side, side, generator=generator) * 2 - 1
         self.latents = torch.randn(1, 4, layout.frames, layout.size, layout.size, generator=generator).to(self.device)
-        self.texts = [encode_prompt(self.checkpoint, said) for said in ("a man is skiing", "", "spider man is skiing")]
+        self.texts = [
+            encode_prompt(self.checkpoint, sentence) for sentence in ("a man is skiing", "", "spider man is skiing")
+        ]
         self.take = Take(self.latents, Condition(self.texts[0]), self.latents.abs() / 10)
 
     def run(self, stage: str, mode: Mode) -> float:
@@ -271,14 +273,14 @@ def _whole(mode: Mode, clip: Tensor) -> tuple[int, ...]:
     return (clip.shape[2],) if "caching" in mode.off else ()
 
 
-def seconds(subject: Subject, modes: list[Mode], stages: list[str], runs: int) -> dict[str, dict[str, float]]:
+def seconds(workload: Workload, modes: list[Mode], stages: list[str], runs: int) -> dict[str, dict[str, float]]:
     """Median seconds by mode and stage; the modes take turns, so that what else the machine does hits all alike."""
     medians = {mode.name: {} for mode in modes}
     for stage in stages:
         taken = {mode.name: [] for mode in modes}
         for _ in range(runs + 1):
             for mode in modes:
-                taken[mode.name].append(subject.run(stage, mode))
+                taken[mode.name].append(workload.run(stage, mode))
         for name, values in taken.items():
             medians[name][stage] = statistics.median(values[1:])  # the first is a warm-up
     return medians
@@ -294,18 +296,18 @@ def memory(layout: Layout, mode: Mode, stage: str, device: str, threads: int) ->
 
 def _memory(layout: Layout, mode: Mode, stage: str, device: str, threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
-    subject = Subject(layout, device)
+    workload = Workload(layout, device)
     gc.collect()
-    if subject.device.type == "cuda":
-        before = torch.cuda.memory_allocated(subject.device)
-        torch.cuda.reset_peak_memory_stats(subject.device)
-        subject.run(stage, mode)
-        peak = torch.cuda.max_memory_allocated(subject.device)
+    if workload.device.type == "cuda":
+        before = torch.cuda.memory_allocated(workload.device)
+        torch.cuda.reset_peak_memory_stats(workload.device)
+        workload.run(stage, mode)
+        peak = torch.cuda.max_memory_allocated(workload.device)
     else:
         ctypes.CDLL(None).malloc_trim(0)  # what building the models has left
         (_PROCESS / "clear_refs").write_text("5")  # their peak
         before = _resident("VmRSS")
-        subject.run(stage, mode)
+        workload.run(stage, mode)
         peak = _resident("VmHWM")
     return {"peak": peak / 1e9, "before": before / 1e9}
 
@@ -334,11 +336,11 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def shares(subject: Subject, modes: list[Mode], figures: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def shares(workload: Workload, modes: list[Mode], figures: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """By mode and stage, the operations a second that a step achieves, over those of matrix products of its dtype."""
-    rates = {dtype: matmul_rate(subject.device, DTYPES[dtype]) for dtype in {mode.dtype: None for mode in modes}}
+    rates = {dtype: matmul_rate(workload.device, DTYPES[dtype]) for dtype in {mode.dtype: None for mode in modes}}
     print("\nmatrix products: " + ", ".join(f"{rate / 1e9:.1f} GFLOP/s in {dtype}" for dtype, rate in rates.items()))
-    flops = {stage: subject.flops(stage) for stage in COUNTED if stage in next(iter(figures.values()))}
+    flops = {stage: workload.flops(stage) for stage in COUNTED if stage in next(iter(figures.values()))}
     print("a step: " + ", ".join(f"{stage} {count / 1e9:.1f} GFLOP" for stage, count in flops.items()))
     return {
         mode.name: {stage: count / figures[mode.name][stage] / rates[mode.dtype] for stage, count in flops.items()}
@@ -362,7 +364,7 @@ def growth(layout: Layout, mode: Mode, runs: int, device: str, sizes: dict[str, 
         points = []
         for value in values:
             grown = replace(layout, **{axis: value})
-            points.append({axis: value, **seconds(Subject(grown, device), [mode], list(GROWING), runs)[mode.name]})
+            points.append({axis: value, **seconds(Workload(grown, device), [mode], list(GROWING), runs)[mode.name]})
             for stage in GROWING:
                 used = memory(grown, mode, stage, device, torch.get_num_threads())
                 points[-1][f"{stage} GB"] = used["peak"] - used["before"]
@@ -446,16 +448,16 @@ def bench(args):
                 + ", ".join(f"{name} {value:.2f}" for name, value in found["exponents"].items())
             )
     else:
-        subject = Subject(layout, device)
-        result["seconds"] = seconds(subject, modes, list(args.stages), args.runs)
+        workload = Workload(layout, device)
+        result["seconds"] = seconds(workload, modes, list(args.stages), args.runs)
         _table("seconds", result["seconds"], args.stages)
         if counted := [stage for stage in args.stages if stage in COUNTED]:
-            result["share"] = shares(subject, modes, result["seconds"])
+            result["share"] = shares(workload, modes, result["seconds"])
             _table("share of the matmul rate", result["share"], counted, compared=False)
         if args.gpu:
-            result["edit"] = subject.run("edit", on[0])
+            result["edit"] = workload.run("edit", on[0])
             print(f"\ninversion and 50 guided steps, {on[0].name}: {result['edit']:.1f} s")
-        del subject  # on a GPU it would count
+        del workload  # on a GPU it would count
         if not args.no_memory:
             used = {
                 mode.name: {
@@ -476,9 +478,9 @@ def bench(args):
 
 def _fitting(layout: Layout, dtype: torch.dtype, device: torch.device) -> list[str]:
     """The memory modes that the device has room for, or else the last; tells which it leaves out."""
-    subject = Subject(layout, str(device))
+    workload = Workload(layout, str(device))
     chosen, line = choose(
-        lambda kind: needed_memory(subject.unet, subject.take, dtype, kind, device), free_memory(device)
+        lambda kind: needed_memory(workload.unet, workload.take, dtype, kind, device), free_memory(device)
     )
     if chosen != MEMORY[0]:
         print(line)

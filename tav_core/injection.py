@@ -39,10 +39,10 @@ class EditPlaces:
     still: Tensor | None = None
 
     @classmethod
-    def of(cls, region: str, subject: Tensor, room: int, steady: bool = True) -> "EditPlaces":
+    def of(cls, region: str, subject: Tensor, margin: int, steady: bool = True) -> "EditPlaces":
         """Those of an edit of a region, given the subject's mask, `1 1 f h w`.
 
-        An edit of everything is anchored at the subject. One of the subject may go beyond it by `room` pixels of the
+        An edit of everything is anchored at the subject. One of the subject may go beyond it by `margin` pixels of the
         mask, for one of another shape, and is anchored there: it would lose the subject in some frames if the clip led
         it no farther than the old outline. One of the background needs no anchor: its subject is held already.
 
@@ -55,7 +55,7 @@ class EditPlaces:
         """
         if region not in REGIONS:
             raise TavError("region", region, "is unknown", f"choose one of {', '.join(REGIONS)}")
-        wide, rest = grown(subject, room), 1 - subject
+        wide, rest = grown(subject, margin), 1 - subject
         if region == "everything":
             return cls(None, subject, 1 - wide if steady else None)
         return cls(wide, wide, None) if region == "subject" else cls(rest, None, rest if steady else None)

@@ -204,7 +204,7 @@ def sample(
         places = None
         if subject is not None:
             mask = pooled(subject, checkpoint.downscale).to(unet.device)
-            places = EditPlaces.of(region, mask, room=1, steady=preset.steady)
+            places = EditPlaces.of(region, mask, margin=1, steady=preset.steady)
         walk = SourceWalk(preset.attention_injection, places)
         source = Condition(_inversion_text(checkpoint, source_prompt, preset), source_class_labels)
     latents = ddim_sample(
@@ -223,7 +223,7 @@ def sample(
     if region == "everything":
         return edit
     end = Schedule.of(checkpoint.scheduler, preset.sampling_steps).sigmas[-1]
-    changed = EditPlaces.of(region, subject, room=checkpoint.downscale).changeable
+    changed = EditPlaces.of(region, subject, margin=checkpoint.downscale).changeable
     return put_back(edit, decode_video(checkpoint, walk.latents(end)), changed)
 
 

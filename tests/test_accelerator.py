@@ -80,7 +80,7 @@ def test_the_benchmark_stays_on_its_device():
                "--runs", "1", "--threads", "1", "--no-memory"]  # fmt: skip
     lines = ["import sys", "from support import accelerator", "accelerator.register()", "from tav_core import bench",
              "from tav_core.cli import main",
-             "edit = bench.Subject.edit", "bench.Subject.edit = lambda self, mode: edit(self, mode, steps=2)",
+             "edit = bench.Workload.edit", "bench.Workload.edit = lambda self, mode: edit(self, mode, steps=2)",
              f"sys.argv[1:] = {options}", "main()"]  # fmt: skip
     done = python("-c", "\n".join(lines))
     assert done.returncode == 0, done.stderr

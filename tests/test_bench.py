@@ -29,7 +29,7 @@ def blocks_are_fastest(monkeypatch):
 
 @pytest.fixture(scope="module")
 def subject():
-    subject = bench.Subject(bench.LAYOUTS["small"], "cpu")
+    subject = bench.Workload(bench.LAYOUTS["small"], "cpu")
     with torch.no_grad():  # as after some tuning: at first the temporal attention adds nothing
         for name, parameter in trainable_parameters(subject.unet).items():
             if "attn_temp.to_out" in name:
@@ -148,7 +148,7 @@ def test_a_table_and_json(monkeypatch, tmp_path, capsys):
 @pytest.mark.slow
 def test_the_figures_of_a_gpu_run_on_a_cpu_too(monkeypatch, tmp_path, without_comfyui):
     file = tmp_path / "bench.json"
-    monkeypatch.setattr(bench.Subject, "edit", lambda self, mode, real=bench.Subject.edit: real(self, mode, 2))
+    monkeypatch.setattr(bench.Workload, "edit", lambda self, mode, real=bench.Workload.edit: real(self, mode, 2))
     run(
         monkeypatch,
         "--gpu",
@@ -181,7 +181,7 @@ def test_the_figures_of_a_gpu_run_on_a_cpu_too(monkeypatch, tmp_path, without_co
 @pytest.mark.slow
 def test_on_a_small_gpu_only_what_fits_is_measured(monkeypatch, tmp_path, capsys):
     file = tmp_path / "bench.json"
-    monkeypatch.setattr(bench.Subject, "edit", lambda self, mode: 1.0)
+    monkeypatch.setattr(bench.Workload, "edit", lambda self, mode: 1.0)
     monkeypatch.setattr(bench, "free_memory", lambda device: 0)
     figures = {"seconds": lambda subject, modes, *_: {mode.name: {"tune": 1.0} for mode in modes},
                "shares": lambda subject, modes, *_: {mode.name: {"tune": 0.1} for mode in modes}}  # fmt: skip

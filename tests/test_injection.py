@@ -54,15 +54,15 @@ def test_only_places_that_may_stand_still_do_and_count():
 def test_places_of_each_region():
     mask = torch.zeros(1, 1, 2, 8, 8)
     mask[:, :, :, 3:5, 3:5] = 1
-    everything, subject, background = (EditPlaces.of(region, mask, room=1) for region in REGIONS)
+    everything, subject, background = (EditPlaces.of(region, mask, margin=1) for region in REGIONS)
     assert everything.changeable is None and torch.equal(everything.anchor, mask)
     assert everything.still.sum() == 2 * (64 - 16)
     assert subject.changeable.sum() == 2 * 16 and torch.equal(subject.anchor, subject.changeable)
     assert subject.still is None
-    assert torch.equal(EditPlaces.of("subject", mask, room=2).changeable, grown(mask, 2))
+    assert torch.equal(EditPlaces.of("subject", mask, margin=2).changeable, grown(mask, 2))
     assert torch.equal(background.changeable, 1 - mask) and torch.equal(background.still, 1 - mask)
     assert background.anchor is None
-    assert all(EditPlaces.of(region, mask, room=1, steady=False).still is None for region in REGIONS)
+    assert all(EditPlaces.of(region, mask, margin=1, steady=False).still is None for region in REGIONS)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.6, 1.0])

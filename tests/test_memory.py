@@ -75,7 +75,7 @@ def test_a_gradient_that_is_missing_would_be_seen(of_each, monkeypatch, part):
 
 @pytest.fixture(scope="module")
 def subject():
-    return bench.Subject(bench.LAYOUTS["small"], "cpu")
+    return bench.Workload(bench.LAYOUTS["small"], "cpu")
 
 
 def test_each_mode_keeps_less_than_the_one_before(subject):

@@ -411,7 +411,7 @@ def test_subject_and_region_are_those_of_the_core(pack, mini, region):
     settings = dict(
         guidance_scale=5.0, negative_hidden_states=empty, source_hidden_states=said, attention_injection=0.5
     )
-    places = vars(EditPlaces.of(region, subject, room=1))
+    places = vars(EditPlaces.of(region, subject, margin=1))
     wanted = led_sample(unet, start, wish, scheduler, 10, **places, **settings)
     free = led_sample(unet, start, wish, scheduler, 10, anchor=places["anchor"], **settings)
     assert (edited - wanted).abs().max() < 1e-3 < 0.1 < (wanted - free).abs().max()

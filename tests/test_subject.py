@@ -73,7 +73,7 @@ def test_an_edit_of_a_region_leaves_the_rest_as_the_noise_reconstructs_it(mini, 
     again = ddim_sample(unet, noise, text, mini.scheduler, steps, guidance_scale=1)
     settings = dict(negative_hidden_states=empty, guidance_scale=5.0, source_hidden_states=text)
     for region in ("subject", "background"):
-        changeable = EditPlaces.of(region, subject, room=1).changeable
+        changeable = EditPlaces.of(region, subject, margin=1).changeable
         for injection in (0.0, 0.6):
             edited = led_sample(
                 unet,

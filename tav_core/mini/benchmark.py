@@ -263,7 +263,7 @@ def untouched(
         again = draw(clip.caption(), replace(preset, guidance_scale=1.0, attention_injection=0.0))
         for kind, rows in figures.items():
             caption, region = clip.caption(**{KINDS[kind]: clip.edits[kind]}), REGIONS[kind]
-            places = EditPlaces.of(region, subject.round(), room=checkpoint.downscale)
+            places = EditPlaces.of(region, subject.round(), margin=checkpoint.downscale)
             outside = places.changeable[0, 0] == 0  # f h w
             edits = (
                 draw(caption, preset),
