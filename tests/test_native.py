@@ -446,7 +446,7 @@ def test_the_mask_of_a_word_is_that_of_the_core(pack, mini):
         ValueError, match="images are 3 of 128 x 128, latent is of 4 of 128 x 128; give the frames that were encoded"
     ):
         pack.nodes.WordMask.execute(mini.inflated, clip, mini.latent, mini.images[1:], caption, "ball", 5, 0.3, 0)
-    with pytest.raises(ValueError, match="word 'star' is not in the sentence"):
+    with pytest.raises(ValueError, match="word star is not in the sentence"):
         pack.nodes.WordMask.execute(mini.inflated, clip, mini.latent, mini.images, caption, "star", 5, 0.3, 0)
     with pytest.raises(ValueError, match="word ' ' is not in the sentence"):
         pack.nodes.WordMask.execute(mini.inflated, clip, mini.latent, mini.images, caption, " ", 5, 0.3, 0)
