@@ -228,5 +228,6 @@ def main():
     regions = command("regions", _regions, "how well edits of a region leave the rest alone (PSNR in dB); prints JSON")
     regions.add_argument("--clips", type=int, nargs="*", help="numbers of the clips to run; all without it")
     add_preset_arguments(regions)
+    regions.set_defaults(checkpoint="mini")  # which the preset follows
 
     run(parser)
