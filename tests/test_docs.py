@@ -10,6 +10,7 @@ import pytest
 
 from tav_core import cli
 from tav_core.mini import cli as mini_cli
+from tav_core.terminal import preset_of
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (".github", "nodes", "tav_core", "tests", "workflows")  # and not what was installed beside them
@@ -68,6 +69,8 @@ def test_commands_are_understood(document, command, monkeypatch):
     else:
         module.main()
         assert callable(parsed[0].run)
+        if hasattr(parsed[0], "preset"):
+            preset_of(parsed[0])
 
 
 def test_every_command_has_an_example():
