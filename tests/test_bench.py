@@ -220,6 +220,7 @@ def test_a_mode_that_runs_out_of_memory_gets_no_figure_of_another(subject, monke
         subject.run("tune", bench.Mode())
 
 
+@pytest.mark.slow
 def test_it_needs_no_video_library():
     blocked = "import sys; sys.modules.update(dict.fromkeys(['av', 'cv2', 'matplotlib'])); "
     program = blocked + "sys.argv[1:] = ['bench', '--help']; from tav_core.cli import main; main()"

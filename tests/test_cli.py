@@ -39,6 +39,7 @@ def edited(clip, tmp_path_factory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_edit_writes_videos_pictures_weights_and_a_summary(edited):
     names = {p.name for p in edited.iterdir()}
     assert names == {
@@ -85,6 +86,7 @@ def test_demo_writes_its_files_and_judges_its_edits(tav, tmp_path):
         assert 0 <= figures["edited"] <= 1 and 0 <= figures["kept"] <= 1 and -1 <= figures["trajectory_corr"] <= 1
 
 
+@pytest.mark.slow
 def test_invert_and_sample_alone_give_the_edit_again(clip, edited, tav, tmp_path):
     tuned, noise = ["--tuned", edited / "tuned.safetensors", *FAST], tmp_path / "n.safetensors"
     tav("invert", "--video", clip, *tuned, "--output", noise, *CONTRAST)
@@ -95,6 +97,7 @@ def test_invert_and_sample_alone_give_the_edit_again(clip, edited, tav, tmp_path
     assert (again - before).abs().mean() < 0.5
 
 
+@pytest.mark.slow
 def test_an_interrupted_tuning_is_kept_and_resumed_to_the_same_weights(clip, tav, tmp_path):
     # so many steps that Ctrl-C comes before the last one; and other memory modes give other last bits
     common = ["tune", "--video", clip, "--prompt", "a red ball", "--frames", "2", "--size", "64"]
@@ -122,6 +125,7 @@ def test_an_interrupted_tuning_is_kept_and_resumed_to_the_same_weights(clip, tav
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, tav, tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(clip.read_bytes()[:700])

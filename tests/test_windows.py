@@ -264,6 +264,7 @@ def test_a_context_length_for_tuning_that_cannot_be():
 # --------------------------------------------------------------------------------------------- the command line
 
 
+@pytest.mark.slow
 def test_commands_on_long_clips(tav, tmp_path):
     fast = ["--steps", 2, "--sampling-steps", 2, "--size", 64]
     edit = ["edit", "--video", CLIP, "--prompt", "a red ball", "--edit", "a blue ball", "--frames", 8, *fast]
