@@ -80,6 +80,7 @@ def tuned(unet, labels, **kwargs):
     return tune(unet, SCHEDULER, latents, text, config, class_labels=labels, **kwargs)
 
 
+@pytest.mark.slow
 def test_tuning_learns_under_the_label_and_goes_on_with_no_other(tmp_path):
     def fresh():
         return inflate(make_unet(**CLASSES))

@@ -58,6 +58,7 @@ def test_what_may_stand_still():
     assert still_of("everything", mask, room=1).sum() == 2 * (64 - 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("region", ["background", "everything"])
 def test_an_edited_background_flickers_less(region):
     mini = load_checkpoint("mini")
