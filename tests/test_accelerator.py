@@ -87,6 +87,7 @@ def test_the_benchmark_stays_on_its_device():
     assert "share of the matmul rate" in done.stdout
 
 
+@pytest.mark.slow
 def test_what_a_stage_does_not_need_waits_on_the_cpu():
     lines = ["import torch", "from support import accelerator", "accelerator.register()", "from tav_core.memory "
                                                                                           "import offloaded",

@@ -100,35 +100,25 @@ def test_operations_are_counted_as_a_run_of_plain_makes_them(subject):
     assert counter.get_total_flops() == counts["tune"] > 2 * counts["invert"]
 
 
+@pytest.fixture
+def counted(monkeypatch):
+    """Operations are not counted again, which takes long."""
+    monkeypatch.setattr(bench.Workload, "flops", lambda self, stage: 10**9)
+
+
+SMALL = ["--layout", "small", "--size", 8, "--frames", 2, "--runs", 1, "--threads", 1]
+
+
 def run(monkeypatch, *options):
     monkeypatch.setattr("sys.argv", ["tav_core", "bench", "--device", "cpu", *map(str, options)])
     main()
 
 
 @pytest.mark.slow
-def test_a_table_and_json(monkeypatch, tmp_path, capsys):
+def test_a_table_and_json(monkeypatch, counted, tmp_path, capsys):
     file = tmp_path / "bench.json"
-    run(
-        monkeypatch,
-        "--layout",
-        "small",
-        "--size",
-        8,
-        "--frames",
-        2,
-        "--runs",
-        1,
-        "--threads",
-        1,
-        "--no-memory",
-        "--dtype",
-        "fp32",
-        "bf16",
-        "--without",
-        "caching",
-        "--json",
-        file,
-    )
+    options = ["--dtype", "fp32", "bf16", "--without", "caching"]
+    run(monkeypatch, *SMALL, "--no-memory", *options, "--json", file)
     figures = json.loads(file.read_text())
     assert figures["layout"] == {"name": "small", "frames": 2, "size": 8}
     assert list(figures["seconds"]) == ["plain", "fp32", "bf16", "fp32, no caching"]
@@ -146,31 +136,11 @@ def test_a_table_and_json(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_figures_of_a_gpu_run_on_a_cpu_too(monkeypatch, tmp_path, without_comfyui):
+def test_the_figures_of_a_gpu_run_on_a_cpu_too(monkeypatch, counted, tmp_path, without_comfyui):
     file = tmp_path / "bench.json"
     monkeypatch.setattr(bench.Workload, "edit", lambda self, mode, real=bench.Workload.edit: real(self, mode, 2))
-    run(
-        monkeypatch,
-        "--gpu",
-        "--layout",
-        "small",
-        "--size",
-        8,
-        "--frames",
-        2,
-        "--runs",
-        1,
-        "--threads",
-        1,
-        "--memory",
-        "checkpointing",
-        "--dtype",
-        "fp32",
-        "--stages",
-        "tune",
-        "--json",
-        file,
-    )
+    options = ["--dtype", "fp32", "--memory", "checkpointing", "--stages", "tune"]
+    run(monkeypatch, "--gpu", *SMALL, *options, "--json", file)
     figures = json.loads(file.read_text())
     assert list(figures["seconds"]) == ["fp32, checkpointing"]
     assert figures["edit"] > 0 and figures["share"]["fp32, checkpointing"]["tune"] > 0
@@ -178,34 +148,16 @@ def test_the_figures_of_a_gpu_run_on_a_cpu_too(monkeypatch, tmp_path, without_co
         assert 0.1 < of["tune"]["before"] <= of["tune"]["peak"] < 4
 
 
-@pytest.mark.slow
 def test_on_a_small_gpu_only_what_fits_is_measured(monkeypatch, tmp_path, capsys):
     file = tmp_path / "bench.json"
     monkeypatch.setattr(bench.Workload, "edit", lambda self, mode: 1.0)
     monkeypatch.setattr(bench, "free_memory", lambda device: 0)
+    monkeypatch.setattr(bench, "needed_memory", lambda *args: 10**9)
     figures = {"seconds": lambda subject, modes, *_: {mode.name: {"tune": 1.0} for mode in modes},
                "shares": lambda subject, modes, *_: {mode.name: {"tune": 0.1} for mode in modes}}  # fmt: skip
     for name, function in figures.items():  # bf16, its default there, takes a CPU long
         monkeypatch.setattr(bench, name, function)
-    run(
-        monkeypatch,
-        "--gpu",
-        "--layout",
-        "small",
-        "--size",
-        8,
-        "--frames",
-        2,
-        "--runs",
-        1,
-        "--threads",
-        1,
-        "--no-memory",
-        "--stages",
-        "tune",
-        "--json",
-        file,
-    )
+    run(monkeypatch, "--gpu", *SMALL, "--no-memory", "--stages", "tune", "--json", file)
     assert list(json.loads(file.read_text())["seconds"]) == ["bf16, low"]
     assert "memory: low, though it needs" in capsys.readouterr().out
 
@@ -221,6 +173,7 @@ def test_a_mode_that_runs_out_of_memory_gets_no_figure_of_another(subject, monke
         subject.run("tune", bench.Mode())
 
 
+@pytest.mark.slow
 def test_it_needs_no_video_library():
     blocked = "import sys; sys.modules.update(dict.fromkeys(['av', 'cv2', 'matplotlib'])); "
     program = blocked + "sys.argv[1:] = ['bench', '--help']; from tav_core.cli import main; main()"

@@ -85,6 +85,7 @@ def tuned(unet, labels, **kwargs):
     )
 
 
+@pytest.mark.slow
 def test_tuning_learns_under_the_label_and_goes_on_with_no_other(tmp_path):
     def fresh():
         return inflate(make_unet(**CLASSES))

@@ -15,7 +15,7 @@ import torch
 
 from support.commands import environment, tav_process
 from tav_core import load_video, save_video, terminal
-from tav_core.mini import world
+from tav_core.mini import demo, world
 
 FAST = ["--steps", "4", "--sampling-steps", "4"]
 CONTRAST = ["--contrast", "a blue star is sliding on the grass", "--contrast", "a green ring is sliding on the grass"]
@@ -39,6 +39,7 @@ def edited(clip, tmp_path_factory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_edit_writes_videos_pictures_weights_and_a_summary(edited):
     names = {p.name for p in edited.iterdir()}
     assert names == {
@@ -70,6 +71,22 @@ def test_edit_writes_videos_pictures_weights_and_a_summary(edited):
     assert near < far / 2  # what a region leaves alone isn't what an edit of everything makes of it
 
 
+@pytest.mark.slow
+def test_demo_writes_its_files_and_judges_its_edits(tav, tmp_path):
+    told = tav("demo", "--output", tmp_path, "--steps", 1, "--sampling-steps", 2)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary["files"]) == ["reconstruction", *demo.EDITS.values()]
+    files = {"source.mp4", "comparison.mp4", *summary["files"].values()}
+    assert all(len(load_video(tmp_path / name).frames) == 8 for name in files)
+    files |= {"strip.png", "loss.png", "tuned.safetensors", "noise.safetensors", "summary.json"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    assert summary["judged"].keys() == demo.EDITS.keys()
+    for kind, figures in summary["judged"].items():
+        assert figures.keys() == {"edited", "kept", "trajectory_corr"} and f"  {kind}" in told
+        assert 0 <= figures["edited"] <= 1 and 0 <= figures["kept"] <= 1 and -1 <= figures["trajectory_corr"] <= 1
+
+
+@pytest.mark.slow
 def test_invert_and_sample_alone_give_the_edit_again(clip, edited, tav, tmp_path):
     tuned, noise = ["--tuned", edited / "tuned.safetensors", *FAST], tmp_path / "n.safetensors"
     tav("invert", "--video", clip, *tuned, "--output", noise, *CONTRAST)
@@ -80,9 +97,11 @@ def test_invert_and_sample_alone_give_the_edit_again(clip, edited, tav, tmp_path
     assert (again - before).abs().mean() < 0.5
 
 
+@pytest.mark.slow
 def test_an_interrupted_tuning_is_kept_and_resumed_to_the_same_weights(clip, tav, tmp_path):
     # so many steps that Ctrl-C comes before the last one; and other memory modes give other last bits
-    common = ["tune", "--video", clip, "--prompt", "a red ball", "--frames", "2", "--steps", "60", "--memory", "fast"]
+    common = ["tune", "--video", clip, "--prompt", "a red ball", "--frames", "2", "--size", "64"]
+    common += ["--steps", "30", "--memory", "fast"]
     tav(*common, "--output", tmp_path / "whole")
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
@@ -106,6 +125,7 @@ def test_an_interrupted_tuning_is_kept_and_resumed_to_the_same_weights(clip, tav
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, tav, tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(clip.read_bytes()[:700])

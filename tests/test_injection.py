@@ -103,6 +103,7 @@ def test_a_walk_that_neither_leads_nor_holds_costs_nothing():
     assert asked == [(2, False), (2, False), (1, True), (1, True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("region", ["background", "everything"])
 def test_an_edited_background_flickers_less(region):
     mini = load_checkpoint("mini")

@@ -111,6 +111,7 @@ def estimate(subject, memory, **changes):
     return needed_memory(subject.unet, seen, inputs["dtype"], memory, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_the_estimate_is_near_the_measured_peak(subject, monkeypatch, without_comfyui):
     """Measured in a process of its own, where the code and the buffers of kernels that run for the first time count as
     well.
@@ -122,6 +123,7 @@ def test_the_estimate_is_near_the_measured_peak(subject, monkeypatch, without_co
     assert 0.7 < estimate(subject, "fast", latents=subject.latents.repeat(1, 1, 3, 1, 1)) / measured < 1.3
 
 
+@pytest.mark.slow
 def test_the_estimate_grows_with_the_clip_and_falls_with_the_dtype(subject):
     one, two = (estimate(subject, "fast", latents=subject.latents[:, :, :frames]) for frames in (2, 4))
     assert 1.7 < two / one < 2.05
@@ -150,6 +152,7 @@ def test_the_first_mode_that_fits_is_chosen(free, memory, line):
     assert choose(NEEDED.get, free * GB) == (memory, line)
 
 
+@pytest.mark.slow
 def test_auto_goes_by_what_is_free(of_each, monkeypatch):
     seen = []
 

@@ -326,25 +326,25 @@ def test_the_2d_checkpoint_is_a_native_model(mini):
 
 def test_inversion_and_sampling_are_those_of_the_core(pack, mini):
     latent, sigmas, error = pack.nodes.DDIMInversion.execute(
-        mini.inflated, mini.latent, mini.encode(""), 10, "ddim_uniform", True
+        mini.inflated, mini.latent, mini.encode(""), 5, "ddim_uniform", True
     ).args
     unet, empty = inflate(mini.checkpoint.unet), encode_prompt(mini.checkpoint, "")
     scheduler = DDIMScheduler.from_config(mini.checkpoint.scheduler.config, set_alpha_to_one=True)
-    wanted = ddim_invert(unet, mini.latents, empty, scheduler, 10)
+    wanted = ddim_invert(unet, mini.latents, empty, scheduler, 5)
     z = mini.model.model.process_latent_in(latent["samples"]) / (1 + sigmas[0] ** 2).sqrt()
     assert (z.movedim(0, 1)[None] - wanted).abs().max() < 1e-4
-    back = ddim_sample(unet, wanted, empty, scheduler, 10, guidance_scale=1)
+    back = ddim_sample(unet, wanted, empty, scheduler, 5, guidance_scale=1)
     assert error == pytest.approx((back - mini.latents).square().mean().sqrt().item(), rel=1e-3)
 
     edit = "a blue star is sliding on the snow"
-    arguments = (mini.inflated, mini.encode(edit), mini.encode(""), latent, 10, 5.0, "ddim_uniform", 0.0, False, 0)
+    arguments = (mini.inflated, mini.encode(edit), mini.encode(""), latent, 5, 5.0, "ddim_uniform", 0.0, False, 0)
     edited = pack.nodes.VideoSampler.execute(*arguments).args[0]
     wanted = ddim_sample(
         unet,
         wanted,
         encode_prompt(mini.checkpoint, edit),
         scheduler,
-        10,
+        5,
         guidance_scale=5.0,
         negative_hidden_states=empty,
     )
@@ -357,9 +357,9 @@ def test_attention_injection_is_that_of_the_core(pack, mini, monkeypatch, split)
         monkeypatch.setattr(mini.inflated.model, "memory_required", lambda *args, **kwargs: 1e15)
     nodes, caption, edit = pack.nodes, "a red ball is sliding on the grass", "a blue star is sliding on the snow"
     model = nodes.AttentionInjection.execute(mini.inflated, mini.encode(caption), 0.5).args[0]
-    noise = nodes.DDIMInversion.execute(model, mini.latent, mini.encode(caption), 10, "ddim_uniform", False).args[0]
+    noise = nodes.DDIMInversion.execute(model, mini.latent, mini.encode(caption), 5, "ddim_uniform", False).args[0]
     plain = nodes.DDIMInversion.execute(
-        mini.inflated, mini.latent, mini.encode(caption), 10, "ddim_uniform", False
+        mini.inflated, mini.latent, mini.encode(caption), 5, "ddim_uniform", False
     ).args[0]
     assert torch.equal(noise["samples"], plain["samples"])  # inversion is never led
 
@@ -368,17 +368,17 @@ def test_attention_injection_is_that_of_the_core(pack, mini, monkeypatch, split)
         DDIMScheduler.from_config(mini.checkpoint.scheduler.config, set_alpha_to_one=True),
     )
     said, wish, empty = (encode_prompt(mini.checkpoint, words) for words in (caption, edit, ""))
-    start = ddim_invert(unet, mini.latents, said, scheduler, 10)
+    start = ddim_invert(unet, mini.latents, said, scheduler, 5)
     outs = []
     for _ in range(2):  # nothing of a walk is left for the next one
         edited = nodes.VideoSampler.execute(
-            model, mini.encode(edit), mini.encode(""), noise, 10, 5.0, "ddim_uniform", 0.0, False, 0
+            model, mini.encode(edit), mini.encode(""), noise, 5, 5.0, "ddim_uniform", 0.0, False, 0
         )
         outs.append(mini.model.model.process_latent_in(edited.args[0]["samples"]).movedim(0, 1)[None])
     assert torch.equal(*outs)
     settings = dict(guidance_scale=5.0, negative_hidden_states=empty, source_hidden_states=said)
     wanted, without = (
-        led_sample(unet, start, wish, scheduler, 10, attention_injection=share, **settings) for share in (0.5, 0.0)
+        led_sample(unet, start, wish, scheduler, 5, attention_injection=share, **settings) for share in (0.5, 0.0)
     )
     assert (outs[0] - wanted).abs().max() < 1e-3 < 0.1 < (wanted - without).abs().max()
 
@@ -402,25 +402,25 @@ def test_subject_and_region_are_those_of_the_core(pack, mini, region):
     assert (mask - subject[0, 0]).abs().mean() < 0.01
 
     model = nodes.AttentionInjection.execute(mini.inflated, mini.encode(caption), 0.5, region, True, mask).args[0]
-    noise = nodes.DDIMInversion.execute(model, mini.latent, mini.encode(caption), 10, "ddim_uniform", False).args[0]
+    noise = nodes.DDIMInversion.execute(model, mini.latent, mini.encode(caption), 5, "ddim_uniform", False).args[0]
     edited = nodes.VideoSampler.execute(
-        model, mini.encode(edit), mini.encode(""), noise, 10, 5.0, "ddim_uniform", 0.0, False, 0
+        model, mini.encode(edit), mini.encode(""), noise, 5, 5.0, "ddim_uniform", 0.0, False, 0
     ).args[0]
     edited = mini.model.model.process_latent_in(edited["samples"]).movedim(0, 1)[None]
-    start, subject = ddim_invert(unet, mini.latents, said, scheduler, 10), F.avg_pool2d(mask, 8)[None, None]
+    start, subject = ddim_invert(unet, mini.latents, said, scheduler, 5), F.avg_pool2d(mask, 8)[None, None]
     settings = dict(
         guidance_scale=5.0, negative_hidden_states=empty, source_hidden_states=said, attention_injection=0.5
     )
     places = vars(EditPlaces.of(region, subject, margin=1))
-    wanted = led_sample(unet, start, wish, scheduler, 10, **places, **settings)
-    free = led_sample(unet, start, wish, scheduler, 10, anchor=places["anchor"], **settings)
+    wanted = led_sample(unet, start, wish, scheduler, 5, **places, **settings)
+    free = led_sample(unet, start, wish, scheduler, 5, anchor=places["anchor"], **settings)
     assert (edited - wanted).abs().max() < 1e-3 < 0.1 < (wanted - free).abs().max()
     with pytest.raises(ValueError, match="subject has 3 masks for 4 frames"):
         model = nodes.AttentionInjection.execute(mini.inflated, mini.encode(caption), 0.5, region, True, mask[:3]).args[
             0
         ]
         nodes.VideoSampler.execute(
-            model, mini.encode(edit), mini.encode(""), noise, 10, 5.0, "ddim_uniform", 0.0, False, 0
+            model, mini.encode(edit), mini.encode(""), noise, 5, 5.0, "ddim_uniform", 0.0, False, 0
         )
     with pytest.raises(
         ValueError, match="region .* needs to know where the subject is; connect subject to Subject Mask"
@@ -495,7 +495,6 @@ def test_eta_and_random_noise(pack, mini):
 
 
 def test_tuning_is_that_of_the_core(pack, mini, tmp_path, monkeypatch):
-
     import folder_paths
 
     monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
@@ -507,14 +506,14 @@ def test_tuning_is_that_of_the_core(pack, mini, tmp_path, monkeypatch):
         ).args
 
     before = plain(mini.inflated, mini.latent["samples"], mini)
-    tuned, weights, curve, losses = run(5)
+    tuned, weights, curve, losses = run(3)
     with torch.inference_mode(False):
         unet = inflate(mini.checkpoint.unet)
         wanted = tune(
             unet,
             mini.checkpoint.scheduler,
             [Take(mini.latents.clone(), Condition(encode_prompt(mini.checkpoint, caption).clone()))],
-            TuneConfig(steps=5, learning_rate=1e-3, timestep_sampling="stratified"),
+            TuneConfig(steps=3, learning_rate=1e-3, timestep_sampling="stratified"),
         )
     assert json.loads(losses)["losses"] == pytest.approx(wanted.losses, abs=1e-6)
     for name, weight in wanted.weights.items():
@@ -522,8 +521,8 @@ def test_tuning_is_that_of_the_core(pack, mini, tmp_path, monkeypatch):
     assert curve.shape[-1] == 3
     assert torch.equal(plain(mini.inflated, mini.latent["samples"], mini), before)
 
-    longer, again = run(8), run(5)  # a longer run goes on; a shorter one does not get its weights
-    assert json.loads(longer[3])["losses"][:5] == json.loads(losses)["losses"]
+    longer, again = run(4), run(3)  # a longer run goes on; a shorter one does not get its weights
+    assert json.loads(longer[3])["losses"][:3] == json.loads(losses)["losses"]
     assert all(torch.equal(again[1].tensors[name], weight) for name, weight in weights.tensors.items())
 
     applied = pack.nodes.ApplyTunedWeights.execute(mini.inflated, weights).args[0]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tav_core import strip
 from tav_core.checkpoint import MINI
 from tav_core.mini import world
 from tav_core.mini.preview import (
@@ -16,6 +17,7 @@ from tav_core.mini.preview import (
     fit_latent_colours,
     load_latent_colours,
 )
+from tav_core.visuals import MARGIN
 
 SMALL = (16, 16)
 
@@ -87,3 +89,19 @@ def test_previews_in_comfyui(mini):
     assert len(red) > 8
     clip = downscaled((mini.images[:1].numpy() * 255).round().astype(np.uint8), SMALL)[0].movedim(0, -1).numpy()
     assert np.abs(picture - 127.5 * (clip + 1)).mean() < 16
+
+
+def test_a_tuning_without_vae_shows_rough_previews(pack, mini, inference_mode, tmp_path, monkeypatch):
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
+    shown = []
+    monkeypatch.setattr(pack.nodes.tune, "show", lambda node, picture: shown.append(picture))
+    caption = mini.encode("a red ball is sliding on the grass")
+    settings = dict(learning_rate=1e-4, seed=0, dtype="fp32", memory="fast", timestep_sampling="uniform")
+    pack.nodes.OneShotTune.execute(mini.inflated, mini.latent, caption, steps=2, preview_every=1, **settings)
+    clip = (mini.images.numpy() * 255).round().astype(np.uint8)
+    assert [picture.size for picture in shown] == 2 * [strip([torch.from_numpy(clip)], [""]).size]
+    for picture in shown:  # of the clip itself, as there is no other prompt
+        frames = np.stack(np.split(np.asarray(picture)[-MARGIN - 128 : -MARGIN, MARGIN:-MARGIN], 4, axis=1))
+        assert (downscaled(frames, SMALL) - downscaled(clip, SMALL)).abs().mean() * 127.5 < 16  # found: 7

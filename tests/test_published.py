@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from support import ROOT
 from support.checkpoints import write
-from support.commands import tav_process
 from support.errors import refused
 from support.native_models import relative
 from support.tiny_unets import difference
@@ -181,12 +180,12 @@ def test_tuning_goes_on_from_its_weights(published):
     )
 
 
-def test_commands_need_no_tuned_weights(published, tmp_path):
+def test_commands_need_no_tuned_weights(published, tav, tmp_path):
     clip, noise = ROOT / "tav_core" / "mini" / "demo.mp4", tmp_path / "noise.safetensors"
     common = ["--checkpoint", published, "--sampling-steps", "2"]
-    tav_process("invert", "--video", clip, "--prompt", "a ball", "--frames", "3", "--output", noise, *common)
+    tav("invert", "--video", clip, "--prompt", "a ball", "--frames", "3", "--output", noise, *common)
     assert load_file(noise)["latents"].shape == (1, 4, 3, 8, 8)
-    tav_process("sample", "--noise", noise, "--edit", "a star", "--output", tmp_path, *common)
+    tav("sample", "--noise", noise, "--edit", "a star", "--output", tmp_path, *common)
     assert (tmp_path / "edit-1-a-star.mp4").exists()
     refused(
         "path is missing; give a file of `tune` or `edit`, or a name_or_path that is a Tune-A-Video model",

@@ -65,6 +65,7 @@ def test_the_subject_is_found_in_every_frame(found):
     assert mask.shape == (4, 128, 128) and overlap.min() > 0.9, overlap
 
 
+@pytest.mark.slow
 def test_an_edit_of_a_region_leaves_the_rest_as_the_noise_reconstructs_it(mini, found):
     (source, unet, _), subject = found, pooled(found[2], 8)
     steps = 5
@@ -232,6 +233,7 @@ def test_regions_blend_what_the_walks_predict(mini, eta):
             assert torch.allclose(latents[i], wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_region_leaves_the_rest_alone_by_6_db_and_more(mini):
     preset = replace(PRESETS["mini"], tuning=TuneConfig(steps=2, learning_rate=1e-3), sampling_steps=4)
     clip = replace(CLIP, edits={"subject": "square", "background": "grass"})

@@ -68,6 +68,7 @@ def test_each_step_sees_one_take_with_its_own_sentence(monkeypatch):
     assert result.probe_losses[0][1] == pytest.approx(sum(inner(*args).item() for args in probes) / 6, abs=0.05)
 
 
+@pytest.mark.slow
 def test_all_takes_are_learned():
     def losses(unet):
         nothing = replace(CONFIG, steps=1, learning_rate=1e-7, probe_size=8)

@@ -74,6 +74,7 @@ def test_the_cancelled_model_goes_on_too(uninterrupted, tmp_path):
     assert equal(weights(unet), uninterrupted[1])
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(uninterrupted, tmp_path):
     path = tmp_path / "run.safetensors"
     script = f"""
