@@ -187,7 +187,7 @@ def test_exponents_of_growth(monkeypatch):
     def seconds(layout, modes, stages, runs):
         return {modes[0].name: {"tune": 3.0 * layout.frames, "sample": 0.5 * layout.size**4}}
 
-    monkeypatch.setattr(bench, "Subject", lambda layout, device: layout)
+    monkeypatch.setattr(bench, "Workload", lambda layout, device: layout)
     monkeypatch.setattr(bench, "seconds", seconds)
     monkeypatch.setattr(
         bench, "memory", lambda layout, *rest: {"peak": 1 + layout.frames * layout.size**2, "before": 1}

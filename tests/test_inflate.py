@@ -176,7 +176,7 @@ def test_attention_injection_in_sampling():
     # a clip that is sampled as itself follows itself
     alone = dict(guidance_scale=1.0, attention_injection=1.0, source_hidden_states=text)
     assert difference(sampled(text, **alone), sampled(text, guidance_scale=1.0)) < 1e-4
-    with pytest.raises(TavError, match="attention_injection=0.5 needs source_hidden_states"):
+    with pytest.raises(TavError, match="source_walk needs source_hidden_states"):
         sampled(wish, attention_injection=0.5)
     with pytest.raises(TavError, match="attention_injection=1.5 is out of range; give a number from 0 to 1"):
         sampled(wish, attention_injection=1.5, source_hidden_states=text)

@@ -171,11 +171,11 @@ def test_tuning_goes_on_from_its_weights(published):
     assert 0 < (after[name] - before[name]).abs().max() < 2e-4
     assert all(torch.equal(value, checkpoint.unet.state_dict()[key]) for key, value in before.items())
     refused(
-        "is a Tune-A-Video model, inflated with .*leave --attention",
+        "is a Tune-A-Video model, inflated with .*leave attention",
         checkpoint,
-        source,
+        [source],
         preset,
-        attention="full",
+        inflation={"attention": "full"},
         call=pipeline.tune_on,
     )
 
