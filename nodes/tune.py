@@ -35,6 +35,7 @@ from ..tav_core import (
 )
 from ..tav_core.events import Event
 from ..tav_core.memory import Device
+from ..tav_core.objective import TIMESTEP_SAMPLINGS
 from ..tav_core.precision import DTYPES
 from ..tav_core.recompute import MEMORY
 from ..tav_core.tuned_weights import tuned_info
@@ -94,7 +95,7 @@ class OneShotTune(io.ComfyNode):
                                        "checkpointing much less, and a third to a half longer; low the least, and "
                                        "about twice as long. auto is the first that fits. All give the same weights, "
                                        "to rounding."),
-                io.Combo.Input("timestep_sampling", options=["uniform", "stratified"], default="uniform",
+                io.Combo.Input("timestep_sampling", options=list(TIMESTEP_SAMPLINGS), default="uniform",
                                tooltip="uniform as in the paper; stratified covers all noise levels evenly, better "
                                        "for short runs."),
                 io.Int.Input("preview_every", default=0, min=0, max=10_000,

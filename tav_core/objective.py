@@ -10,6 +10,8 @@ from torch import Tensor
 from .condition import Condition, VideoModel, predict
 from .errors import TavError
 
+TIMESTEP_SAMPLINGS = ("uniform", "stratified")
+LOSS_WEIGHTINGS = ("none", "min_snr")
 _STRATA = 16  # as many consecutive timesteps cover the range once
 _MIN_SNR_GAMMA = 5.0  # arXiv 2303.09556
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .atomic import atomic_path
 from .errors import TavError
-from .inflation import VideoUNet, trainable_parameters
+from .inflation import VideoUNet, is_tuned, trainable_parameters
 
 FORMAT = "tune-a-video-1"
 _SAMPLES = 1024  # values of each parameter that go into the fingerprint
@@ -49,11 +49,10 @@ def base_fingerprint(unet: nn.Module | Mapping[str, Tensor]) -> str:
     Args:
         unet: a U-Net, or its parameters by name.
     """
-    tuned = ("attn1.to_q.", "attn2.to_q.", "attn_temp.")
     digest = hashlib.sha256()
     for name, parameter in sorted((dict(unet.named_parameters()) if isinstance(unet, nn.Module) else unet).items()):
         fresh_norm = "norm_temp." in name and bool((parameter == (1 if name.endswith("weight") else 0)).all())
-        if fresh_norm or any(part in name for part in tuned):
+        if fresh_norm or is_tuned(name):
             continue
         values = parameter.detach().flatten()
         n = len(values)

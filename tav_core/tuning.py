@@ -19,7 +19,7 @@ from .errors import OutOfMemory, TavError, field
 from .events import Callback, Note, TuningStep, ignored
 from .inflation import VideoUNet, trainable_parameters
 from .memory import Device, choose, is_out_of_memory, needed_memory, release
-from .objective import draw_take, draw_timesteps, generator_for, tuning_loss
+from .objective import LOSS_WEIGHTINGS, TIMESTEP_SAMPLINGS, draw_take, draw_timesteps, generator_for, tuning_loss
 from .precision import DTYPES, computing, half_precision_cost, next_scale
 from .recompute import MEMORY
 from .take import Take, check_takes
@@ -84,10 +84,10 @@ class TuneConfig:
             ("eps", lambda x: 0 < x < math.inf, "give a positive number, such as 1e-8"),
             ("max_grad_norm", lambda x: x > 0, "give a positive number, such as 1.0"),
             ("betas", lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x), "give two in [0, 1)"),
-            ("dtype", lambda x: x in DTYPES, "choose one of fp32, bf16, fp16"),
+            ("dtype", lambda x: x in DTYPES, f"choose one of {', '.join(DTYPES)}"),
             ("memory", lambda x: x in ("auto", *MEMORY), f"choose one of auto, {', '.join(MEMORY)}"),
-            ("timestep_sampling", lambda x: x in ("uniform", "stratified"), "choose uniform or stratified"),
-            ("loss_weighting", lambda x: x in ("none", "min_snr"), "choose none or min_snr"),
+            ("timestep_sampling", lambda x: x in TIMESTEP_SAMPLINGS, f"choose {' or '.join(TIMESTEP_SAMPLINGS)}"),
+            ("loss_weighting", lambda x: x in LOSS_WEIGHTINGS, f"choose {' or '.join(LOSS_WEIGHTINGS)}"),
         ):
             if not good(getattr(self, name)):
                 raise TavError(name, getattr(self, name), "is out of range", remedy)

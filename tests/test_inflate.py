@@ -1,6 +1,7 @@
 """The video U-Net against the 2D model it was made from, over block layouts and options."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -328,6 +329,24 @@ def test_mistakes_are_named():
         with pytest.raises(TavError, match=message) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+@torch.no_grad()
+def test_pickles_and_copies_compute_the_same_and_classes_are_shared():
+    unet, twin = stir(inflate(make_unet())), inflate(make_unet())
+    x, t, text = inputs()
+    for other in (pickle.loads(pickle.dumps(unet)), copy.deepcopy(unet)):
+        assert torch.equal(other(x, t, text), unet(x, t, text))
+        assert other.frame_context is not unet.frame_context
+        assert all(module.frame_context is other.frame_context for module in other.modules()
+                   if hasattr(module, "frame_context"))  # fmt: skip
+        other.set_memory("low")
+        assert (
+            unet.memory == "fast"
+            and [m.recomputed for m in unet.modules() if hasattr(m, "recomputed")].count(True) == 0
+        )
+    kinds = {type(module) for module in [*unet.modules(), *twin.modules()]}
+    assert len(kinds) == len({type(module) for module in unet.modules()})
 
 
 def test_class_swap_keeps_the_type():

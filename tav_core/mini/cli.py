@@ -192,33 +192,27 @@ def _previews_arguments(parser):
     parser.add_argument("--output", type=Path, help="a .safetensors file; the one in the folder without it")
 
 
+def _pictures_arguments(parser, count: int, of: str, sampling_steps: int):
+    parser.add_argument("--count", type=int, default=count, help=of)
+    parser.add_argument("--guidance-scale", type=float, default=3.0)
+    parser.add_argument("--sampling-steps", type=int, default=sampling_steps)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sheet", type=Path, help="write the pictures here, with their hints if any, as one PNG")
+
+
 def _evaluate_arguments(parser):
     parser.add_argument("--checkpoint", default="mini")
-    parser.add_argument("--count", type=int, default=256, help="prompts, a third of them unseen combinations")
-    parser.add_argument("--guidance-scale", type=float, default=3.0)
-    parser.add_argument("--sampling-steps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sheet", type=Path, help="write the pictures here as one PNG")
+    _pictures_arguments(parser, 256, "prompts, a third of them unseen combinations", sampling_steps=50)
 
 
 def _controlnet_arguments(parser):
     parser.add_argument("--controlnet", default="mini")
-    parser.add_argument(
-        "--count", type=int, default=64, help="silhouettes of known shapes, and as many of unknown ones"
-    )
-    parser.add_argument("--guidance-scale", type=float, default=3.0)
-    parser.add_argument("--sampling-steps", type=int, default=25)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sheet", type=Path, help="write hints and pictures here as one PNG")
+    _pictures_arguments(parser, 64, "silhouettes of known shapes, and as many of unknown ones", sampling_steps=25)
 
 
 def _lora_arguments(parser):
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.0, 0.5, 1.0])
-    parser.add_argument("--count", type=int, default=32, help="captions")
-    parser.add_argument("--guidance-scale", type=float, default=3.0)
-    parser.add_argument("--sampling-steps", type=int, default=25)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sheet", type=Path, help="write the pictures here as one PNG")
+    _pictures_arguments(parser, 32, "captions", sampling_steps=25)
 
 
 def _benchmark_arguments(parser):
