@@ -6,6 +6,7 @@
 import json
 import os
 import re
+import sys
 from itertools import combinations
 
 import numpy as np
@@ -16,8 +17,9 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from support import ROOT
 from support.browser_install import chromium
 from tav_core import load_video
+from workflows import build
 from workflows.build import WORKFLOWS
-from workflows.graph import SHOWS, Workflow
+from workflows.graph import SHOWS
 
 DOCS = ROOT / "nodes" / "web" / "docs"
 PICTURES = bool(os.environ.get("TAV_PICTURES"))
@@ -138,15 +140,16 @@ def test_first_workflow_with_the_mouse(browser, server):
         page.wait_for_function(f"() => {node}.imgs?.[0]?.naturalHeight == 432", timeout=60_000)
 
 
-@pytest.mark.parametrize("name", WORKFLOWS)
-def test_files_are_those_of_the_script(server, name):
+def test_files_are_those_of_the_script(server, monkeypatch, tmp_path):
     if is_newer(server):
         pytest.skip("they are written from the nodes of the oldest core, some of which have other widgets here")
-    workflow = Workflow(server.get("/object_info"))
-    WORKFLOWS[name](workflow, name)
-    assert workflow.json(name) == saved(name), "run workflows/build.py"
-    with Image.open(ROOT / "workflows" / f"{name}.jpg") as picture:
-        assert picture.format == "JPEG" and max(picture.size) <= 480
+    monkeypatch.setattr(sys, "argv", ["build.py", server.url, "--output", str(tmp_path)])
+    build.main()
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (ROOT / "workflows").glob("*.json")}
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (ROOT / "workflows" / path.name).read_bytes(), (
+            f"{path.name}: run workflows/build.py"
+        )
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -242,7 +245,7 @@ def test_layout(browser, server, renderer):
 def test_thumbnails_differ():
     """Squares, as the cards of the template browser are."""
     pictures = {name: Image.open(ROOT / "workflows" / f"{name}.jpg") for name in WORKFLOWS}
-    assert {picture.size for picture in pictures.values()} == {(480, 480)}
+    assert {(picture.format, picture.size) for picture in pictures.values()} == {("JPEG", (480, 480))}
     small = {
         name: np.asarray(picture.convert("RGB").resize((32, 32))).astype(float) for name, picture in pictures.items()
     }

@@ -56,7 +56,7 @@ def test_pictures_show_what_the_prompt_says(checkpoint, judge):
 @pytest.mark.slow
 def test_tuning_edits_a_clip_and_earns_its_keep_on_unknown_content(checkpoint, judge):
     preset = PRESETS["mini"]
-    preset = replace(preset, tuning=replace(preset.tuning, steps=60), sampling_steps=10)
+    preset = replace(preset, tuning=replace(preset.tuning, steps=30), sampling_steps=5)
     clip = next(c for c in benchmark_clips() if not c.seen)
     clip = replace(clip, edits={kind: clip.edits[kind] for kind in ("subject", "background")})
     videos = {}
