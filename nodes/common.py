@@ -69,12 +69,18 @@ def plain_errors(**fields: str) -> Iterator[None]:
     Args:
         fields: field to the name of the node's input, where it is another than other nodes have.
     """
+
+    def name_of(field: str) -> str:
+        return fields.get(field) or TavError.name_of(field)
+
     try:
         yield
     except OutOfMemory as error:
-        raise CoreOutOfMemory(*error.args) from error
+        told = CoreOutOfMemory(*error.args)
+        told.name_of = name_of
+        raise told from error
     except TavError as error:
-        error.name_of = lambda field: fields.get(field) or TavError.name_of(field)
+        error.name_of = name_of
         raise
     except RuntimeError as error:
         if not is_out_of_memory(error):

@@ -263,7 +263,7 @@ class AttentionInjection(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, conditioning, share, region="everything", steady=True, subject=None) -> io.NodeOutput:
-        with plain_errors():
+        with plain_errors(attention_injection="share"):
             if region != "everything" and subject is None:
                 remedy = f"connect {field('subject')} to Subject Mask"
                 raise TavError("region", region, "needs to know where the subject is", remedy)

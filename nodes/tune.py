@@ -37,7 +37,7 @@ from ..tav_core.events import Event
 from ..tav_core.memory import Device
 from ..tav_core.objective import TIMESTEP_SAMPLINGS
 from ..tav_core.precision import DTYPES
-from ..tav_core.recompute import MEMORY
+from ..tav_core.recompute import MEMORY_OR_AUTO
 from ..tav_core.tuned_weights import tuned_info
 from ..tav_core.tuning_state import read_state
 from .common import (
@@ -90,7 +90,7 @@ class OneShotTune(io.ComfyNode):
                 io.Combo.Input("dtype", display_name="Precision (dtype)", options=["auto", *DTYPES], default="auto",
                                tooltip="Precision of the computation; auto is bf16 where the GPU has it, else fp32. "
                                        "What is tuned stays in fp32."),
-                io.Combo.Input("memory", options=["auto", *MEMORY], default="auto",
+                io.Combo.Input("memory", options=list(MEMORY_OR_AUTO), default="auto",
                                tooltip="fast takes the most memory; selective a third less, and a tenth longer; "
                                        "checkpointing much less, and a third to a half longer; low the least, and "
                                        "about twice as long. auto is the first that fits. All give the same weights, "
@@ -133,7 +133,7 @@ class OneShotTune(io.ComfyNode):
         vae=None,
         takes=(),
     ) -> io.NodeOutput:
-        with plain_errors():
+        with plain_errors(context_length="Context Windows (Tune-A-Video)"):
             if dtype == "auto":
                 bf16 = comfy.model_management.should_use_bf16(comfy.model_management.get_torch_device())
                 dtype = "bf16" if bf16 else "fp32"
@@ -189,9 +189,8 @@ class ComfyDevice(Device):
         offload = comfy.model_management.unet_offload_device()
         self.patchers = [ModelPatcher(Trainee(unet), load_device=self.device, offload_device=offload), *others]
 
-    def make_room(self, needed: Callable[[], int]) -> int:
+    def make_room(self, needed: Callable[[], int]):
         comfy.model_management.load_models_gpu(self.patchers, memory_required=needed(), force_full_load=True)
-        return super().make_room(needed)
 
 
 def run(

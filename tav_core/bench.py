@@ -185,7 +185,7 @@ class Workload:
                 ends.append(self._now())
                 if event.step == 2:
                     raise Enough
-            elif event.text.startswith("memory: "):  # the step would run again, in another mode than this one
+            elif event.about == "memory":  # the step would run again, in another mode than this one
                 raise TavError("memory", mode.memory, "ran out of memory", "choose modes that take less")
 
         config = TuneConfig(steps=3, probe_size=1, dtype=mode.dtype, memory=mode.memory)

@@ -11,7 +11,10 @@ from .errors import TavError
 
 
 class VideoModel(Protocol):
-    """What inversion and sampling ask for: a `VideoUNet`, one seen in windows, or anything that is called alike."""
+    """What inversion and sampling ask for: a `VideoUNet`, one seen in windows, or anything that is called alike.
+
+    Beside a `SourceWalk` it has a `frame_context` as well.
+    """
 
     dtype: torch.dtype
 
@@ -43,9 +46,9 @@ class Condition:
         return self if self.class_labels is not None else Condition(self.encoder_hidden_states, other.class_labels)
 
     def to(self, device: torch.device) -> "Condition":
-        """On that device, the text in float32; labels stay integers or vectors as they are."""
-        labels = self.class_labels
-        return Condition(self.encoder_hidden_states.to(device).float(), None if labels is None else labels.to(device))
+        """On that device in float32, but for labels that are integers."""
+        moved = (None if x is None else x.to(device) for x in vars(self).values())
+        return Condition(*(x.float() if x is not None and x.is_floating_point() else x for x in moved))
 
     def at(self, b: int, f: int, frames: Tensor) -> "Condition":
         """That of those frames of every one of `b` videos of `f` frames."""
@@ -68,8 +71,12 @@ def joined(conditions: Mapping[str, Condition], b: int, f: int) -> Condition:
         shapes = ", ".join(f"{name} {text.shape[1]}" for name, text in texts.items())
         problem = f"differs from the other texts in its number of tokens ({shapes})"
         raise TavError(next(iter(texts)), None, problem, "pad them to one length")
-    labels = [per_frame("class_labels", told.class_labels, b, f) for told in conditions.values()]
-    return Condition(torch.cat(list(texts.values())), None if labels[0] is None else torch.cat(labels))
+    labels = {name: per_frame("class_labels", told.class_labels, b, f) for name, told in conditions.items()}
+    if lost := [name for name, of in labels.items() if of is None]:
+        if len(lost) < len(labels):
+            raise TavError("class_labels", None, f"are missing beside {lost[0]}", "give them to all, or to none")
+        return Condition(torch.cat(list(texts.values())))
+    return Condition(torch.cat(list(texts.values())), torch.cat(list(labels.values())))
 
 
 def predict(

@@ -170,16 +170,18 @@ def ddim_invert(
     schedule, condition = Schedule.of(scheduler, num_steps), Condition.of(condition)
     latents = latents.float().contiguous()  # kernels round by layout: noise from a file must give the same video
     sigmas, timesteps = schedule.sigmas.flip(0), schedule.timesteps[::-1]
-    trajectory = [latents]
+    trajectory, step = [latents], 0
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        return schedule.denoised(unet, x, num_steps - len(trajectory), condition)
+        return schedule.denoised(unet, x, num_steps - step - 1, condition)
 
     for x, x0 in inversion_steps(denoise, from_latents(latents, sigmas[0]), sigmas):
-        step = len(trajectory)
-        trajectory.append(to_latents(x, sigmas[step]))
-        callback(DDIMStep("invert", step, num_steps, timesteps[step - 1], trajectory[-1], x0))
-    return torch.stack(trajectory) if return_trajectory else trajectory[-1]
+        step += 1
+        z = to_latents(x, sigmas[step])
+        if return_trajectory:
+            trajectory.append(z)
+        callback(DDIMStep("invert", step, num_steps, timesteps[step - 1], z, x0))
+    return torch.stack(trajectory) if return_trajectory else z
 
 
 @torch.no_grad()
@@ -206,7 +208,7 @@ def ddim_sample(
         guidance_scale: the paper uses 12.5; at most 1 runs the condition alone, at half the cost.
         negative_hidden_states: the negative (or empty) prompt, as long as the condition's; labels by default as there.
         source_walk: takes the source clip back beside the edit, from the same noise without guidance, and lets it lead
-            the edit's attention or hold a part of it (see `injection`); needs a `VideoUNet`.
+            the edit's attention or hold a part of it (see `injection`); needs a model with a `frame_context`.
         source_hidden_states: what the source clip was inverted with, for `source_walk`.
         eta: 0 (DDIM) to 1 (DDPM) share of fresh noise, drawn from `generator`.
         callback: as in `ddim_invert`, with stage "sample".
@@ -262,7 +264,8 @@ def _edit_denoiser(
     """
     b, _, f, _, _ = shape
     edits = joined(prompts, b, f)
-    with_source = None if source is None else joined({"source_hidden_states": source, **prompts}, b, f)
+    walks = source_walk is not None and (source_walk.share > 0 or source_walk.holds)
+    with_source = joined({"source_hidden_states": source, **prompts}, b, f) if walks else None
 
     def denoise(x: Tensor, step: int) -> Tensor:
         def ask(x: Tensor, led: "Led | None") -> Tensor:
@@ -272,7 +275,7 @@ def _edit_denoiser(
                 return schedule.denoised(unet, x, step, with_source, **led.keywords)
 
         x, sigma = torch.cat([x] * len(prompts)), schedule.sigmas[step]
-        x0 = ask(x, None) if source_walk is None else source_walk(ask, x, sigma, schedule.sigmas, len(prompts))
+        x0 = ask(x, None) if not walks else source_walk(ask, x, sigma, schedule.sigmas, len(prompts))
         if len(prompts) == 1:
             return x0
         negative, positive = x0.chunk(2)

@@ -7,7 +7,8 @@ from typing import Any
 
 # fields that a function of Python calls otherwise
 _PYTHON = {"video": "path", "output": "path", "checkpoint": "name_or_path", "controlnet": "path", "tuned": "path",
-           "noise": "path", "state": "state_path", "size": "width and height"}  # fmt: skip
+           "noise": "path", "state": "state_path", "size": "width and height",
+           "edit": "prompt", "contrast": "contrasts"}  # fmt: skip
 _MENTIONED = re.compile("\ue000(.*?)\ue001")  # characters of the private use area: no file name or sentence has them
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Note:
-    """A line for people."""
+    """A line for people, and the setting that it is about, if any."""
 
     text: str
+    about: str = ""
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ class EditPlaces:
 class LedSteps:
     """In which steps the clip leads: the first share of a sampling whose N + 1 noise levels fall along `sigmas`.
 
-    A sampler's second look at a step, at a level that is none of `sigmas`, counts as well.
+    Of 25 steps at a share of 0.6 the first 15 lead, the first 10 of them anchor. A sampler's second look at a step,
+    at a level that is none of `sigmas`, counts as well.
     """
 
     sigmas: Tensor

@@ -62,6 +62,7 @@ class EditJob:
     inflation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
+        pipeline.check_prompt(self.prompt)
         for edit in self.edits:
             if not edit.prompt.strip():
                 raise TavError("edit", None, "is empty", "describe the edited clip in one sentence")

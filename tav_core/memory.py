@@ -132,13 +132,24 @@ def offloaded(*models: nn.Module) -> Iterator[None]:
 
 
 class Device:
-    """Where a tuning runs, and what it may hold there."""
+    """Where a tuning runs, and what it may hold there: the device that the U-Net is on.
+
+    A program that keeps other models there as well, such as ComfyUI, makes room in a class of its own (`ComfyDevice` of
+    the nodes).
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
 
-    def make_room(self, needed: Callable[[], int]) -> int:
-        """Makes what room it can for the model and for so many bytes beside it; returns how many are free beside it."""
+    def make_room(self, needed: Callable[[], int]):
+        """Called before the tuning: after it the U-Net is on the device.
+
+        Args:
+            needed: tells how many bytes a step will take beside the U-Net.
+        """
+
+    def free(self) -> int:
+        """Bytes that a step may take now."""
         return free_memory(self.device)
 
 

@@ -31,11 +31,11 @@ def read_noise(path: Path, preset: Preset) -> tuple[Tensor, Tensor | None, str]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise TavError("noise", path, "is not a file of `invert`", "make one with python -m tav_core invert")
+                raise TavError("noise", path, "is not a file of `invert`", "make one with tune-a-video invert")
             noise = file.get_tensor("latents")
             subject = file.get_tensor("subject") if "subject" in file.keys() else None
     except (OSError, SafetensorError) as error:
-        raise TavError("noise", path, f"can't be read ({error})", "make one with python -m tav_core invert") from error
+        raise TavError("noise", path, f"can't be read ({error})", "make one with tune-a-video invert") from error
     steps, inverted_with = int(metadata["steps"]), metadata.get("inverted_with", "empty prompt")
     if steps != preset.sampling_steps:
         problem = f"is not the {steps} that {path} was inverted with"

@@ -50,11 +50,16 @@ def prepare(checkpoint: Checkpoint, frames: Tensor, prompt: str, class_labels: T
     Raises:
         TavError: an empty prompt, or a size that the model can't halve as often as it must.
     """
-    if not prompt.strip():
-        raise TavError("prompt", None, "is empty", 'describe the clip in one sentence, e.g. "a man is skiing"')
+    check_prompt(prompt)
     check_size(checkpoint, width=frames.shape[2], height=frames.shape[1])
     mean, std = encode_video(checkpoint, to_pixels(frames))
     return Source(frames, prompt, Take(mean, Condition(encode_prompt(checkpoint, prompt), class_labels), std))
+
+
+def check_prompt(prompt: str):
+    """Raises a TavError for an empty sentence."""
+    if not prompt.strip():
+        raise TavError("prompt", None, "is empty", 'describe the clip in one sentence, e.g. "a man is skiing"')
 
 
 def check_size(checkpoint: Checkpoint, *, width: int, height: int):

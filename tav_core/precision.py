@@ -1,4 +1,4 @@
-"""The precision in which a U-Net is tuned: tuned weights in float32, the others in the computing dtype."""
+"""How a U-Net computes while it is tuned: tuned weights in float32, the others in the computing dtype."""
 
 import functools
 import math

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import FrameContext
 
 MEMORY = ("fast", "selective", "checkpointing", "low")  # each takes less memory and more time than the one before
+MEMORY_OR_AUTO = ("auto", *MEMORY)
 _PARTS = 4
 
 

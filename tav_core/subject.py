@@ -3,9 +3,8 @@
 By contrast: a sentence and the same sentence about another subject make the model predict different noise where the
 subject is (DiffEdit, Couairon et al., arXiv 2210.11427, section 3.2). By a word: its cross-attention is high there
 (Prompt-to-Prompt, Hertz et al., arXiv 2208.01626, section 3). The second needs no other sentence, but a model whose
-words
-keep apart: in a causal text encoder those after the subject tell of it too, and in a small one (the mini checkpoint's)
-they take its place.
+words keep apart: in a causal text encoder those after the subject tell of it too, and in a small one (the mini
+checkpoint's) they take its place.
 
 Either knows latent pixels alone; the outline is found in the clip itself (GrabCut, Rother et al., SIGGRAPH 2004).
 """

@@ -17,13 +17,16 @@ class Take:
 
     Attributes:
         latents: mean of the VAE posterior times the scaling factor, `b c f h w`.
-        condition: its sentence and labels, for all videos, per video or per frame.
+        condition: its sentence and labels, for all videos, per video or per frame; the embedding alone will do.
         latents_std: standard deviation of the posterior in the scale of `latents`; without it the mean is used.
     """
 
     latents: Tensor
     condition: Condition
     latents_std: Tensor | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "condition", Condition.of(self.condition))
 
     def to(self, device: torch.device) -> "Take":
         """On that device, in float32 but for labels."""

@@ -14,7 +14,7 @@ from .events import Event, Note, TuningStep
 from .memory import is_out_of_memory
 from .precision import DTYPES
 from .presets import PRESETS, Preset, default_preset, with_settings
-from .recompute import MEMORY
+from .recompute import MEMORY_OR_AUTO
 from .tuning import TuneConfig
 
 STAGES = {"tune": "tuning", "invert": "inversion", "sample": "sampling"}
@@ -83,7 +83,7 @@ def add_preset_arguments(parser: argparse.ArgumentParser):
     )
     group.add_argument(
         "--memory",
-        choices=["auto", *MEMORY],
+        choices=MEMORY_OR_AUTO,
         help="of the tuning: from fast to low each takes less memory, and more time (auto: the first that fits)",
     )
     group.add_argument("--sampling-steps", type=int, metavar="N", help="DDIM steps of inversion and of sampling")

@@ -4,6 +4,7 @@ Beyond the paper, several takes can be learned in one tuning, so that what they 
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,12 +17,12 @@ from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
 from .errors import OutOfMemory, TavError, field
-from .events import Callback, Note, TuningStep, ignored
+from .events import Callback, Event, Note, TuningStep, ignored
 from .inflation import VideoUNet, trainable_parameters
 from .memory import Device, choose, is_out_of_memory, needed_memory, release
 from .objective import LOSS_WEIGHTINGS, TIMESTEP_SAMPLINGS, draw_take, draw_timesteps, generator_for, tuning_loss
 from .precision import DTYPES, computing, half_precision_cost, next_scale
-from .recompute import MEMORY
+from .recompute import MEMORY, MEMORY_OR_AUTO
 from .take import Take, check_takes
 from .tuning_state import TuneState, check_same_run, hash_tensors, read_state, restore, save_state
 from .windows import check_context_length, even_windows, random_window
@@ -85,7 +86,7 @@ class TuneConfig:
             ("max_grad_norm", lambda x: x > 0, "give a positive number, such as 1.0"),
             ("betas", lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x), "give two in [0, 1)"),
             ("dtype", lambda x: x in DTYPES, f"choose one of {', '.join(DTYPES)}"),
-            ("memory", lambda x: x in ("auto", *MEMORY), f"choose one of auto, {', '.join(MEMORY)}"),
+            ("memory", lambda x: x in MEMORY_OR_AUTO, f"choose one of {', '.join(MEMORY_OR_AUTO)}"),
             ("timestep_sampling", lambda x: x in TIMESTEP_SAMPLINGS, f"choose {' or '.join(TIMESTEP_SAMPLINGS)}"),
             ("loss_weighting", lambda x: x in LOSS_WEIGHTINGS, f"choose {' or '.join(LOSS_WEIGHTINGS)}"),
         ):
@@ -150,8 +151,8 @@ def tune(
             in a random order in which all have their turn; the probe loss is the mean of theirs. Where a take has a
             standard deviation, its posterior is sampled anew at every step.
         state_path: state file (safetensors), read if it exists and `resume`, written on the way; or what chooses one by
-            the run's fingerprint (see `run_fingerprint`).
-        device: where to run and what may be held there; by default where the U-Net is.
+            the run's fingerprint (see `run_fingerprint`), before anything is computed.
+        device: where the U-Net is, or comes to by `Device.make_room`, and what may be held there.
         callback: gets a `TuningStep` after every step, and a `Note` where `memory` is chosen, or lowered because a step
             ran out of memory, and where `dtype` is one that this CPU has no arithmetic for; raises to stop.
 
@@ -164,34 +165,30 @@ def tune(
     if not isinstance(unet, VideoUNet):
         raise TavError("unet", None, f"is a {type(unet).__name__}, which has nothing to tune", "inflate it first")
     started = time.monotonic()
-    fingerprint = run_fingerprint(unet, scheduler, takes, config)
-    path = state_path(fingerprint) if callable(state_path) else state_path
+    path = state_path(run_fingerprint(unet, scheduler, takes, config)) if callable(state_path) else state_path
     device = device or Device(next(unet.parameters()).device)
     best = MEMORY[0] if config.memory == "auto" else config.memory
-    free = device.make_room(lambda: step_memory(unet, takes, config, best, device.device))
+    device.make_room(lambda: step_memory(unet, takes, config, best, device.device))
+    takes = [take.to(device.device) for take in takes]
     with computing(unet, config.dtype, config.memory), torch.enable_grad():
-        run = TuningRun(
-            unet, scheduler, [take.to(device.device) for take in takes], config, fingerprint, path, callback
-        )
+        fingerprint = run_fingerprint(unet, scheduler, takes, config)
+        run = TuningRun(unet, scheduler, takes, config, fingerprint, path, callback)
         if path is not None and resume and Path(path).exists():
             run.resume()
         first = run.state.step
         if not run.state.probe_losses:
             run.state.probe_losses.append((0, run.probe()))
         if config.memory == "auto" and first < config.steps:
-            memory, line = choose(lambda memory: step_memory(unet, takes, config, memory, device.device), free)
+            needed = functools.partial(step_memory, unet, takes, config, device=device.device)
+            memory, line = choose(lambda memory: needed(memory=memory), device.free())
             unet.set_memory(memory)
-            callback(Note(line))
+            run.tell(Note(line, "memory"))
         if config.dtype != "fp32" and device.device.type == "cpu":
-            _warn_of_slow_dtype(config.dtype, callback)
+            _warn_of_slow_dtype(config.dtype, run.tell)
         while run.state.step < config.steps:
             loss, grad_norm, lr = run.step()
             step, probe_loss, seconds = run.state.step, run.state.probe_losses[-1][1], time.monotonic() - started
-            try:
-                callback(TuningStep("tune", step, config.steps, loss, grad_norm, probe_loss, lr, seconds, first))
-            except BaseException:
-                run.save()
-                raise
+            run.tell(TuningStep("tune", step, config.steps, loss, grad_norm, probe_loss, lr, seconds, first))
             if step % config.save_every == 0 or step == config.steps:
                 run.save()
         weights = {name: parameter.detach().float().cpu().clone() for name, parameter in run.parameters.items()}
@@ -202,7 +199,7 @@ def tune(
 def _warn_of_slow_dtype(dtype: str, callback: Callback):
     if (times := half_precision_cost(DTYPES[dtype])) > 2:
         slow = f"makes this CPU compute matrix products {times:.0f} times as slowly as fp32 does; use fp32"
-        callback(Note(f"dtype: {dtype} {slow}"))
+        callback(Note(f"dtype: {dtype} {slow}", "dtype"))
 
 
 class TuningRun:
@@ -229,6 +226,14 @@ class TuningRun:
     def keep(self):
         """Weights to go back to, if a later step fails."""
         self.good = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    def tell(self, event: Event):
+        """Calls back; if that stops the run, what was learned is kept."""
+        try:
+            self.callback(event)
+        except BaseException:
+            self.save()
+            raise
 
     def save(self):
         for name, parameter in self.parameters.items():
@@ -278,7 +283,7 @@ class TuningRun:
         lr = config.learning_rate * min(1.0, (state.step + 1) / max(1, config.warmup_steps))
         self.optimizer.param_groups[0]["lr"] = lr
         scale, age = state.loss_scale
-        loss = self.differentiated_somehow(scale, *self.draw())
+        loss = self.differentiated_or_in_less_memory(scale, *self.draw())
         if not torch.isfinite(loss):
             raise self.failed("loss")
         for parameter in self.parameters.values():
@@ -312,7 +317,7 @@ class TuningRun:
         t = draw_timesteps(config.timestep_sampling, config.seed, step, len(mean), total)
         return take, mean if std is None else mean + std * posterior, noise, t
 
-    def differentiated_somehow(self, scale: float, *drawn) -> Tensor:
+    def differentiated_or_in_less_memory(self, scale: float, *drawn) -> Tensor:
         """`differentiated`, again in the next lower memory mode if the memory runs out.
 
         Raises:
@@ -323,7 +328,7 @@ class TuningRun:
         if loss is None and unet.memory != MEMORY[-1]:
             release(self.device)
             lower = MEMORY[MEMORY.index(unet.memory) + 1]
-            self.callback(Note(f"memory: {lower} from step {number} on, since {unet.memory} ran out of memory"))
+            self.tell(Note(f"memory: {lower} from step {number} on, since {unet.memory} ran out of memory", "memory"))
             unet.set_memory(lower)
             loss = self.differentiated(scale, *drawn)
         if loss is None:
@@ -372,7 +377,6 @@ def run_fingerprint(
     """What must be equal for a run to go on from its state file: name to hash or value."""
     parameters = trainable_parameters(unet)
     options = dataclasses.asdict(config) | {"betas": list(config.betas)}  # as JSON has it
-    takes = [take.to(torch.device("cpu")) for take in takes]
     labels = [take.condition.class_labels for take in takes if take.condition.class_labels is not None]
     return {
         "latents": hash_tensors(take.latents for take in takes),
@@ -383,7 +387,7 @@ def run_fingerprint(
         "prediction_type": scheduler.config.prediction_type,
         "inflation": unet.inflation,
         "trainable parameters": {name: list(parameter.shape) for name, parameter in parameters.items()},
-        "initial weights": hash_tensors(parameter.float() for parameter in parameters.values()),
+        "initial weights": hash_tensors(parameters.values()),
         # without None, so that a state from before there was an option goes on
         **{name: value for name, value in options.items() if name not in _NOT_IN_FINGERPRINT and value is not None},
     }

@@ -61,8 +61,11 @@ class ContextWindows:
             return unet(latents, timesteps, text, **kwargs)
         blended = torch.zeros(latents.shape, device=latents.device)
         for frames, weights in self.windows(f, torch.as_tensor(timesteps).flatten()[0].item()):
-            part = {name: at_frames(name, value, b, f, frames) for name, value in {"text": text, **kwargs}.items()}
-            out = unet(latents[:, :, frames.to(latents.device)], timesteps, part.pop("text"), **part)
+            part = {
+                name: at_frames(name, value, b, f, frames)
+                for name, value in {"encoder_hidden_states": text, **kwargs}.items()
+            }
+            out = unet(latents[:, :, frames.to(latents.device)], timesteps, part.pop("encoder_hidden_states"), **part)
             blended[:, :, frames] += weights.to(out.device)[:, None, None] * out.float()
         return blended.to(latents.dtype)
 

@@ -170,6 +170,14 @@ def test_labels_that_do_not_fit(unet, labels, told):
     refused(told, unet, latents, Condition(text, labels), SCHEDULER, 2, guidance_scale=1, call=ddim_sample)
 
 
+def test_labels_beside_a_condition_without(unet):
+    latents, _, text = inputs()
+    negative = {"guidance_scale": 2, "negative_hidden_states": Condition(text, label(1))}
+    refused(
+        "class_labels are missing beside condition", unet, latents, text, SCHEDULER, 2, **negative, call=ddim_sample
+    )
+
+
 def test_labels_for_a_model_without_classes():
     latents, t, text = inputs()
     refused(

@@ -1,6 +1,7 @@
 """Schedules, conversions, inversion and sampling on made-up models with known answers."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -158,6 +159,12 @@ def test_inversion_does_not_depend_on_the_parametrisation():
         runs.append(ddim_invert(model, latents(), TEXT, scheduler, 10, return_trajectory=True))
     assert runs[0].shape == (11, *latents().shape) and torch.equal(runs[0][0], latents())
     assert (runs[1] - runs[0]).abs().max() <= 2e-5 and (runs[2] - runs[0]).abs().max() <= 2e-4
+
+
+def test_only_a_trajectory_keeps_every_stage():
+    stages = []
+    ddim_invert(Model(), latents(), TEXT, DDIM, 5, callback=lambda step: stages.append(weakref.ref(step.latents)))
+    assert sum(stage() is not None for stage in stages) <= 1
 
 
 def test_guidance():

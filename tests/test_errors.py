@@ -168,6 +168,13 @@ def test_a_node_has_names_of_its_own(pack):
     assert str(caught.value) == "name x.mp4 can't be written; choose another name"
 
 
+def test_a_node_has_names_of_its_own_when_memory_runs_out(pack):
+    errors, plain_errors = pack.tav_core.errors, pack.nodes.common.plain_errors
+    with pytest.raises(errors.OutOfMemory) as caught, plain_errors(context_length="Context Windows"):
+        raise errors.OutOfMemory("memory", "low", "ran out of memory", f"use {errors.field('context_length')}")
+    assert str(caught.value) == "memory low ran out of memory; use Context Windows"
+
+
 def test_load_video_keeps_the_name_of_a_file(pack, monkeypatch, tmp_path):
     monkeypatch.setattr("folder_paths.get_input_directory", lambda: str(tmp_path))
     node, name = pack.nodes.LoadVideo, "my--clip.mp4"

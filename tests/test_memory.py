@@ -11,9 +11,10 @@ import torch
 from support.tuning_runs import CONFIG, make_unet, notes, run, stop_at, take, weights
 from tav_core import bench
 from tav_core.errors import Cancelled, OutOfMemory
-from tav_core.memory import _Peak, choose, is_out_of_memory, needed_memory
+from tav_core.memory import Device, _Peak, choose, is_out_of_memory, needed_memory
 from tav_core.objective import tuning_loss
 from tav_core.recompute import MEMORY
+from tav_core.tuning_state import read_state
 
 GB = 10**9
 NEEDED = {"fast": 10 * GB, "selective": 7 * GB, "checkpointing": 5 * GB, "low": 2 * GB}
@@ -153,6 +154,35 @@ def test_the_first_mode_that_fits_is_chosen(free, memory, line):
 
 
 @pytest.mark.slow
+def test_what_is_free_is_asked_when_the_weights_are_as_they_compute(monkeypatch):
+    """Of a half-precision U-Net that is tuned in float32, the weights take twice as much then."""
+    unet, seen = make_unet().to(torch.float16), []
+
+    class Asked(Device):
+        def make_room(self, needed):
+            seen.append(needed() > 0)
+
+        def free(self):
+            seen.append({parameter.dtype for parameter in unet.parameters()})
+            return 16 * GB
+
+    run(unet, replace(CONFIG, steps=1), device=Asked(torch.device("cpu")))
+    assert seen == [True, {torch.float32}]
+
+
+@pytest.mark.parametrize("told", ["memory", "step"])
+def test_a_callback_that_stops_at_a_note_loses_nothing(monkeypatch, tmp_path, told):
+    def stop(event):
+        if getattr(event, "about", "step") == told and getattr(event, "step", 3) == 3:
+            raise Cancelled
+
+    run_out(monkeypatch, 4, ["fast"])
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(Cancelled):
+        run(make_unet(), replace(CONFIG, memory="fast", save_every=100), state_path=path, callback=stop)
+    assert read_state(path)[0].step == 3
+
+
 def test_auto_goes_by_what_is_free(of_each, monkeypatch):
     seen = []
 

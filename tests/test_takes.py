@@ -15,6 +15,7 @@ from tav_core import TuneConfig, encode_prompt, inflate, load_video, read_tuned,
 from tav_core.errors import Cancelled
 from tav_core.mini.demo import CLIP
 from tav_core.objective import draw_take
+from tav_core.take import Take
 
 
 def take(seed, frames=3, height=4, tokens=5, channels=4, std=0.1):
@@ -86,6 +87,11 @@ def test_all_takes_are_learned():
     before = losses(unet := make_unet())
     run(unet, replace(CONFIG, steps=90, learning_rate=2e-2), more_takes=OTHERS)
     assert all(after < 0.95 * start for after, start in zip(losses(unet), before))
+
+
+def test_the_embedding_alone_is_a_condition():
+    text = torch.zeros(1, 5, 24)
+    assert Take(torch.zeros(1, 4, 3, 4, 4), text).condition.encoder_hidden_states is text
 
 
 def test_takes_that_do_not_fit():
