@@ -44,7 +44,8 @@ class TavError(ValueError):
     def _value(self) -> str:
         value = str(self.value) if isinstance(self.value, PathLike) else self.value
         text = str(value)
-        plain = self.assign != "=" and text and text.isprintable()  # nothing, or a line break, would not be seen
+        # nothing, a line break or a blank at an end would not be seen
+        plain = self.assign != "=" and text and text == text.strip() and text.isprintable()
         return text if plain else repr(value)
 
 

@@ -146,7 +146,7 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, tav, tm
         ({"--checkpoint": tmp_path}, f"--checkpoint {tmp_path} is no diffusers model"),
         ({"--checkpoint": clip}, f"--checkpoint {clip} is not a .safetensors file"),
         ({"--steps": 0}, "steps"),
-        ({"--learning-rate": 5}, "learning_rate"),
+        ({"--learning-rate": 5}, "--learning-rate 5.0 is out of range"),
         ({"--sampling-steps": 0}, "1000"),
         ({"--attention-injection": 1.5}, "--attention-injection 1.5"),
         ({"--caption-as-negative": -1}, "--caption-as-negative -1"),

@@ -181,7 +181,7 @@ def test_attention_injection_in_sampling():
         sampled(wish, attention_injection=0.5)
     with pytest.raises(TavError, match="attention_injection=1.5 is out of range; give a number from 0 to 1"):
         sampled(wish, attention_injection=1.5, source_hidden_states=text)
-    with pytest.raises(TavError, match="source_hidden_states 4, .*encoder_hidden_states 5.*pad them"):
+    with pytest.raises(TavError, match="source_hidden_states 4, .*condition 5.*pad them"):
         sampled(wish, attention_injection=1.0, source_hidden_states=text[:, :4])
 
 

@@ -216,7 +216,11 @@ def test_it_steers_as_in_diffusers(pack, mini):
     unet, net = mini.checkpoint.unet, load_controlnet("mini")
     scheduler = DDIMScheduler.from_config(mini.checkpoint.scheduler.config, set_alpha_to_one=True)
     words, empty = (encode_prompt(mini.checkpoint, text) for text in (EDIT, ""))
-    expected = ddim_sample(evaluate.steered(inflate(unet), net, hint), noise(3), words, scheduler, 5, 4.0, empty)
+    model, guidance = (
+        evaluate.steered(inflate(unet), net, hint),
+        {"guidance_scale": 4.0, "negative_hidden_states": empty},
+    )
+    expected = ddim_sample(model, noise(3), words, scheduler, 5, **guidance)
     assert relative(sampled(pack, mini, mini.inflated, noise(3), 5, hint), expected) < 1e-4
     # the plain loop of diffusers, on the 2D MODEL
     scheduler.set_timesteps(5)

@@ -239,7 +239,7 @@ def test_guidance_that_calls_again_leaves_the_leading_clip_alone(pack, models, n
         led = pack.nodes.AttentionInjection.execute(model, prompt(1), 1.0).args[0]
         for noise in (clip(1, 1), clip(1, 2)):  # another run starts another walk
             sample(led, noise=noise, steps=3)
-            walks.append(led.model_options["model_function_wrapper"].source)
+            walks.append(led.model_options["model_function_wrapper"].walk.x)
     assert relative(walks[2], walks[0]) < 1e-4 and relative(walks[3], walks[1]) < 1e-4
     assert relative(walks[1], walks[0]) > 1e-2
 

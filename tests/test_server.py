@@ -244,7 +244,7 @@ def test_saved_weights_give_the_samples_of_the_tuned_model(server, info, graph):
     loaded = graph("TAVLoadTunedWeights", file="clips/ball.safetensors")
     model = graph("TAVApplyTunedWeights", model=graph.inflated, tuned_weights=loaded[0])[0]
     graph("SaveLatent", samples=graph.sample(model, graph.latent)[0])
-    fails(server, graph, "TAVApplyTunedWeights", "tuned_weights belong to the base model")
+    fails(server, graph, "TAVApplyTunedWeights", "tuned_weights belongs to the base model")
     graph = Graph(info).source()
     graph[graph.inflated[0]]["inputs"]["norm"] = "frame"
     loaded = graph("TAVLoadTunedWeights", file="clips/ball.safetensors")
@@ -467,7 +467,7 @@ def test_windows_of_an_untuned_model(server, graph):
         server,
         graph,
         "TAVVideoSampler",
-        "context_length is 0, the tuned length, and MODEL isn't tuned; give it a number",
+        "context_length 0 is the tuned length, and MODEL isn't tuned; give it a number",
     )
 
 
@@ -552,7 +552,7 @@ def test_values_out_of_range(server, graph, inputs, told):
 def test_divergence_is_named_and_the_server_lives_on(server, info, graph):
     tuned = graph.tune(learning_rate=1.0, steps=60, dtype="fp16")
     graph("PreviewImage", images=tuned[2])
-    fails(server, graph, "TAVOneShotTune", "is not finite; lower learning_rate (now 1) or set dtype to fp32 (now fp16)")
+    fails(server, graph, "TAVOneShotTune", "is not finite; lower it, or set dtype to fp32 (now fp16)")
     fine = Graph(info).source()
     fine("PreviewImage", images=fine.tune()[2])
     assert server.run(fine)
