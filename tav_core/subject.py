@@ -82,7 +82,9 @@ def mask_of(predictions: list[Tensor], threshold: float) -> Tensor:
         changes = (prediction[1:] - prediction[:1]).square().mean(1, keepdim=True)  # k 1 f h w
         share = changes / changes.mean((1, 2, 3, 4), keepdim=True).clamp(min=1e-12)
         difference = difference + share.sum(0, keepdim=True).cpu()
-    flat = TavError("contrast", None, "changes nothing of what is predicted", "name another subject in it")
+    flat = TavError(
+        "contrast", None, "can't be told from the clip's sentence by what is predicted", "name another subject"
+    )
     return _above(threshold, difference, flat)
 
 

@@ -150,6 +150,7 @@ def test_single_file_of_sd1_whose_text_encoder_has_short_names(checkpoint, folde
     same_weights(checkpoint, load_checkpoint(path, config=folder))
 
 
+@pytest.mark.slow
 def test_single_file_of_sd2(tmp_path):
     folder = make_folder(tmp_path / "sd2", cross=1024)
     checkpoint = load_checkpoint(folder)

@@ -200,6 +200,7 @@ def classes(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_an_edit_from_end_to_end(classes):
     checkpoint, preset = load_checkpoint(classes), replace(PRESETS["mini"], sampling_steps=2)
     preset = replace(preset, tuning=replace(preset.tuning, steps=2))

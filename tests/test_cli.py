@@ -200,6 +200,7 @@ def test_other_errors_keep_their_traceback(monkeypatch):
         terminal.run(parser)
 
 
+@pytest.mark.slow
 def test_render_makes_the_clip_of_the_world(tmp_path):
     done = tav_process(
         "render", "--shape", "star", "--motion", "bounce", "--output", tmp_path / "a.mp4", module="tav_core.mini"

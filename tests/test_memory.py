@@ -183,6 +183,7 @@ def test_a_callback_that_stops_at_a_note_loses_nothing(monkeypatch, tmp_path, to
     assert read_state(path)[0].step == 3
 
 
+@pytest.mark.slow
 def test_auto_goes_by_what_is_free(of_each, monkeypatch):
     seen = []
 

@@ -90,6 +90,7 @@ def test_lora(command, tmp_path):
     assert Image.open(tmp_path / "sheet.png").size == (2 * 128, 2 * 128)
 
 
+@pytest.mark.slow
 def test_benchmark(command, short_clips, tmp_path):
     figures = json.loads(command("benchmark", "--clips", 4, "--seeds", 1, "--videos", tmp_path, *EDIT))
     assert figures.keys() == set(ARMS)
@@ -101,6 +102,7 @@ def test_benchmark(command, short_clips, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == videos
 
 
+@pytest.mark.slow
 def test_regions(command, short_clips):
     figures = json.loads(command("regions", "--clips", 4, *EDIT))
     assert figures.keys() == {"subject", "background"}

@@ -160,6 +160,7 @@ def test_tuned_weights_can_be_taken_out_of_it(published, copied, tmp_path):
     assert difference(base(*given), unet(*given)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_tuning_goes_on_from_its_weights(published):
     checkpoint = load_checkpoint(published)
     frames = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

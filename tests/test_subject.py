@@ -162,7 +162,7 @@ def test_pixels_outside_of_a_region_are_those_of_the_source():
 
 def test_refusals(mini, found):
     source, unet, subject = found
-    refused("contrast changes nothing", [torch.zeros(2, 4, 1, 4, 4)], 0.15, call=mask_of)
+    refused("contrasts can't be told from the clip's sentence", [torch.zeros(2, 4, 1, 4, 4)], 0.15, call=mask_of)
     refused("threshold=1.5 is out of range", [torch.zeros(2, 4, 1, 4, 4)], 1.5, call=mask_of)
     refused(
         "region='sky' is unknown; choose one of everything, subject, background", "sky", subject, 1, call=EditPlaces.of

@@ -36,6 +36,7 @@ def test_takes_have_their_turn_in_random_order():
     assert {draw_take(seed, step, 1) for seed in range(3) for step in range(9)} == {0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, context_length=3, timestep_sampling="stratified")])
 def test_tuning_on_takes_is_resumed_to_the_same_weights(tmp_path, config):
     whole, path, seen = make_unet(), tmp_path / "run.safetensors", []
@@ -116,6 +117,7 @@ def test_takes_that_do_not_fit():
 # --------------------------------------------------------------------------------------------- the command line
 
 
+@pytest.mark.slow
 def test_commands_with_several_takes(tav, tmp_path):
     other, out = tmp_path / "flipped.mp4", tmp_path / "out"
     save_video(load_video(CLIP).frames.flip(2), other, 8)

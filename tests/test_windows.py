@@ -215,6 +215,7 @@ LONG = dict(latents=video(11), latents_std=torch.full((1, 4, 11, 4, 4), 0.1), en
 WINDOWED = replace(CONFIG, context_length=4)
 
 
+@pytest.mark.slow
 def test_tuning_over_windows_is_resumed_to_the_same_weights(tmp_path):
     whole, path, seen = make_unet(), tmp_path / "run.safetensors", []
     result = run(whole, WINDOWED, **LONG)
