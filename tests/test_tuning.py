@@ -117,8 +117,9 @@ def test_finished_state_returns_at_once_and_can_be_prolonged(uninterrupted, tmp_
     ({"encoder_hidden_states": clip()["encoder_hidden_states"] + 1}, "encoder_hidden_states"),
     ({"scheduler": DDIMScheduler(**SD, prediction_type="v_prediction")}, "prediction_type"),
 ])  # fmt: skip
-def test_state_of_another_run(uninterrupted, tmp_path, change, named):
-    path = tmp_path / "run.safetensors"
+def test_state_of_another_run(tmp_path, change, named):
+    path, change = tmp_path / "run.safetensors", {"config": CONFIG} | change
+    change["config"] = replace(change["config"], steps=1)
     run(make_unet(), replace(CONFIG, steps=1), state_path=path)
     before = path.read_bytes()
     with pytest.raises(TavError, match=rf"another run \({named} changed\)"):
