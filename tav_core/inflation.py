@@ -6,7 +6,6 @@ transformer block receives `norm_temp` and `attn_temp`.
 """
 
 import copy
-import re
 from typing import Any
 
 import torch
@@ -22,9 +21,9 @@ from .attention import MODES, FrameAttnProcessor, FrameContext, anchored, tempor
 from .condition import per_frame
 from .errors import TavError
 from .recompute import Recomputed, make_units
+from .trainable import trainable_parameters
 
 NORMS = ("video", "frame")
-_TRAINABLE = re.compile(r"\.(attn1\.to_q|attn2\.to_q|attn_temp)\.")
 
 
 class OverFrames:
@@ -250,16 +249,6 @@ def inflate(
         if type(module) is nn.Linear and module.weight.requires_grad:
             module.__class__ = TunedLinear
     return unet
-
-
-def trainable_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
-    """Name to parameter of what the method tunes: `attn1.to_q`, `attn2.to_q` and all of `attn_temp`."""
-    return {name: parameter for name, parameter in unet.named_parameters() if is_tuned(name)}
-
-
-def is_tuned(name: str) -> bool:
-    """Whether the method tunes a parameter of that name."""
-    return bool(_TRAINABLE.search(name))
 
 
 def _inflate_block(

@@ -13,9 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .inflation import VideoUNet, trainable_parameters
+from .inflation import VideoUNet
 from .recompute import MEMORY
 from .take import Take
+from .trainable import trainable_parameters
 
 _MARGIN = 1.2  # of what is needed: for kernels' own buffers and gaps between blocks of memory, which nobody counts
 

@@ -1,10 +1,12 @@
 """Tune-A-Video from end to end: a clip and its sentence in, edited clips out.
 
-source = prepare(checkpoint, frames, prompt)        # latents and text embedding, computed once
-unet, result = tune_on(checkpoint, [source], preset) # one-shot tuning
-noise = invert(checkpoint, unet, source, preset)     # DDIM inversion
-subject = find_subject(checkpoint, unet, source, contrasts, preset)  # optional
-video = sample(checkpoint, unet, noise, "an edited prompt", preset, source_prompt=prompt, subject=subject)
+The stages in their order:
+
+    source = prepare(checkpoint, frames, prompt)          # latents and text embedding, computed once
+    unet, result = tune_on(checkpoint, [source], preset)  # one-shot tuning
+    noise = invert(checkpoint, unet, source, preset)      # DDIM inversion
+    subject = find_subject(checkpoint, unet, source, contrasts, preset)  # optional
+    video = sample(checkpoint, unet, noise, "an edited prompt", preset, source_prompt=prompt, subject=subject)
 """
 
 import copy
@@ -21,12 +23,13 @@ from .condition import Condition
 from .ddim import Schedule, ddim_invert, ddim_sample
 from .errors import TavError, field
 from .events import Callback, ignored
-from .inflation import VideoUNet, inflate, trainable_parameters
+from .inflation import VideoUNet, inflate
 from .injection import EditPlaces, SourceWalk
 from .memory import offloaded
 from .presets import Preset
 from .subject import SOFTNESS, outlined, pooled, put_back, softened, subject_mask
 from .take import Take
+from .trainable import trainable_parameters
 from .tuning import TuneResult, tune
 from .video import to_pixels
 from .windows import ContextWindows, WindowedUNet

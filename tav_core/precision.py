@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-from .inflation import VideoUNet, trainable_parameters
+from .inflation import VideoUNet
+from .trainable import trainable_parameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SCALE_INTERVAL = 2000  # good steps before the fp16 loss scale doubles

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .atomic import atomic_path
 from .errors import TavError
-from .inflation import VideoUNet, is_tuned, trainable_parameters
+from .inflation import VideoUNet
+from .trainable import is_tuned, trainable_parameters
 
 FORMAT = "tune-a-video-1"
 _SAMPLES = 1024  # values of each parameter that go into the fingerprint

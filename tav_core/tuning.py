@@ -4,7 +4,6 @@ Beyond the paper, several takes can be learned in one tuning, so that what they 
 """
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -18,12 +17,13 @@ from torch import Tensor, nn
 
 from .errors import OutOfMemory, TavError, field
 from .events import Callback, Event, Note, TuningStep, ignored
-from .inflation import VideoUNet, trainable_parameters
+from .inflation import VideoUNet
 from .memory import Device, choose, is_out_of_memory, needed_memory, release
 from .objective import LOSS_WEIGHTINGS, TIMESTEP_SAMPLINGS, draw_take, draw_timesteps, generator_for, tuning_loss
 from .precision import DTYPES, computing, half_precision_cost, next_scale
 from .recompute import MEMORY, MEMORY_OR_AUTO
 from .take import Take, check_takes
+from .trainable import trainable_parameters
 from .tuning_state import TuneState, check_same_run, hash_tensors, read_state, restore, save_state
 from .windows import check_context_length, even_windows, random_window
 
@@ -179,8 +179,7 @@ def tune(
         if not run.state.probe_losses:
             run.state.probe_losses.append((0, run.probe()))
         if config.memory == "auto" and first < config.steps:
-            needed = functools.partial(step_memory, unet, takes, config, device=device.device)
-            memory, line = choose(lambda memory: needed(memory=memory), device.free())
+            memory, line = choose(lambda mode: step_memory(unet, takes, config, mode, device.device), device.free())
             unet.set_memory(memory)
             run.tell(Note(line, "memory"))
         if config.dtype != "fp32" and device.device.type == "cpu":

@@ -16,9 +16,9 @@ from tav_core.block_attention import block_attention
 from tav_core.cli import main
 from tav_core.condition import Condition, predict
 from tav_core.errors import TavError
-from tav_core.inflation import trainable_parameters
 from tav_core.objective import tuning_loss
 from tav_core.precision import computing
+from tav_core.trainable import trainable_parameters
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,9 @@ from support.led_sampling import led_sample
 from support.tiny_unets import CROSS_DOWN, CROSS_UP, DOWN, UP, difference, inputs, make_unet, stir
 from tav_core.attention import FrameAttnProcessor, FrameContext, sdpa, temporal_attention
 from tav_core.errors import TavError
-from tav_core.inflation import VideoUNet, inflate, trainable_parameters
+from tav_core.inflation import VideoUNet, inflate
 from tav_core.recompute import MEMORY
+from tav_core.trainable import trainable_parameters
 
 LAYOUTS = {
     "sd1": {},

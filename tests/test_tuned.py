@@ -9,7 +9,8 @@ from support.checkpoints import write
 from support.errors import refused
 from tav_core.checkpoint import load_checkpoint
 from tav_core.errors import TavError
-from tav_core.inflation import inflate, trainable_parameters
+from tav_core.inflation import inflate
+from tav_core.trainable import trainable_parameters
 from tav_core.tuned_weights import base_fingerprint, load_tuned, read_tuned, save_tuned
 
 

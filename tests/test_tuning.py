@@ -19,9 +19,9 @@ from support.tuning_runs import CONFIG, SD, clip, equal, make_unet, notes, run, 
 from tav_core.atomic import atomic_path
 from tav_core.errors import Cancelled, TavError
 from tav_core.events import TuningStep
-from tav_core.inflation import trainable_parameters
 from tav_core.objective import draw_timesteps, tuning_loss
 from tav_core.precision import half_precision_cost
+from tav_core.trainable import trainable_parameters
 from tav_core.tuning import TuneConfig
 
 ROOT = Path(__file__).parents[1]

@@ -6,8 +6,9 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from tav_core.condition import Condition
 from tav_core.errors import Cancelled
 from tav_core.events import Note, Step
-from tav_core.inflation import inflate, trainable_parameters
+from tav_core.inflation import inflate
 from tav_core.take import Take
+from tav_core.trainable import trainable_parameters
 from tav_core.tuning import TuneConfig, tune
 
 SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, set_alpha_to_one=False)
