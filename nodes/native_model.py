@@ -89,14 +89,10 @@ class NativePatcher(getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatche
         return added
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
-        # a layer that stays on the CPU gets its patches when it runs: tuned weights would replace what a hook had put
-        # there
-        dynamic = getattr(
-            self, "is_dynamic", lambda: False
-        )()  # in newer cores, which refuse to be forced and need not be
-        return super().partially_load(
-            device_to, extra_memory, force_patch_weights or bool(self.hook_patches) and not dynamic
-        )
+        # a layer that stays on the CPU gets its patches when it runs: tuned weights would replace what a hook put there
+        dynamic = hasattr(self, "is_dynamic") and self.is_dynamic()  # newer cores then refuse to be forced
+        force = force_patch_weights or bool(self.hook_patches) and not dynamic
+        return super().partially_load(device_to, extra_memory, force)
 
 
 def check_lora(key: str, weight: Tensor, patch: Any):
@@ -105,15 +101,9 @@ def check_lora(key: str, weight: Tensor, patch: Any):
     Raises:
         TavError: it does.
     """
-    if (
-        key.endswith("attn2.to_k.weight")
-        and isinstance(patch, LoRAAdapter)
-        and patch.weights[1].shape[1] != weight.shape[1]
-    ):
-        raise TavError(
-            "LoRA",
-            None,
-            f"is for another family of models (its text has width {patch.weights[1].shape[1]}, that of MODEL "
-            f"{weight.shape[1]})",
-            "use one for the family of MODEL",
-        )
+    if not (key.endswith("attn2.to_k.weight") and isinstance(patch, LoRAAdapter)):
+        return
+    own, wanted = patch.weights[1].shape[1], weight.shape[1]
+    if own != wanted:
+        problem = f"is for another family of models (its text has width {own}, that of MODEL {wanted})"
+        raise TavError("LoRA", None, problem, "use one for the family of MODEL")

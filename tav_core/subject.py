@@ -82,9 +82,8 @@ def mask_of(predictions: list[Tensor], threshold: float) -> Tensor:
         changes = (prediction[1:] - prediction[:1]).square().mean(1, keepdim=True)  # k 1 f h w
         share = changes / changes.mean((1, 2, 3, 4), keepdim=True).clamp(min=1e-12)
         difference = difference + share.sum(0, keepdim=True).cpu()
-    flat = TavError(
-        "contrast", None, "can't be told from the clip's sentence by what is predicted", "name another subject"
-    )
+    problem = "can't be told from the clip's sentence by what is predicted"
+    flat = TavError("contrast", None, problem, "name another subject")
     return _above(threshold, difference, flat)
 
 
@@ -231,10 +230,8 @@ def softened(mask: Tensor, softness: int) -> Tensor:
     if softness == 0:
         return mask
     reach = softness // 2
-    box = (softness / 2 + 0.5 - torch.arange(-reach, reach + 1.0).abs()).clamp(
-        max=1
-    ) / softness  # an even one has half ends
-    box = box.to(mask)[None, None, None]
+    box = (softness / 2 + 0.5 - torch.arange(-reach, reach + 1.0).abs()).clamp(max=1)  # an even one has half ends
+    box = (box / softness).to(mask)[None, None, None]
     pixels = F.pad(rearrange(mask, "1 1 f h w -> f 1 h w"), (reach,) * 4, mode="replicate")
     return rearrange(F.conv2d(F.conv2d(pixels, box), box.mT), "f 1 h w -> 1 1 f h w").clamp(0, 1)
 

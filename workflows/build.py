@@ -69,6 +69,18 @@ def tuning(w: Workflow, inflated, latent, described, edit, vae, mini: bool = Tru
     return tuned
 
 
+def sentences(w: Workflow, clip_model):
+    """What the clip shows, what it should show, and nothing."""
+    described = sentence(w, clip_model, "What the clip shows", PROMPT)
+    edit = sentence(w, clip_model, "What it should show", EDIT)
+    return described, edit, sentence(w, clip_model, "Nothing (leave it empty)", "")
+
+
+def sampled(w: Workflow, model, positive, negative, noise):
+    settings = {"noise": noise.noise, "sigmas": noise.sigmas, "steps": 25, "cfg": 5.0}
+    return w.add("TAVVideoSampler", model=model, positive=positive, negative=negative, **settings)
+
+
 def injected(w: Workflow, model, described) -> Node:
     """The tuned MODEL, for sampling: its edits attend as the clip does."""
     return w.add("TAVAttentionInjection", model=model, conditioning=described)
@@ -229,16 +241,7 @@ Checkpoint, LoRAs and the settings of *Inflate* must be those of the tuning, and
     noise = w.add("TAVDDIMInversion", model=tuned, latent=latent, conditioning=described, steps=25)
     w.group("5  Edit", "cyan")
     model = injected(w, tuned, described)
-    sample = w.add(
-        "TAVVideoSampler",
-        model=model,
-        positive=edit,
-        negative=empty,
-        noise=noise.noise,
-        sigmas=noise.sigmas,
-        steps=25,
-        cfg=5.0,
-    )
+    sample = sampled(w, model, edit, empty, noise)
     frames = w.add("VAEDecode", samples=sample, vae=vae)
     result(w, name, clip, [clip.images, frames], ["source", EDITS["style"]])
 
@@ -261,9 +264,7 @@ What matters:
     )
     clip, inflated, clip_model, vae, latent = source(w)
     w.group("2  Sentences", "green", below=True)
-    described = sentence(w, clip_model, "What the clip shows", PROMPT)
-    edit = sentence(w, clip_model, "What it should show", EDIT)
-    empty = sentence(w, clip_model, "Nothing (leave it empty)", "")
+    described, edit, empty = sentences(w, clip_model)
     tuned = tuning(w, inflated, latent, described, edit, vae)
     w.group("4  Invert", "cyan")
     noise = w.add(
@@ -303,23 +304,12 @@ Instead of *Upscale Image By* you can use *Upscale Image (using Model)*. With th
     )
     clip, inflated, clip_model, vae, latent = source(w)
     w.group("2  Sentences", "green", below=True)
-    described = sentence(w, clip_model, "What the clip shows", PROMPT)
-    edit = sentence(w, clip_model, "What it should show", EDIT)
-    empty = sentence(w, clip_model, "Nothing (leave it empty)", "")
+    described, edit, empty = sentences(w, clip_model)
     tuned = tuning(w, inflated, latent, described, edit, vae)
     w.group("4  Invert and edit", "cyan")
     noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=described, steps=25)
     model = injected(w, tuned.MODEL, described)
-    sample = w.add(
-        "TAVVideoSampler",
-        model=model,
-        positive=edit,
-        negative=empty,
-        noise=noise.noise,
-        sigmas=noise.sigmas,
-        steps=25,
-        cfg=5.0,
-    )
+    sample = sampled(w, model, edit, empty, noise)
     w.group("5a  Upscale the images", "red")
     small = w.add("VAEDecode", samples=sample, vae=vae)
     by_image = w.add("ImageScaleBy", image=small, upscale_method="lanczos", scale_by=2.0)
@@ -357,24 +347,13 @@ With a clip of your own: set *count* of *Load Video* to 60, 120 or what you like
     clip, inflated, clip_model, vae, latent = source(w)
     windowed = w.add("TAVContextWindows", model=inflated, context_length=6, context_overlap=3)
     w.group("2  Sentences", "green", below=True)
-    described = sentence(w, clip_model, "What the clip shows", PROMPT)
-    edit = sentence(w, clip_model, "What it should show", EDIT)
-    empty = sentence(w, clip_model, "Nothing (leave it empty)", "")
+    described, edit, empty = sentences(w, clip_model)
     tuned = tuning(w, windowed, latent, described, edit, vae)
     w.group("4  Invert", "cyan")
     noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=described, steps=25, measure=False)
     w.group("5  Edit", "cyan")
     model = injected(w, tuned.MODEL, described)
-    sample = w.add(
-        "TAVVideoSampler",
-        model=model,
-        positive=edit,
-        negative=empty,
-        noise=noise.noise,
-        sigmas=noise.sigmas,
-        steps=25,
-        cfg=5.0,
-    )
+    sample = sampled(w, model, edit, empty, noise)
     frames = w.add("VAEDecode", samples=sample, vae=vae)
     result(w, name, clip, [clip.images, frames], ["source", EDIT])
 
@@ -405,16 +384,7 @@ Each take can be edited afterwards. Here it is the second: it is inverted and sa
     noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=second, conditioning=also, steps=25, measure=False)
     w.group("5  Edit it", "cyan")
     model = injected(w, tuned.MODEL, also)
-    sample = w.add(
-        "TAVVideoSampler",
-        model=model,
-        positive=edit,
-        negative=empty,
-        noise=noise.noise,
-        sigmas=noise.sigmas,
-        steps=25,
-        cfg=5.0,
-    )
+    sample = sampled(w, model, edit, empty, noise)
     frames = w.add("VAEDecode", samples=sample, vae=vae)
     result(w, name, clip, [mirrored, frames], ["second take", EDIT])
 
