@@ -89,9 +89,13 @@ def native_unet(checkpoint: Checkpoint, folder: Path, **options) -> comfy.model_
             latent_rgb_factors_bias=None,
         )
     types, noise = comfy.model_base.ModelType, checkpoint.scheduler
-    model_type = types.V_PREDICTION if noise.config.prediction_type == "v_prediction" else types.EPS
-    model = to_native(unet, model_config, model_type, **options)
-    alphas = noise.alphas_cumprod
+    known = {"epsilon": types.EPS, "v_prediction": types.V_PREDICTION}
+    if (predicts := noise.config.prediction_type) not in known:
+        problem = f"predicts the {predicts} itself, which ComfyUI has no sampling for"
+        raise TavError("checkpoint", checkpoint.name, problem, "use it from Python or on the command line")
+    model = to_native(unet, model_config, known[predicts], **options)
+    # pure noise would be an infinite sigma: there the core puts the last level of its own schedules of this kind
+    alphas = noise.alphas_cumprod.clamp(min=4.8973451890853435e-08)
     model.model.model_sampling.set_sigmas(((1 - alphas) / alphas) ** 0.5)
     return model
 

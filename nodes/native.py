@@ -27,7 +27,7 @@ from ..tav_core import ContextWindows, TavError, VideoUNet, inflate, trainable_p
 from ..tav_core.attention import FrameAttnProcessor, FrameContext
 from ..tav_core.inflation import OverFrames, TunedLinear, VideoGroupNorm
 from .layout import unet_layout
-from .native_model import InflatedSDXL, NativeModel, NativePatcher, check_lora
+from .native_model import InflatedSDXL, NativeModel, NativePatcher, check_lora, nothing_swallowed
 from .patches import patched
 from .sdxl import VectorVideoUNet
 
@@ -268,23 +268,29 @@ def to_diffusers(model: ModelPatcher) -> UNet2DConditionModel:
     return _filled(layout, {name: native[key] for name, key in names.items() if key in native})
 
 
+@torch.no_grad()  # the tensors of a LoRA may be those of an inference mode, which autograd doesn't take
 def weights(model: ModelPatcher) -> dict[str, Tensor]:
     """The U-Net's weights by name, with every patch (LoRA, tuned weights) applied, on the offload device.
 
     Weights without patches are those of the model itself, not copies.
 
     Raises:
-        TavError: a LoRA of another family.
+        TavError: a LoRA of another family, one that the core can't apply, or weights that can't be had in full numbers.
     """
     baked = {}
     for key, ((weight, convert), *patches) in model.get_key_patches(PREFIX).items():
+        name = key.removeprefix(PREFIX)
+        weight = convert(weight, inplace=False)  # quantised ones to full numbers, others as they are
+        if not weight.is_floating_point():
+            problem = f"is quantised in a way of its own ({name} is {weight.dtype})"
+            raise TavError("MODEL", None, problem, "load it in fp16, bf16, fp32 or fp8")
         if patches:
             for _, patch, *_ in patches:
                 check_lora(key, weight, patch)
-            dtype, device = weight.dtype, model.offload_device
-            weight = convert(weight.to(device=device, dtype=torch.float32, copy=True), inplace=True)
-            weight = comfy.lora.calculate_weight(patches, weight, key).to(dtype)
-        baked[key.removeprefix(PREFIX)] = weight
+            with nothing_swallowed(name):
+                copied = weight.to(device=model.offload_device, dtype=torch.float32, copy=True)
+                weight = comfy.lora.calculate_weight(patches, copied, key).to(weight.dtype)
+        baked[name] = weight
     return baked
 
 

@@ -1,13 +1,19 @@
 """The classes of an inflated MODEL, and what they refuse: ControlNets, LoRAs and CONDITIONING of another family."""
 
 import copy
+import logging
+import textwrap
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.controlnet
 import comfy.model_base
 import comfy.model_patcher
+import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.weight_adapter import LoRAAdapter
+from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch import Tensor
 
 from ..tav_core import TavError, VideoUNet
@@ -96,14 +102,39 @@ class NativePatcher(getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatche
 
 
 def check_lora(key: str, weight: Tensor, patch: Any):
-    """Refuse a LoRA whose text has another width.
+    """Refuse a LoRA whose text has another width, or one of other kinds (LoHa, LoKr ...) that fits no text projection.
 
     Raises:
         TavError: it does.
     """
-    if not (key.endswith("attn2.to_k.weight") and isinstance(patch, LoRAAdapter)):
+    if not (key.endswith("attn2.to_k.weight") and isinstance(patch, WeightAdapterBase)):
+        return
+    if not isinstance(patch, LoRAAdapter):
+        with torch.no_grad(), nothing_swallowed(key):
+            patch.calculate_weight(torch.zeros(weight.shape), key, 1.0, 1.0, None, lambda change: change)
         return
     own, wanted = patch.weights[1].shape[1], weight.shape[1]
     if own != wanted:
         problem = f"is for another family of models (its text has width {own}, that of MODEL {wanted})"
         raise TavError("LoRA", None, problem, "use one for the family of MODEL")
+
+
+@contextmanager
+def nothing_swallowed(name: str) -> Iterator[None]:
+    """The core logs a LoRA that it can't apply to a weight, and goes on without: one would tune on the wrong base.
+
+    Raises:
+        TavError: it logged something inside.
+    """
+    logger, told, listener = logging.getLogger(), [], logging.Handler(logging.WARNING)
+    listener.emit, thread, level = told.append, threading.get_ident(), logger.level
+    logger.addHandler(listener)
+    logger.setLevel(min(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(listener)
+    if said := [record.getMessage() for record in told if record.thread == thread]:
+        problem = f"can't be applied to {name} ({textwrap.shorten(said[0], 200)})"
+        raise TavError("LoRA (or another patch of MODEL)", None, problem, "leave it out, or give one for this MODEL")

@@ -32,7 +32,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from .atomic import atomic_path
 from .attention import sdpa
 from .attention_choice import explicit_attention
-from .checkpoint import CONFIGS, Checkpoint, decode_video, encode_prompt, encode_video, load_checkpoint
+from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video, load_checkpoint
+from .checkpoint_parts import CONFIGS
 from .condition import Condition
 from .ddim import ddim_invert, ddim_sample
 from .errors import TavError, field

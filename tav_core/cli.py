@@ -15,7 +15,7 @@ from torch import nn
 
 from . import __version__, bench, job, pipeline
 from .attention import MODES
-from .checkpoint import Checkpoint, load_checkpoint
+from .checkpoint import SD_PREDICTION_TYPES, Checkpoint, load_checkpoint
 from .ddim import ddim_timesteps
 from .errors import Cancelled, TavError, field
 from .inflation import NORMS, VideoUNet
@@ -35,7 +35,7 @@ FRAMES = 8  # where nothing else says how many
 
 
 def _checkpoint(args) -> Checkpoint:
-    checkpoint = load_checkpoint(args.checkpoint)
+    checkpoint = load_checkpoint(args.checkpoint, prediction_type=args.prediction_type)
     for part in (checkpoint.vae, checkpoint.text_encoder):  # of the U-Net, only what is inflated from it goes there
         nn.Module.to(part, args.device)
     args.dtype = args.dtype or _dtype_for(args.device)
@@ -254,6 +254,11 @@ def _model_arguments(parser):
         help="a diffusers folder (also of a published Tune-A-Video model), a .safetensors file of SD 1.x or 2.x, "
         'or "mini" (the default)',
     )
+    group.add_argument(
+        "--prediction-type",
+        choices=SD_PREDICTION_TYPES,
+        help="what the checkpoint predicts, where neither its folder nor its file tells right",
+    )
     _device_argument(group)
 
 
@@ -358,7 +363,7 @@ def _demo_arguments(parser):
     parser.add_argument("--output", type=Path, default=Path("tav-demo"), metavar="DIR", help="(tav-demo)")
     _device_argument(parser)
     add_preset_arguments(parser)
-    parser.set_defaults(checkpoint="mini")
+    parser.set_defaults(checkpoint="mini", prediction_type=None)
 
 
 def _edit_arguments(parser):

@@ -29,8 +29,8 @@ def ddim_timesteps(scheduler: SchedulerMixin, num_steps: int) -> Tensor:
     """The `num_steps` timesteps of DDIM, descending int64, spaced as the configuration of `scheduler` says.
 
     Raises:
-        TavError: a count outside 1 ... num_train_timesteps, or a scheduler that is none of a discrete
-            diffusion process (DDIM, DDPM, PNDM, Euler, DPM-Solver and so on are).
+        TavError: a count outside 1 ... num_train_timesteps, a scheduler that is none of a discrete diffusion process
+            (DDIM, DDPM, PNDM, Euler, DPM-Solver and so on are), or one that starts in pure noise with epsilon.
     """
     return _ddim(scheduler, num_steps).timesteps
 
@@ -48,6 +48,9 @@ def _ddim(scheduler: SchedulerMixin, num_steps: int) -> DDIMScheduler:
     ddim.set_timesteps(num_steps)
     if ddim.timesteps.max() >= total:
         raise TavError("num_steps", num_steps, f"runs past timestep {total - 1}", "give a smaller number")
+    if kind == "epsilon" and ddim.alphas_cumprod[ddim.timesteps[0]] == 0:
+        problem = "tells nothing of a picture in pure noise, where this noise schedule ends"
+        raise TavError("prediction_type", kind, problem, "use v_prediction, if that is what the model was trained for")
     return ddim
 
 

@@ -6,6 +6,9 @@ transformer block receives `norm_temp` and `attn_temp`.
 """
 
 import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from .recompute import Recomputed, make_units
 from .trainable import trainable_parameters
 
 NORMS = ("video", "frame")
+PUBLISHED = "UNet3DConditionModel"  # the class in the configuration of a tuned U-Net that the authors' code saved
 
 
 class OverFrames:
@@ -182,6 +186,34 @@ class VideoUNet(UNet2DConditionModel):
     def is_gradient_checkpointing(self) -> bool:
         return self.memory != "fast"
 
+    # saved and read as by the authors' code, whose blocks have 3D names, with the options of `inflate` beside them
+
+    def to_json_string(self) -> str:
+        config = json.loads(super().to_json_string().replace("Block2D", "Block3D"))
+        return json.dumps(config | {"_class_name": PUBLISHED, "inflation": self.inflation}, indent=2, sort_keys=True)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs):
+        """Random weights, inflated. `config` is that of a 2D U-Net, or what was saved beside an inflated one."""
+        config = json.loads(json.dumps(dict(config)).replace("3D", "2D"))
+        inflation = config.pop("inflation", {})
+        unet, unused = UNet2DConditionModel.from_config(config, return_unused_kwargs=True, **kwargs)
+        return (inflate(unet, **inflation), unused) if return_unused_kwargs else inflate(unet, **inflation)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, output_loading_info: bool = False, **kwargs):
+        """What `save_pretrained` saved, or the unet folder of a published Tune-A-Video model.
+
+        Raises:
+            TavError: a 2D model, or another one that lacks weights.
+        """
+        options = {"low_cpu_mem_usage": False, **kwargs}
+        unet, loaded = super().from_pretrained(path, output_loading_info=True, **options)
+        if lost := sorted(loaded["missing_keys"]):
+            problem = f"lacks {len(lost)} weights of a video U-Net ({lost[0]}, ...)"
+            raise TavError("path", path, problem, "load a 2D one as UNet2DConditionModel, and inflate it")
+        return (unet, loaded) if output_loading_info else unet
+
 
 def inflate(
     unet: UNet2DConditionModel, *, attention: str = "sparse-causal", temporal_causal: bool = False, norm: str = "video"
@@ -201,7 +233,8 @@ def inflate(
             implementation) or each "frame". Those at the entrance of transformers are always per frame.
 
     Raises:
-        TavError: an unknown option, a model that is inflated already or has no transformer block.
+        TavError: an unknown option, a model that is inflated already, has no transformer block, or a LoRA that isn't
+            fused.
     """
     if attention not in MODES:
         raise TavError("attention", attention, "is unknown", f"choose one of {', '.join(MODES)}")
@@ -213,6 +246,9 @@ def inflate(
         raise TavError("unet", None, f"is a {type(unet).__name__}", "pass a diffusers UNet2DConditionModel")
     if not any(isinstance(module, BasicTransformerBlock) for module in unet.modules()):
         raise TavError("unet", None, "has no transformer block to inflate", "pass a text-to-image model such as SD 1.5")
+    if lora := next((name for name, module in unet.named_modules() if hasattr(module, "base_layer")), None):
+        problem = f"has a LoRA beside its weights ({lora})"
+        raise TavError("unet", None, problem, "make it part of them first: fuse_lora(), then unload_lora_weights()")
 
     unet = copy.deepcopy(unet)
     context, checkpointing = FrameContext(), unet.is_gradient_checkpointing

@@ -18,7 +18,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from support.checkpoints import make_folder, write
 from support.errors import refused
 from support.ldm_keys import TEXT, UNET, VAE, clip_text, open_clip_text, unet_and_vae
-from tav_core.checkpoint import CONFIGS, decode_video, encode_prompt, encode_video, load_checkpoint
+from tav_core.checkpoint import decode_video, encode_prompt, encode_video, load_checkpoint
+from tav_core.checkpoint_parts import CONFIGS
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +104,7 @@ def test_pickled_weights_are_read_as_nothing_but_weights(checkpoint, copied, mon
         torch.save(load_file(path), path.with_name(f"{stem}.bin"))
         path.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("tav_core.checkpoint.is_torch_version", lambda operation, version: False)
+        patch.setattr("tav_core.checkpoint_folder.is_torch_version", lambda operation, version: False)
         refused("holds pickled weights .*update torch to 2.6, or save the model with safe_serialization=True", copied)
     if is_torch_version("<", "2.6"):  # refused as they are
         return refused("update torch to 2.6", copied)
@@ -131,17 +132,58 @@ def same_weights(a, b):
 
 def test_single_file_of_sd1(checkpoint, folder, tmp_path):
     path = write(
-        tmp_path / "model-768-v.safetensors",  # a name of no meaning for SD 1
+        tmp_path / "model-768.safetensors",  # a name of no meaning for SD 1
         unet_and_vae(checkpoint.unet, checkpoint.vae) | clip_text(checkpoint.text_encoder),
     )
     loaded = load_checkpoint(path, config=folder)
     same_weights(checkpoint, loaded)
-    assert (loaded.name, loaded.size, loaded.scheduler.config.prediction_type) == ("model-768-v", 64, "epsilon")
+    assert (loaded.name, loaded.size, loaded.scheduler.config.prediction_type) == ("model-768", 64, "epsilon")
     # to rounding: where in memory the weights lie, at odd places of the file, is enough for another kernel
     assert torch.allclose(encode_prompt(loaded, "a red star"), encode_prompt(checkpoint, "a red star"), atol=1e-5)
     inputs = torch.randn(1, 4, 8, 8), 7, torch.randn(1, 77, 32)
     assert torch.allclose(loaded.unet(*inputs).sample, checkpoint.unet(*inputs).sample, atol=1e-5)
     refused("config=.*not a folder", path, config=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name, marks, metadata, expected", [
+    ("a", {}, {}, "epsilon"), ("a", {}, {"modelspec.prediction_type": "v"}, "v_prediction"),
+    ("a-v", {}, {}, "v_prediction"), ("a-v", {}, {"modelspec.prediction_type": "epsilon"}, "epsilon"),
+    ("furry_vPred_v2", {}, {}, "v_prediction"), ("anything-v3", {}, {}, "epsilon"), ("inv", {}, {}, "epsilon"),
+    ("a", {"v_pred": torch.tensor([])}, {}, "v_prediction"),
+    ("a", {f"{UNET}v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, {}, "v_prediction"),
+])  # fmt: skip
+def test_what_a_single_file_predicts(checkpoint, folder, tmp_path, name, marks, metadata, expected):
+    tensors = unet_and_vae(checkpoint.unet, checkpoint.vae) | clip_text(checkpoint.text_encoder) | marks
+    path = write(tmp_path / f"{name}.safetensors", tensors, metadata)
+    loaded = load_checkpoint(path, config=folder)
+    assert (loaded.scheduler.config.prediction_type, loaded.size) == (expected, 64)
+    assert (loaded.scheduler.alphas_cumprod[-1] == 0) == ("ztsnr" in marks)
+    same_weights(checkpoint, loaded)
+    told = load_checkpoint(path, config=folder, prediction_type="epsilon")
+    assert told.scheduler.config.prediction_type == "epsilon"
+
+
+@pytest.mark.parametrize("more, told", [
+    ({f"{UNET}label_emb.0.0.weight": torch.zeros(4, 4)}, "is an unCLIP model .it has label_emb"),
+    ({f"{UNET}input_blocks.1.1.transformer_blocks.0.attn1.to_q.scale_weight": torch.ones(())}, "is quantised"),
+    ({f"{UNET}scaled_fp8": torch.zeros(2)}, "is quantised .it has scaled_fp8"),
+    ({f"{TEXT}text_model.encoder.layers.0.mlp.fc1.scale_weight": torch.ones(())}, "is quantised"),
+    ({f"{UNET}middle_block.1.transformer_blocks.0.attn1.to_q.weight": torch.zeros(32, 32, dtype=torch.int8)},
+     "is quantised"),
+    ({f"{UNET}motion_modules.0.weight": torch.zeros(1)}, "hasn't .unet: motion_modules.0.weight"),
+    ({f"{UNET}input_blocks.1.1.transformer_blocks.0.attn3.to_q.weight": torch.zeros(32, 32)}, "more weights"),
+])  # fmt: skip
+def test_single_files_with_weights_that_would_be_lost(checkpoint, folder, tmp_path, more, told):
+    tensors = unet_and_vae(checkpoint.unet, checkpoint.vae) | clip_text(checkpoint.text_encoder)
+    refused(told, write(tmp_path / "a.safetensors", tensors | more), config=folder)
+
+
+def test_unscaled_fp8_is_read_as_it_is(checkpoint, folder, tmp_path):
+    tensors = unet_and_vae(checkpoint.unet, checkpoint.vae) | clip_text(checkpoint.text_encoder)
+    coarse = {name: value.to(torch.float8_e4m3fn) for name, value in tensors.items()}
+    loaded = load_checkpoint(write(tmp_path / "a.safetensors", coarse), config=folder)
+    weight = checkpoint.unet.conv_in.weight
+    assert torch.equal(loaded.unet.conv_in.weight, weight.to(torch.float8_e4m3fn).float())
 
 
 def test_single_file_of_sd1_whose_text_encoder_has_short_names(checkpoint, folder, tmp_path):
@@ -174,6 +216,12 @@ def test_single_file_of_sd2(tmp_path):
     for metadata in ({"modelspec.prediction_type": "v"}, {"modelspec.architecture": "stable-diffusion-v2-768-v"}):
         v = load_checkpoint(write(tmp_path / "a.safetensors", tensors, metadata), config=folder)
         assert (v.scheduler.config.prediction_type, v.size) == ("v_prediction", 768)
+    # as the weights have it, whatever the name
+    sign = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    for spread, name, expected in ((0.2, "a", "v_prediction"), (0.05, "v2-1_768", "epsilon")):
+        trained = tensors | {sign: spread * torch.randn_like(tensors[sign])}
+        v = load_checkpoint(write(tmp_path / f"{name}.safetensors", trained), config=folder)
+        assert (v.scheduler.config.prediction_type, v.size) == (expected, 768 if spread > 0.1 else 64)
     for lost in ("ln_final.weight", "positional_embedding", "transformer.resblocks.1.attn.in_proj_weight"):
         rest = {name: value for name, value in tensors.items() if not name.endswith(lost)}
         refused("lacks . of its weights .text_encoder: ", write(tmp_path / "a.safetensors", rest), config=folder)
@@ -314,6 +362,58 @@ def test_folders_whose_tokenizer_has_no_vocabulary(copied):
     refused("vocab.json", copied)
     shutil.copy(CONFIGS / "tokenizer" / "vocab.json", copied / "tokenizer")
     refused("merges.txt", copied)
+
+
+def changed(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("file, changes, told", [
+    ("unet/config.json", {"sample_size": "64"}, "has sample_size '64' in its unet"),
+    ("unet/config.json", {"sample_size": -8}, "has sample_size -8"),
+    ("unet/config.json", {"sample_size": [8, 16]}, "has sample_size"),
+    ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, "has num_train_timesteps 1000000000 in"),
+    ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}, "has num_train_timesteps 0 in"),
+    ("scheduler/scheduler_config.json", {"num_train_timesteps": None}, "has num_train_timesteps None in"),
+    ("scheduler/scheduler_config.json", {"beta_start": float("nan")}, "noise schedule"),
+    ("scheduler/scheduler_config.json", {"beta_start": -0.1, "beta_end": -0.1, "beta_schedule": "linear"}, "noise sch"),
+    ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "has prediction_type 'flow'"),
+    ("vae/config.json", {"scaling_factor": None}, "has scaling_factor None in its vae"),
+    ("vae/config.json", {"scaling_factor": 0}, "has scaling_factor 0 in its vae"),
+])  # fmt: skip
+def test_configurations_that_make_no_sense(copied, file, changes, told):
+    changed(copied / file, **changes)
+    refused(told, copied)
+
+
+def test_configurations_that_leave_things_open(copied, folder):
+    changed(copied / "unet/config.json", sample_size=None)
+    (copied / "tokenizer/tokenizer_config.json").unlink()  # without it the length is 10^30
+    loaded, whole = load_checkpoint(copied), load_checkpoint(folder)
+    assert loaded.size == 512
+    with pytest.warns(UserWarning, match="zebra"):
+        long = encode_prompt(loaded, "a red star " * 30 + "zebra")
+    assert long.shape == (1, 77, 32)
+    assert torch.equal(encode_prompt(loaded, "a red star"), encode_prompt(whole, "a red star"))
+
+
+def test_parts_of_different_models(copied, checkpoint):
+    changed(copied / "text_encoder/config.json", vocab_size=64)
+    path = copied / "text_encoder/model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("token_embedding.weight"))
+    write(path, tensors | {name: tensors[name][:64]}, {"format": "pt"})
+    loaded = load_checkpoint(copied)
+    refused("token 49407, and a text encoder that knows 64", loaded, "a star", call=encode_prompt)
+    wide = CLIPTextConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    CLIPTextModel(wide).save_pretrained(copied / "text_encoder")
+    refused("text_encoder of width 16 and a unet that takes 32", copied)
+
+
+def test_folders_with_weights_that_would_be_lost(copied):
+    path = copied / "unet" / "diffusion_pytorch_model.safetensors"
+    write(path, load_file(path) | {"motion_modules.0.weight": torch.zeros(1)}, {"format": "pt"})
+    refused("doesn't know .unet: motion_modules.0.weight", copied)
 
 
 @pytest.mark.parametrize("prefix", ["", "text_model."])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from support.checkpoints import make_folder
 from support.commands import environment, tav_process
 from tav_core import load_video, save_video, terminal
 from tav_core.mini import demo, world
@@ -123,6 +124,14 @@ def test_an_interrupted_tuning_is_kept_and_resumed_to_the_same_weights(clip, tav
 
     whole, parts = (load_file(tmp_path / name / "tuned.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_what_a_checkpoint_predicts_can_be_told(clip, tav, tmp_path):
+    folder = make_folder(tmp_path / "zero", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    run = ["tune", "--checkpoint", folder, "--video", clip, "--frames", 2, "--size", 32, "--prompt", "a red ball",
+           "--steps", 1, "--output", tmp_path / "tuned"]  # fmt: skip
+    assert "--prediction-type epsilon tells nothing of a picture in pure noise" in tav(*run, fails=True)
+    assert "probe loss" in tav(*run, "--prediction-type", "v_prediction")
 
 
 @pytest.mark.slow

@@ -127,6 +127,14 @@ def test_inversion_comes_back(prediction_type, spacing):
     assert errors[1] < 0.3 * errors[0]  # first order in the step size
 
 
+def test_epsilon_needs_more_than_pure_noise():
+    for spacing in ("trailing", "linspace"):
+        scheduler = DDIMScheduler(**SD, rescale_betas_zero_snr=True, timestep_spacing=spacing)
+        with pytest.raises(TavError, match="prediction_type='epsilon' tells nothing of a picture in pure noise"):
+            ddim_timesteps(scheduler, 10)
+    ddim_timesteps(DDIMScheduler(**SD, rescale_betas_zero_snr=True), 10)  # never gets there
+
+
 def test_a_schedule_may_end_in_pure_noise():
     scheduler = DDIMScheduler(
         **SD,

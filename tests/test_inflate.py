@@ -1,6 +1,7 @@
 """The video U-Net against the 2D model it was made from, over block layouts and options."""
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -348,6 +349,46 @@ def test_pickles_and_copies_compute_the_same_and_classes_are_shared():
         )
     kinds = {type(module) for module in [*unet.modules(), *twin.modules()]}
     assert len(kinds) == len({type(module) for module in unet.modules()})
+
+
+@pytest.mark.parametrize("layout", ["sd2", "two layers", "scale_shift", "class labels"])
+@torch.no_grad()
+def test_saved_and_read_it_is_the_same(layout, tmp_path):
+    options = dict(attention="first", temporal_causal=True, norm="frame")
+    unet = stir(inflate(make_unet(**LAYOUTS[layout]), **options)).eval()
+    unet.save_pretrained(tmp_path / "whole")
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert config["_class_name"] == "UNet3DConditionModel" and "CrossAttnDownBlock3D" in config["down_block_types"]
+    read = VideoUNet.from_pretrained(tmp_path / "whole")
+    assert type(read) is VideoUNet and read.inflation == options and not read.training
+    assert unet.state_dict().keys() == read.state_dict().keys()
+    assert all(torch.equal(read.state_dict()[name], value) for name, value in unet.state_dict().items())
+    assert trainable_parameters(read).keys() == {n for n, p in read.named_parameters() if p.requires_grad}
+    x, t, text = inputs(b=2)
+    labels = {"class_labels": torch.tensor([1, 3])} if layout == "class labels" else {}
+    assert torch.equal(read(x, t, text, **labels), unet(x, t, text, **labels))
+    halves = VideoUNet.from_pretrained(tmp_path / "whole", torch_dtype=torch.float16, output_loading_info=True)
+    assert halves[0].dtype == torch.float16 and not halves[1]["missing_keys"]
+    assert VideoUNet.from_config(unet.config).config.block_out_channels == list(unet.config.block_out_channels)
+
+
+def test_reading_never_invents_weights(tmp_path):
+    make_unet().save_pretrained(tmp_path / "flat")
+    with pytest.raises(TavError, match="lacks .* weights of a video U-Net .*inflate it"):
+        VideoUNet.from_pretrained(tmp_path / "flat")
+
+
+def test_loras_must_be_fused_first():
+    class Lora(torch.nn.Module):  # as PEFT wraps a layer, also once it is merged
+        def __init__(self, layer):
+            super().__init__()
+            self.base_layer, self.lora_A, self.lora_B = layer, torch.nn.Linear(32, 2), torch.nn.Linear(2, 32)
+
+    base = make_unet()
+    block = next(module for module in base.modules() if isinstance(module, BasicTransformerBlock))
+    block.attn1.to_q = Lora(block.attn1.to_q)
+    with pytest.raises(TavError, match=r"has a LoRA beside its weights \(.*attn1.to_q\); .*fuse_lora"):
+        inflate(base)
 
 
 def test_class_swap_keeps_the_type():

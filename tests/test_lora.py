@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from support.native_models import attention_lora, native, plain, relative
+from support.native_models import ADAPTERS, attention_adapter, attention_lora, native, plain, relative
+from support.native_models import sample as native_sample
 from tav_core import PRESETS, inflate, invert, load_checkpoint, prepare, sample
 from tav_core.mini import world
 from tav_core.mini.demo import DEMO, PROMPT
@@ -163,6 +164,59 @@ def test_loras_of_another_family_are_refused_in_one_sentence(pack, load, mini, t
         with pytest.raises(ValueError, match="is for another family") as error:
             load(model, 1.0, "foreign.safetensors")
         assert len(str(error.value).splitlines()) == 1
+
+
+def lycoris(name, key):
+    return "lora_unet_" + name.replace(".", "_")
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_every_kind_before_inflate_is_baked_in(pack, kind, inference_mode, caplog):
+    import comfy.sd
+
+    model = native()
+    tensors = attention_adapter(
+        model, lycoris, ADAPTERS[kind]
+    )  # tensors of an inference mode, as the loaders make them
+    adapted = comfy.sd.load_lora_for_models(model, None, tensors, 0.7, 0)[0]
+    # before anything is sampled: the core then keeps copies of the weights, which autograd doesn't mind
+    upstream = pack.nodes.Inflate.execute(adapted, "sparse-causal", False, "video").args[0]
+    wanted, without = native_sample(adapted), native_sample(model)
+    downstream = comfy.sd.load_lora_for_models(
+        pack.nodes.Inflate.execute(model, "sparse-causal", False, "video").args[0], None, tensors, 0.7, 0
+    )[0]
+    assert relative(wanted, without) > 1e-2
+    for inflated in (upstream, downstream):
+        assert relative(native_sample(inflated), wanted) < 1e-4
+        baked = pack.nodes.native.weights(inflated)  # what a tuning starts from
+        assert all(torch.isfinite(weight).all() and not weight.requires_grad for weight in baked.values())
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_what_the_core_swallows_is_refused(pack, inference_mode, caplog):
+    """It logs a patch that it can't apply and goes on without it."""
+    import comfy.sd
+
+    model = native()
+    tensors = attention_adapter(model, lycoris, ADAPTERS["loha"])
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    broken = tensors | {f"{name}.hada_w1_a": torch.zeros(7, 2)}
+    adapted = comfy.sd.load_lora_for_models(model, None, broken, 1.0, 0)[0]
+    logging.getLogger().setLevel(logging.CRITICAL)  # whatever --verbose says
+    try:
+        with pytest.raises(
+            ValueError, match="can't be applied to middle_block.1.transformer_blocks.0.attn1.to_q"
+        ) as told:
+            pack.nodes.Inflate.execute(adapted, "sparse-causal", False, "video")
+        assert logging.getLogger().level == logging.CRITICAL
+    finally:
+        logging.getLogger().setLevel(logging.WARNING)
+    assert len(str(told.value).splitlines()) == 1
+    # of another family, on an inflated one: at once
+    inflated = pack.nodes.Inflate.execute(model, "sparse-causal", False, "video").args[0]
+    foreign = attention_adapter(native(context_dim=96), lycoris, ADAPTERS["loha"])
+    with pytest.raises(ValueError, match="can't be applied to .*attn2.to_k"):
+        comfy.sd.load_lora_for_models(inflated, None, foreign, 1.0, 0)
 
 
 def test_the_stock_node_trains_one_on_an_inflated_model(pack, mini, inference_mode):

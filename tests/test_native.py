@@ -6,6 +6,7 @@ The pack has its own `tav_core` here, so its errors are told by their base class
 import pytest
 import torch
 
+from support.checkpoints import make_folder
 from support.native_models import clip, inflated, native, prompt, relative, sample
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
@@ -268,6 +269,55 @@ def test_inflated_models_compute_in_the_dtype_of_their_source(pack):
     assert wrapped.model.get_dtype() == torch.bfloat16
     assert {weight.dtype for weight in pack.nodes.native.weights(wrapped).values()} == {torch.bfloat16}
     assert torch.isfinite(sample(wrapped)).all()
+
+
+@pytest.mark.parametrize("patches", [False, True])
+def test_scaled_fp8_is_inflated_in_full_numbers(pack, patches):
+    """A scale beside every weight of the linear layers, which the core multiplies in as it runs."""
+    import comfy.ops
+
+    if not hasattr(comfy.ops, "scaled_fp8_ops"):
+        pytest.skip("this core keeps such weights in another way")
+    layers, model = comfy.ops.scaled_fp8_ops(override_dtype=torch.float8_e4m3fn), native()
+    for module in model.model.diffusion_model.modules():
+        if isinstance(module, torch.nn.Linear):
+            scale = module.weight.detach().abs().max() / 448
+            module.__class__ = layers.Linear
+            module.weight = torch.nn.Parameter((module.weight.detach() / scale).to(torch.float8_e4m3fn), False)
+            module.scale_weight, module.scale_input = torch.nn.Parameter(scale, False), None
+    if patches:
+        key = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+        model.add_patches({key: ("diff", (torch.full((128, 128), 0.1),))})
+    exact, wrapped = native(), inflated(pack, model)
+    assert {weight.dtype for weight in pack.nodes.native.weights(wrapped).values()} == {torch.float32}
+    assert relative(sample(wrapped), sample(model)) < (0.02 if patches else 1e-4)  # the core rounds what it patches
+    assert 1e-3 < relative(sample(model), sample(exact)) < 0.5
+
+
+def test_a_schedule_that_ends_in_pure_noise(pack, tmp_path):
+    """Zero terminal SNR: the last sigma is infinite, and the core has no number for it."""
+    folder = make_folder(tmp_path / "zero", prediction_type="v_prediction", rescale_betas_zero_snr=True,
+                         timestep_spacing="trailing")  # fmt: skip
+    model = pack.nodes.Inflate.execute(pack.nodes.load_checkpoint.native(folder)[0], "sparse-causal", False, "video")
+    model, text = model.args[0], [[torch.randn(1, 77, 32, generator=torch.Generator().manual_seed(0)), {}]]
+    sigmas = model.model.model_sampling.sigmas
+    assert torch.isfinite(sigmas).all() and (sigmas.diff() > 0).all() and sigmas[-1] > 1000
+    drawn = sample(model, 3, positive=text, negative=text)
+    assert torch.isfinite(drawn).all() and drawn.std() > 0.1
+    (few, *_, error), (many, *_, less) = (
+        pack.nodes.DDIMInversion.execute(model, {"samples": clip(3)}, text, steps, "normal", True).args
+        for steps in (10, 40)
+    )
+    assert torch.isfinite(few["samples"]).all() and torch.isfinite(many["samples"]).all()
+    assert less < 0.5 * error < 0.2  # it comes back
+    scheduler = pack.nodes.native.scheduler_of(model)
+    assert torch.isfinite(scheduler.alphas_cumprod).all() and 0 < scheduler.alphas_cumprod[-1] < 1e-6
+
+
+def test_checkpoints_that_predict_the_sample_are_refused(pack, tmp_path):
+    folder = make_folder(tmp_path / "sample", prediction_type="sample")
+    with pytest.raises(ValueError, match="predicts the sample itself"):
+        pack.nodes.load_checkpoint.native(folder)
 
 
 def test_the_core_can_make_one_more_of_each_model(pack, mini):

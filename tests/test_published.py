@@ -110,6 +110,23 @@ def test_outputs_are_those_of_the_reference(published, copied, kind):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours), part
 
 
+@torch.no_grad()
+def test_what_python_saves_is_such_a_folder(published, copied):
+    """`save_pretrained` of an inflated U-Net writes what the authors' code would, and more: how it was inflated."""
+    unet = load_checkpoint(published).unet
+    unet.save_pretrained(copied / "unet")
+    config = json.loads((copied / "unet" / "config.json").read_text())
+    assert {name: config[name] for name in CONFIG if name.endswith(("_types", "_type", "_name"))} == {
+        name: value for name, value in CONFIG.items() if name.endswith(("_types", "_type", "_name"))
+    }
+    again = load_checkpoint(copied).unet
+    *given, expected = inputs("A")
+    assert torch.equal(again(*given), unet(*given)) and difference(again(*given), expected) <= 1e-5
+    flat = UNet2DConditionModel.from_config(json.loads(json.dumps(CONFIG).replace("3D", "2D")))
+    inflate(flat, attention="first", norm="frame").save_pretrained(copied / "unet")
+    assert load_checkpoint(copied).unet.inflation == dict(attention="first", temporal_causal=False, norm="frame")
+
+
 def test_what_is_no_such_model_is_refused(copied):
     weights, config = copied / "unet" / "diffusion_pytorch_model.safetensors", copied / "unet" / "config.json"
     good = parameters()

@@ -25,7 +25,7 @@ from tav_core import (
     sample,
 )
 from tav_core.attention import FrameContext
-from tav_core.checkpoint import CONFIGS
+from tav_core.checkpoint_parts import CONFIGS
 from tav_core.mini import world
 from tav_core.mini.benchmark import BenchmarkClip, untouched
 from tav_core.subject import (

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tav_core.checkpoint import CONFIGS
+from tav_core.checkpoint_parts import CONFIGS
 
 
 def make_folder(folder: Path, cross: int = 32, **scheduler) -> Path:

@@ -106,6 +106,29 @@ def plain(model, noise, mini):
 
 def attention_lora(model, name_of, seed=0):
     """A LoRA on every attention projection; `name_of` makes a name from those of diffusers and the native model."""
+    return attention_adapter(model, name_of, lora, seed)
+
+
+def lora(out, into, draw):
+    return {"lora_down.weight": draw(2, into) * into**-0.5, "lora_up.weight": draw(out, 2) * 0.5}
+
+
+ADAPTERS = {  # other kinds, as files of LyCORIS name their tensors
+    "lora": lora,
+    "dora": lambda out, into, draw: lora(out, into, draw) | {"dora_scale": draw(out, 1).abs() + 0.5},
+    "dora of the inputs": lambda out, into, draw: lora(out, into, draw) | {"dora_scale": draw(1, into).abs() + 0.5},
+    "loha": lambda out, into, draw: {"hada_w1_a": draw(out, 2), "hada_w1_b": draw(2, into) * 0.2,
+                                     "hada_w2_a": draw(out, 2), "hada_w2_b": draw(2, into) * 0.2},
+    "lokr": lambda out, into, draw: {"lokr_w1": draw(4, 4) * 0.3, "lokr_w2": draw(out // 4, into // 4) * 0.1},
+    "glora": lambda out, into, draw: {"a1.weight": draw(into, 2) * into**-0.5, "a2.weight": draw(2, into) * into**-0.5,
+                                      "b1.weight": draw(out, 2) * 0.5, "b2.weight": draw(2, into) * into**-0.5},
+    "oft": lambda out, into, draw: {"oft_blocks": draw(out // 4, 4, 4) * 0.3},
+    "boft": lambda out, into, draw: {"oft_blocks": draw(2, out // 4, 4, 4) * 0.3, "alpha": torch.tensor(0.0)},
+}  # fmt: skip
+
+
+def attention_adapter(model, name_of, make, seed=0):
+    """The same of any kind: `make(out, into, draw)` gives the tensors of a projection by the end of their name."""
     from comfy.utils import unet_to_diffusers
 
     generator, tensors = torch.Generator().manual_seed(seed), {}
@@ -115,6 +138,6 @@ def attention_lora(model, name_of, seed=0):
             continue
         out, into = shapes[key]
         base = name_of(name.removesuffix(".weight"), key.removesuffix(".weight"))
-        tensors[f"{base}.lora_down.weight"] = torch.randn(2, into, generator=generator) * into**-0.5
-        tensors[f"{base}.lora_up.weight"] = torch.randn(out, 2, generator=generator) * 0.5
+        made = make(out, into, lambda *shape: torch.randn(shape, generator=generator))
+        tensors |= {f"{base}.{end}": tensor for end, tensor in made.items()}
     return tensors
