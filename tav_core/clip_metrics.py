@@ -6,6 +6,8 @@ transformers saves it. Videos are uint8 `f h w c`.
 Frame consistency alone rewards videos that hardly move: it is printed beside the figures of text and motion only.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor, CLIPModel, ProcessorMixin
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel, PreTrainedModel, ProcessorMixin
 
 from .errors import TavError
 
@@ -26,6 +28,14 @@ class ClipModel:
 
     model: CLIPModel
     processor: ProcessorMixin
+
+
+@dataclass(frozen=True)
+class DinoModel:
+    """A DINO (a ViT) in evaluation mode, and what prepares its pictures."""
+
+    model: PreTrainedModel
+    processor: AutoImageProcessor
 
 
 @dataclass(frozen=True)
@@ -51,18 +61,33 @@ def load_clip(folder: str | Path, field: str = "clip") -> ClipModel:
     Raises:
         TavError: no folder, or one without such a model and its processor.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        remedy = "download one there, such as openai/clip-vit-large-patch14 (PickScore: yuvalkirstain/PickScore_v1)"
-        raise TavError(field, folder, "is no folder of a CLIP (it has no config.json)", remedy)
-    try:
+    with _reading(folder, field, "CLIP", "openai/clip-vit-large-patch14 (PickScore: yuvalkirstain/PickScore_v1)"):
         model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        return ClipModel(model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True))
+
+
+def load_dino(folder: str | Path) -> DinoModel:
+    """A DINO from a folder, float32 on the CPU. Never uses the network.
+
+    Raises:
+        TavError: no folder, or one without such a model and its processor.
+    """
+    with _reading(folder, "dino", "DINO", "facebook/dino-vitb16"):
+        model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        return DinoModel(model.eval(), AutoImageProcessor.from_pretrained(folder, local_files_only=True))
+
+
+@contextmanager
+def _reading(folder: str | Path, field: str, kind: str, example: str) -> Iterator[None]:
+    if not (Path(folder) / "config.json").is_file():
+        remedy = f"download one there, such as {example}"
+        raise TavError(field, folder, f"is no folder of a {kind} (it has no config.json)", remedy)
+    try:
+        yield
     except Exception as error:  # the libraries fail in every way over a damaged folder
         told = " ".join(str(error).split())[:200]
-        remedy = "download all of its files: config, model.safetensors, tokenizer and preprocessor_config.json"
-        raise TavError(field, folder, f"can't be read as a CLIP ({told})", remedy) from error
-    return ClipModel(model.eval(), processor)
+        remedy = "download all of its files: configurations, model.safetensors and a tokenizer if it has one"
+        raise TavError(field, folder, f"can't be read as a {kind} ({told})", remedy) from error
 
 
 @torch.no_grad()
@@ -120,3 +145,15 @@ def directional_similarity(edited: Look, source: Look) -> float:
     said = F.normalize(edited.texts[0] - edited.texts[1], dim=-1)
     changed = F.normalize(edited.frames - source.frames, dim=-1)
     return (changed @ said).mean().item()
+
+
+@torch.no_grad()
+def dino_consistency(dino: DinoModel, video: Tensor) -> float:
+    """VBench's subject consistency (arXiv 2311.17982): the cosine of a frame to the first one and to the one before it,
+    their mean (not below 0) over all frames but the first; nan for one frame.
+    """
+    frames = [Image.fromarray(frame) for frame in video.numpy()]
+    out = dino.model(**dino.processor(images=frames, return_tensors="pt"))
+    seen = F.normalize(out.last_hidden_state[:, 0], dim=-1)
+    first, before = seen[1:] @ seen[0], (seen[1:] * seen[:-1]).sum(-1)
+    return ((first.clamp(min=0) + before.clamp(min=0)) / 2).mean().item()

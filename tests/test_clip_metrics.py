@@ -16,10 +16,14 @@ from transformers import (
     CLIPTextConfig,
     CLIPTokenizer,
     CLIPVisionConfig,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
 )
 
 from support.errors import refused
 from tav_core import clip_metrics as metrics
+from tav_core import measure
 from tav_core.checkpoint import MINI
 
 SENTENCES = ["a blue ball is sliding on the grass", "a red ball is sliding on the grass"]
@@ -100,9 +104,40 @@ def test_one_frame_has_no_consistency(clip, videos):
     assert math.isnan(metrics.frame_consistency(seen)) and math.isnan(metrics.temporal_consistency(seen.frames))
 
 
+def test_they_stand_in_the_table(clip, videos):
+    edit, source = videos
+    models = measure.Models(clip=clip, pickscore=clip)
+    found = measure.measure("a", edit, source, *SENTENCES, models=models)
+    seen = metrics.look(clip, edit, SENTENCES, metrics.TGVE_SIZE)
+    assert found.figures["tgve_text"] == found.figures["tgve_pickscore"] == metrics.text_alignment(seen)
+    assert set(measure.FIGURES) - set(found.figures) == {"dino_consistency"}
+    assert set(found.figures) - set(found.of_source) == {
+        "psnr_rest", "ssim_rest", "mse_rest", "motion_fidelity", "directional",
+    }  # fmt: skip
+    assert found.of_source["tgve_text"] != found.figures["tgve_text"]
+    assert "fram_acc" not in measure.measure("a", edit, source, SENTENCES[0], models=models).figures
+
+
 def test_folders_that_hold_no_clip(folder, tmp_path):
     call = metrics.load_clip
     refused("clip=.* is no folder of a CLIP.*download one there", tmp_path / "nowhere", call=call)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     refused("can't be read as a CLIP", tmp_path, call=call)
     refused("pickscore=", tmp_path, "pickscore", call=call)
+
+
+def test_dino_consistency_is_that_of_vbench(tmp_path, videos):
+    torch.manual_seed(0)
+    config = ViTConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32,
+                       patch_size=8)  # fmt: skip
+    ViTModel(config).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    dino, video = metrics.load_dino(tmp_path), videos[0]
+    with torch.no_grad():
+        given = [dino.processor(images=Image.fromarray(frame), return_tensors="pt") for frame in video.numpy()]
+        seen = [dino.model(**each) for each in given]
+    rows = [out.last_hidden_state[0, 0] for out in seen]
+    near = [[max(0, F.cosine_similarity(a, b, dim=0).item()) for b in rows] for a in rows]
+    wanted = np.mean([(near[i][0] + near[i][i - 1]) / 2 for i in range(1, len(rows))])
+    assert metrics.dino_consistency(dino, video) == pytest.approx(wanted, abs=1e-5)
+    refused("dino=.* no folder of a DINO", tmp_path / "nowhere", call=metrics.load_dino)

@@ -1,0 +1,217 @@
+"""All figures of an edited video beside those of its source: a table for people, CSV and JSON for programs, a page."""
+
+import base64
+import csv
+import html
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import metrics
+from .atomic import atomic_path
+from .clip_metrics import (
+    TGVE_SIZE,
+    ClipModel,
+    DinoModel,
+    dino_consistency,
+    directional_similarity,
+    frame_accuracy,
+    frame_consistency,
+    look,
+    temporal_consistency,
+    text_alignment,
+)
+from .errors import TavError
+from .visuals import strip
+
+# what each figure is, and which way it is better; in the order of the table
+FIGURES = {
+    "psnr_rest": "PSNR in dB against the source outside of the mask, as in PIE-Bench; higher",
+    "ssim_rest": "SSIM there; higher",
+    "mse_rest": "mean squared error there, of pixels in 0 ... 1; lower",
+    "motion_fidelity": "how much tracks of corners move as the source's (Yatim et al.); higher",
+    "warp_error": "mean squared error along the source's optical flow (Lai et al.); lower",
+    "flicker": "difference of frames from the mean of their neighbours; lower",
+    "frame_difference": "difference of neighbouring frames, of motion and flicker together: about the source's",
+    "tgve_text": "LOVEU-TGVE, CLIPScore (text): 100 times the cosine to the sentence; higher",
+    "tgve_pickscore": "LOVEU-TGVE, PickScore; higher",
+    "fram_acc": "FateZero, Fram-Acc: share of frames nearer to the edited sentence than to the source's; higher",
+    "directional": "change of the frames along the change of the sentence; higher",
+    "tgve_frame": "LOVEU-TGVE, CLIPScore (frame): cosine of all pairs of frames; a video that stands still has 1",
+    "tem_con": "FateZero, Tem-Con: cosine of neighbouring frames; a video that stands still has 1",
+    "v2vbench_consistency": "V2VBench: the same of unprojected features; a video that stands still has 1",
+    "dino_consistency": "VBench, subject consistency by DINO: to the first and the last frame; still is 1",
+}
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models that are at hand; the figures of those that aren't are left out."""
+
+    clip: ClipModel | None = None
+    pickscore: ClipModel | None = None
+    dino: DinoModel | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The figures of a video by their names in `FIGURES`, and those of its source where it has one of its own."""
+
+    name: str
+    prompt: str
+    figures: dict[str, float]
+    of_source: dict[str, float]
+
+
+def measure(
+    name: str,
+    video: Tensor,
+    source: Tensor,
+    prompt: str,
+    source_prompt: str | None = None,
+    mask: Tensor | None = None,
+    models: Models | None = None,
+) -> Measured:
+    """All figures that can be had.
+
+    Args:
+        video, source: uint8 `f h w c`, of one size and length.
+        prompt: what the video should show.
+        source_prompt: what the source shows; without it there are no fram_acc and directional.
+        mask: where the edit may change something, 0 ... 1, `f h w`.
+
+    Raises:
+        TavError: videos of several sizes or lengths.
+    """
+    if video.shape != source.shape:
+        (f, h, w, _), (g, i, j, _) = video.shape, source.shape
+        problem = f"has {f} frames of {w}x{h}, its source {g} of {j}x{i}"
+        raise TavError("edited", name, problem, "give the frames that were edited, in their size")
+    models = models or Models()
+    figures = {
+        "psnr_rest": metrics.psnr(video, source, mask),
+        "ssim_rest": metrics.ssim(video, source, mask),
+        "mse_rest": metrics.mse(video, source, mask),
+        "motion_fidelity": metrics.motion_fidelity(video, source),
+    }
+    own = [
+        _own(each, source, [prompt, *([source_prompt] if source_prompt else [])], models) for each in (video, source)
+    ]
+    figures |= own[0]
+    if models.clip and source_prompt:
+        seen = [look(models.clip, each, [prompt, source_prompt]) for each in (video, source)]
+        figures["directional"] = directional_similarity(*seen)
+    in_order = ({key: values[key] for key in FIGURES if key in values} for values in (figures, own[1]))
+    return Measured(name, prompt, *in_order)
+
+
+def _own(video: Tensor, source: Tensor, sentences: list[str], models: Models) -> dict[str, float]:
+    """What can be said of a video alone, so of the source too."""
+    figures = {
+        "warp_error": metrics.warp_error(video, source),
+        "flicker": metrics.flicker(video),
+        "frame_difference": metrics.frame_difference(video),
+    }
+    if models.clip:
+        tgve, seen = look(models.clip, video, sentences, TGVE_SIZE), look(models.clip, video, sentences)
+        figures |= {
+            "tgve_text": text_alignment(tgve),
+            "tgve_frame": frame_consistency(tgve),
+            "tem_con": temporal_consistency(seen.frames),
+            "v2vbench_consistency": temporal_consistency(seen.pooled),
+        }
+        if len(sentences) > 1:
+            figures["fram_acc"] = frame_accuracy(seen)
+    if models.pickscore:
+        figures["tgve_pickscore"] = text_alignment(look(models.pickscore, video, sentences, TGVE_SIZE))
+    if models.dino:
+        figures["dino_consistency"] = dino_consistency(models.dino, video)
+    return figures
+
+
+def as_table(rows: Sequence[Measured]) -> str:
+    """For a terminal: a line a figure, a column a video, in brackets the source's own."""
+    names = [key for key in FIGURES if any(key in row.figures for row in rows)]
+    cells = [["", *(row.name for row in rows)]]
+    for name in names:
+        cells.append([name, *(_cell(row, name) for row in rows)])
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells)
+
+
+def _cell(row: Measured, name: str) -> str:
+    if name not in row.figures:
+        return "-"
+    own = f" ({_short(row.of_source[name])})" if name in row.of_source else ""
+    return _short(row.figures[name]) + own
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else str(value)
+
+
+def write_report(rows: Sequence[Measured], videos: Sequence[Tensor], source: Tensor, folder: Path):
+    """metrics.csv, metrics.json and metrics.html, a page with pictures, all in the folder.
+
+    Args:
+        videos: of the rows, in their order.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [key for key in FIGURES if any(key in row.figures for row in rows)]
+    with atomic_path(folder / "metrics.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["video", "prompt", *names, *(f"source_{name}" for name in names)])
+        for row in rows:
+            values = [[figures.get(name, "") for name in names] for figures in (row.figures, row.of_source)]
+            writer.writerow([row.name, row.prompt, *values[0], *values[1]])
+    finite = [
+        {"video": row.name, "prompt": row.prompt, "figures": _json(row.figures), "source": _json(row.of_source)}
+        for row in rows
+    ]
+    with atomic_path(folder / "metrics.json") as path:
+        path.write_text(json.dumps({"figures": FIGURES, "videos": finite}, indent=2) + "\n", encoding="utf-8")
+    with atomic_path(folder / "metrics.html") as path:
+        path.write_text(_page(rows, names, videos, source), encoding="utf-8")
+
+
+def _json(figures: dict[str, float]) -> dict[str, float | str]:
+    """JSON knows neither nan nor inf."""
+    return {name: value if math.isfinite(value) else str(value) for name, value in figures.items()}
+
+
+def _page(rows: Sequence[Measured], names: list[str], videos: Sequence[Tensor], source: Tensor) -> str:
+    picture = io.BytesIO()
+    strip([source, *videos], ["source", *(row.name for row in rows)]).save(picture, "PNG")
+    shown = base64.b64encode(picture.getvalue()).decode()
+    head = "".join(f"<th>{html.escape(row.name)}<br><small>{html.escape(row.prompt)}</small></th>" for row in rows)
+    lines = "".join(
+        f"<tr><td><b>{name}</b><br><small>{html.escape(FIGURES[name])}</small></td>"
+        + "".join(f"<td>{html.escape(_cell(row, name))}</td>" for row in rows)
+        + "</tr>"
+        for name in names
+    )
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Metrics</title>'
+        "<style>body{font:15px system-ui;margin:2em;max-width:80em}td,th{padding:.4em .8em;text-align:left;"
+        "border-bottom:1px solid #ddd;vertical-align:top}img{max-width:100%}small{color:#666}</style>"
+        f'<h1>Metrics</h1><img alt="source and edits" src="data:image/png;base64,{shown}">'
+        f"<p>In brackets: the source's own.</p><table><tr><th></th>{head}</tr>{lines}</table></html>\n"
+    )
+
+
+def mask_of(video: Tensor, frames: int) -> Tensor:
+    """A mask `f h w` in 0 ... 1 from a video or a picture of one: white is where the edit may change something.
+
+    Raises:
+        TavError: neither one frame nor one for each.
+    """
+    if len(video) not in (1, frames):
+        raise TavError("mask", None, f"has {len(video)} frames for {frames}", f"give 1 or {frames}")
+    grey = video.float().mean(-1) / 255
+    return (grey if len(video) == frames else grey.expand(frames, -1, -1)).to(torch.float32)
