@@ -55,7 +55,7 @@ from .common import (
     show,
 )
 from .native import WINDOWS, scheduler_of, trainable_copy, video_unet, with_tuned_weights
-from .sdxl import packed, vector_of
+from .sdxl import vector_of
 
 KEPT_STATES = 4  # runs that can be resumed; for SD 1.5 a state takes 0.9 GB
 PREVIEW_STEPS, PREVIEW_GUIDANCE = 10, 5.0
@@ -167,10 +167,13 @@ class OneShotTune(io.ComfyNode):
 
 
 def take_of(model: ModelPatcher, latent: dict, conditioning: list, field: str) -> Take:
-    """A LATENT and a CONDITIONING as `trainable_copy` learns from them; for SDXL the text is `packed`."""
+    """A LATENT and a CONDITIONING as `trainable_copy` learns from them."""
     latents = clean_latents(model, latent)
-    text, vector = hidden_states(model, conditioning, field), vector_of(model, conditioning, latents)
-    return Take(latents, Condition(text if vector is None else packed(text, vector)))
+    return Take(latents, Condition(hidden_states(model, conditioning, field), vector_of(model, conditioning, latents)))
+
+
+def copied(condition: Condition) -> Condition:
+    return Condition(*(None if each is None else each.clone() for each in vars(condition).values()))
 
 
 class Trainee(nn.Module):
@@ -211,7 +214,7 @@ def run(
     with torch.inference_mode(False):  # which nodes run under
         unet = trainable_copy(model)
         # clones, because tensors that were made under it know no gradients
-        takes = [Take(take.latents.clone(), Condition(take.condition.encoder_hidden_states.clone())) for take in takes]
+        takes, edit = [Take(take.latents.clone(), copied(take.condition)) for take in takes], copied(edit)
         _, _, length, height, width = takes[0].latents.shape
         base, frames = base_fingerprint(unet), config.context_length or length
         device = ComfyDevice(unet, [vae.patcher] if preview_every and vae is not None else [])
@@ -219,7 +222,7 @@ def run(
 
         def picture() -> Image.Image:
             first = takes[0].to(device.device).at(shown)
-            wish = Condition(edit.encoder_hidden_states.clone()).to(device.device).at(1, length, shown)
+            wish = edit.to(device.device).at(1, length, shown)
             return preview(model, unet, scheduler, first, wish, vae)
 
         on_event = Reporter(node, config.steps, preview_every, picture)
