@@ -1,6 +1,5 @@
 """Load Checkpoint: the shipped mini model or a diffusers folder as native MODEL, CLIP and VAE."""
 
-import os
 from pathlib import Path
 
 import comfy.latent_formats
@@ -23,18 +22,14 @@ from ..tav_core import Checkpoint, TavError, load_checkpoint
 from ..tav_core.checkpoint import MINI
 from ..tav_core.mini.preview import LATENT_COLOURS, load_latent_colours
 from .common import plain_errors, schema
+from .folders import found
 from .layout import core_layout
 from .native import to_native, use_operations
 
 
 def choices() -> dict[str, Path]:
     """What can be loaded, by name: mini, and the folders under models/diffusers."""
-    found = {"mini": MINI}
-    for root in folder_paths.get_folder_paths("diffusers"):
-        for folder, _, files in os.walk(root, followlinks=True):
-            if "model_index.json" in files:
-                found[os.path.relpath(folder, root)] = Path(folder)
-    return found
+    return {"mini": MINI, **dict(found(folder_paths.get_folder_paths("diffusers"), "model_index.json"))}
 
 
 def missing(checkpoint: str) -> TavError:

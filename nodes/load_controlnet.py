@@ -1,7 +1,5 @@
 """Load ControlNet (diffusers): the shipped mini one or a diffusers folder as a native CONTROL_NET."""
 
-import json
-import os
 from pathlib import Path
 
 import comfy.controlnet
@@ -18,25 +16,19 @@ from torch import nn
 from ..tav_core import TavError, load_controlnet
 from ..tav_core.checkpoint import MINI_CONTROLNET
 from .common import plain_errors, schema
+from .folders import found, read_config
 from .native import use_operations
 from .native_model import check_hints
 
 
 def choices() -> dict[str, Path]:
     """What can be loaded, by name: mini, and diffusers ControlNets in models/controlnet and models/diffusers."""
-    found = {"mini": MINI_CONTROLNET}
-    for root in (*folder_paths.get_folder_paths("controlnet"), *folder_paths.get_folder_paths("diffusers")):
-        for folder, _, files in os.walk(root, followlinks=True):
-            if "config.json" in files and _kind(Path(folder)) == ControlNetModel.__name__:
-                found.setdefault(os.path.relpath(folder, root), Path(folder))
-    return found
-
-
-def _kind(folder: Path) -> str | None:
-    try:
-        return json.loads((folder / "config.json").read_text())["_class_name"]
-    except (ValueError, LookupError, TypeError):  # a configuration of something else
-        return None
+    nets = {"mini": MINI_CONTROLNET}
+    roots = [path for kind in ("controlnet", "diffusers") for path in folder_paths.get_folder_paths(kind)]
+    for name, folder in found(roots, "config.json"):
+        if read_config(folder / "config.json").get("_class_name") == ControlNetModel.__name__:
+            nets.setdefault(name, folder)
+    return nets
 
 
 def missing(controlnet: str) -> TavError:

@@ -1,6 +1,5 @@
 """Load Video: a clip from ComfyUI's input folder, only the frames that are wanted."""
 
-import os
 from pathlib import Path
 
 import folder_paths
@@ -10,6 +9,7 @@ from ..tav_core import TavError, load_video
 from ..tav_core.checkpoint import MINI
 from ..tav_core.video import FITS, IMAGES
 from .common import inside, plain_errors, schema, to_images
+from .folders import listed
 
 DEMO = "demo clip of the mini checkpoint"
 HINTS = "silhouettes for the mini ControlNet"
@@ -18,16 +18,11 @@ SHIPPED = {DEMO: MINI.parent / "demo.mp4", HINTS: MINI.parent / "hints.mp4"}
 
 def choices() -> list[str]:
     """Videos and folders of images in the input folder, and the clips that ship with the pack."""
-    root = folder_paths.get_input_directory()
-    entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
-    files = [entry.name for entry in entries if entry.is_file()]
+    root = Path(folder_paths.get_input_directory())
+    files, folders = ([name for name in names if not name.startswith(".")] for names in listed(root))
     videos = {*folder_paths.filter_files_content_types(files, ["video"]), *(f for f in files if f.endswith(".gif"))}
-    folders = [
-        entry.name
-        for entry in entries
-        if entry.is_dir() and any(name.lower().endswith(IMAGES) for name in os.listdir(entry))
-    ]
-    return [*sorted(videos), *sorted(folders), *SHIPPED]
+    folders = [folder for folder in folders if any(name.lower().endswith(IMAGES) for name in listed(root / folder)[0])]
+    return [*sorted(videos), *folders, *SHIPPED]
 
 
 def path_of(file: str) -> Path:

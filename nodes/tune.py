@@ -23,6 +23,7 @@ from ..tav_core import (
     Condition,
     Note,
     Take,
+    TavError,
     TuneConfig,
     TuneResult,
     VideoUNet,
@@ -54,6 +55,7 @@ from .common import (
     schema,
     show,
 )
+from .folders import listed
 from .native import WINDOWS, scheduler_of, trainable_copy, video_unet, with_tuned_weights
 from .sdxl import vector_of
 
@@ -268,17 +270,23 @@ class Reporter:
 
 
 def state_path(base: str, fingerprint: dict, steps: int) -> Path:
-    """Where the run of that fingerprint keeps its state. The oldest states go."""
+    """Where the run of that fingerprint keeps its state. The oldest states go.
+
+    Raises:
+        TavError: there can't be such a folder.
+    """
     folder = Path(folder_paths.get_user_directory()) / "tune_a_video"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"can't be made ({error.strerror}), in which an unfinished tuning is kept"
+        raise TavError("folder", folder, problem, "make its parent one that ComfyUI may write to") from error
     key = hashlib.sha256(json.dumps([base, fingerprint], sort_keys=True).encode()).hexdigest()[:20]
     path = folder / f"{key}.safetensors"
     if path.exists() and read_state(path)[0].step > steps:  # a longer run: this one ends earlier
         path = folder / f"{key}-{steps}.safetensors"
-    others = sorted(
-        (p for p in folder.glob("*.safetensors") if p != path), key=lambda p: p.stat().st_mtime, reverse=True
-    )
-    for old in others[KEPT_STATES - 1 :]:
+    others = [folder / name for name in listed(folder)[0] if name.endswith(".safetensors") and name != path.name]
+    for old in sorted(others, key=lambda p: p.stat().st_mtime, reverse=True)[KEPT_STATES - 1 :]:
         old.unlink()
     return path
 

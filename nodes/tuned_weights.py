@@ -1,5 +1,6 @@
 """Save, Load and Apply Tuned Weights: tune once, use it in every graph."""
 
+import os
 from pathlib import Path
 
 import folder_paths
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from ..tav_core import TavError, base_fingerprint, read_tuned
 from ..tav_core.tuned_weights import check_fit, write_tuned
 from .common import NodeTunedWeights, TunedWeights, inside, plain_errors, schema
+from .folders import walked
 from .native import trainable_names, video_unet, weights, with_tuned_weights
 
 FOLDER = "tune_a_video"  # under models/
@@ -49,6 +51,16 @@ class SaveTunedWeights(io.ComfyNode):
         return io.NodeOutput(ui={"text": [f"saved {path.relative_to(root)}"]})
 
 
+def choices() -> dict[str, Path]:
+    """The files in models/tune_a_video, by name."""
+    files = {}
+    for root in folder_paths.get_folder_paths(FOLDER):
+        for folder, names in walked(root):
+            paths = [folder / name for name in names if name.lower().endswith(".safetensors")]
+            files = {**{os.path.relpath(path, root): path for path in paths}, **files}
+    return dict(sorted(files.items()))
+
+
 def missing(file: str) -> TavError:
     return TavError("file", file, f"is not in models/{FOLDER}", "put it there, or choose another one")
 
@@ -62,7 +74,7 @@ class LoadTunedWeights(io.ComfyNode):
             description=f"Loads a file that Save Tuned Weights or the command line wrote, from models/{FOLDER}.",
             search_aliases=["load tuned model"],
             inputs=[
-                io.Combo.Input("file", options=folder_paths.get_filename_list(FOLDER),
+                io.Combo.Input("file", options=list(choices()),
                                tooltip=f"A file in models/{FOLDER}."),
             ],
             outputs=[
@@ -73,16 +85,16 @@ class LoadTunedWeights(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file) -> bool | str:
-        known = file is None or file in folder_paths.get_filename_list(FOLDER)  # None: from another node, not yet there
+        known = file is None or file in choices()  # None: from another node, not yet there
         return known or str(missing(file))
 
     @classmethod
     def fingerprint_inputs(cls, file):
-        return Path(folder_paths.get_full_path_or_raise(FOLDER, file)).stat().st_mtime_ns
+        return choices()[file].stat().st_mtime_ns
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
-        path = folder_paths.get_full_path(FOLDER, file)
+        path = choices().get(file)
         with plain_errors(tuned="file"):
             if path is None:
                 raise missing(file)
