@@ -45,6 +45,7 @@ from .common import (
     NodeTakes,
     NodeTunedWeights,
     TunedWeights,
+    check_unlimited,
     clean_latents,
     from_images,
     hidden_states,
@@ -170,8 +171,9 @@ class OneShotTune(io.ComfyNode):
 
 def take_of(model: ModelPatcher, latent: dict, conditioning: list, field: str) -> Take:
     """A LATENT and a CONDITIONING as `trainable_copy` learns from them."""
-    latents = clean_latents(model, latent)
-    return Take(latents, Condition(hidden_states(model, conditioning, field), vector_of(model, conditioning, latents)))
+    latents, text = clean_latents(model, latent), hidden_states(model, conditioning, field)
+    check_unlimited(conditioning, field)
+    return Take(latents, Condition(text, vector_of(model, conditioning, latents)))
 
 
 def copied(condition: Condition) -> Condition:
