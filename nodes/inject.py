@@ -26,6 +26,7 @@ from ..tav_core import TavError
 from ..tav_core.errors import field
 from ..tav_core.injection import REGIONS, EditPlaces, SourceWalk
 from .common import check_unlimited, hidden_states, plain_errors, schema
+from .inputs import checked, told
 from .native import ANCHOR, SOURCE_ROWS, video_unet
 from .sdxl import vector_of
 
@@ -398,6 +399,11 @@ class AttentionInjection(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, share=None, region=None) -> bool | str:
+        return told(cls, share=share, region=region)
+
+    @classmethod
+    @checked
     def execute(cls, model, conditioning, share, region="everything", steady=True, subject=None) -> io.NodeOutput:
         with plain_errors(attention_injection="share"):
             if region != "everything" and subject is None:

@@ -23,6 +23,7 @@ from ..tav_core.checkpoint import MINI
 from ..tav_core.mini.preview import LATENT_COLOURS, load_latent_colours
 from .common import plain_errors, schema
 from .folders import found
+from .inputs import check_name, checked, usable
 from .layout import core_layout
 from .native import to_native, use_operations
 
@@ -32,13 +33,17 @@ def choices() -> dict[str, Path]:
     return {"mini": MINI, **dict(found(folder_paths.get_folder_paths("diffusers"), "model_index.json"))}
 
 
-def missing(checkpoint: str) -> TavError:
-    return TavError(
-        "checkpoint",
-        checkpoint,
-        "is neither mini nor a folder in models/diffusers",
-        "put it there, or choose another one",
-    )
+def path_of(checkpoint: str) -> Path:
+    """The folder of a choice.
+
+    Raises:
+        TavError: it is none.
+    """
+    check_name("checkpoint", checkpoint)
+    if (folder := choices().get(checkpoint)) is None:
+        problem = "is neither mini nor a folder in models/diffusers"
+        raise TavError("checkpoint", checkpoint, problem, "put it there, or choose another one")
+    return folder
 
 
 def native(
@@ -215,14 +220,12 @@ class LoadCheckpoint(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, checkpoint) -> bool | str:
-        known = checkpoint is None or checkpoint in choices()  # None: from another node, not yet there
-        return known or str(missing(checkpoint))
+    def validate_inputs(cls, checkpoint=None) -> bool | str:
+        return usable(path_of, checkpoint)
 
     @classmethod
+    @checked
     def execute(cls, checkpoint) -> io.NodeOutput:
         with plain_errors(), torch.inference_mode(False):
-            folder = choices().get(checkpoint)
-            if folder is None:
-                raise missing(checkpoint)
+            folder = path_of(checkpoint)
             return io.NodeOutput(*native(folder))

@@ -17,6 +17,7 @@ from ..tav_core import TavError, load_controlnet
 from ..tav_core.checkpoint import MINI_CONTROLNET
 from .common import plain_errors, schema
 from .folders import found, read_config
+from .inputs import check_name, checked, usable
 from .native import use_operations
 from .native_model import check_hints
 
@@ -31,13 +32,17 @@ def choices() -> dict[str, Path]:
     return nets
 
 
-def missing(controlnet: str) -> TavError:
-    return TavError(
-        "controlnet",
-        controlnet,
-        "is neither mini nor a folder of a ControlNetModel in models/controlnet or models/diffusers",
-        "put it there, or choose another one",
-    )
+def path_of(controlnet: str) -> Path:
+    """The folder of a choice.
+
+    Raises:
+        TavError: it is none.
+    """
+    check_name("controlnet", controlnet)
+    if (folder := choices().get(controlnet)) is None:
+        problem = "is neither mini nor a folder of a ControlNetModel in models/controlnet or models/diffusers"
+        raise TavError("controlnet", controlnet, problem, "put it there, or choose another one")
+    return folder
 
 
 class NativeControlNet(ControlNetModel):
@@ -116,16 +121,14 @@ class LoadControlNet(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, controlnet) -> bool | str:
-        known = controlnet is None or controlnet in choices()  # None: from another node, not yet there
-        return known or str(missing(controlnet))
+    def validate_inputs(cls, controlnet=None) -> bool | str:
+        return usable(path_of, controlnet)
 
     @classmethod
+    @checked
     def execute(cls, controlnet) -> io.NodeOutput:
         with plain_errors(), torch.inference_mode(False):
-            folder = choices().get(controlnet)
-            if folder is None:
-                raise missing(controlnet)
+            folder = path_of(controlnet)
             net, management = load_controlnet(folder), comfy.model_management
             device = management.get_torch_device()
             dtype = management.unet_dtype(device, sum(p.numel() for p in net.parameters()))

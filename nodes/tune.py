@@ -57,6 +57,7 @@ from .common import (
     show,
 )
 from .folders import listed
+from .inputs import checked, told
 from .native import WINDOWS, scheduler_of, trainable_copy, video_unet, with_tuned_weights
 from .sdxl import vector_of
 
@@ -120,6 +121,11 @@ class OneShotTune(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, learning_rate=None, dtype=None, memory=None, timestep_sampling=None) -> bool | str:
+        return told(cls, learning_rate=learning_rate, dtype=dtype, memory=memory, timestep_sampling=timestep_sampling)
+
+    @classmethod
+    @checked
     def execute(
         cls,
         model,

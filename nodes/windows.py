@@ -6,6 +6,7 @@ from comfy_api.latest import io
 from ..tav_core import ContextWindows as Windows
 from ..tav_core import TavError
 from .common import plain_errors, schema
+from .inputs import checked
 from .native import WINDOWS, video_unet, windows_of
 
 
@@ -50,6 +51,7 @@ class ContextWindows(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, model, context_length, context_overlap) -> io.NodeOutput:
         with plain_errors():
             video_unet(model)  # raises for a model that isn't inflated

@@ -12,6 +12,8 @@ LEFT, RIGHT, ALL = (16, 8, 0, 0), (16, 8, 0, 8), (16, 16, 0, 0)  # height, width
 WIDE, LOW = (9, 16, 0, 0), (7, 11, 9, 3)
 SUBJECT = torch.zeros(1, 128, 128)
 SUBJECT[:, 40:88, 24:80] = 1
+HELD = torch.ones(1, 1, 16, 16)  # of the latents: all but the subject with a margin
+HELD[..., 4:12, 2:11] = 0
 
 
 @pytest.fixture(scope="module")
@@ -156,10 +158,17 @@ def test_the_clip_walks_as_ever(model, plain, kind):
     led, clip_again, of_one_prompt = plain
     edit = drawn(led, KINDS[kind](model))
     assert relative(walk_of(led), clip_again) < 1e-4
-    held = torch.nn.functional.max_pool2d(SUBJECT[:, None], 8) == 0
-    held[..., 4:12, 2:11] = False  # with a margin
-    assert ((edit - clip_again).abs() * held).max() < 1e-3 * clip_again.abs().max()
+    assert ((edit - clip_again).abs() * HELD).max() < 1e-3 * clip_again.abs().max()
     assert relative(edit, of_one_prompt) > 1e-3
+
+
+def test_guidance_that_calls_again_keeps_what_is_held(pack, model, plain):
+    from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+
+    guided = PerturbedAttentionGuidance.execute(model, 3.0).args[0]
+    led = led_by(pack, guided, 0.7, "subject", True, SUBJECT)
+    edit = drawn(led, prompt(7))
+    assert ((edit - plain[1]).abs() * HELD).max() < 1e-3 * plain[1].abs().max() and relative(edit, plain[2]) > 1e-3
 
 
 def test_boxes_are_for_the_prompt_alone(pack, model):
