@@ -23,7 +23,10 @@ _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # 
 
 
 def checked(execute: Callable) -> Callable:
-    """The `execute` of a node that raises a TavError for inputs that aren't what its schema says."""
+    """The `execute` of a node that raises a TavError for inputs that aren't what its schema says.
+
+    Optional ones that are None are left out.
+    """
     signature = inspect.signature(execute)
 
     @wraps(execute)
@@ -31,9 +34,11 @@ def checked(execute: Callable) -> Callable:
         given = signature.bind(cls, *args, **kwargs).arguments
         given |= given.pop("others", {})
         for each in cls.define_schema().inputs:
-            if each.id in given and not (each.optional and given[each.id] is None):
+            if each.optional and given.get(each.id) is None:
+                given.pop(each.id, None)
+            elif each.id in given:
                 check(each, given[each.id])
-        return execute(cls, *args, **kwargs)
+        return execute(**given)
 
     return run
 

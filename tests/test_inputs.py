@@ -73,6 +73,12 @@ def test_every_node_checks_what_it_is_given(pack):
             node.execute(**{each.id: 5 for each in node.define_schema().inputs})
 
 
+def test_optional_inputs_may_be_nothing(pack):
+    """As a prompt may say of a connection that isn't there."""
+    latent, said = {"samples": torch.ones(1, 4, 2, 2)}, [[torch.ones(1, 2, 3), {}]]
+    assert pack.nodes.Take.execute(latent, said, takes=None).args[0] == ((latent, said),)
+
+
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
 def test_names_of_new_files(pack, name):
     with pytest.raises(pack.tav_core.TavError) as error:

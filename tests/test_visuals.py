@@ -53,7 +53,7 @@ def test_a_label_ends_in_an_ellipsis_where_it_does_not_fit():
 
 def test_compare_takes_them_and_refuses_more_lines_than_clips(pack):
     clip, started = CLIP.float() / 255, time.process_time()
-    for label in (*LONG.values(), *ODD):
+    for label in {*LONG.values(), *ODD} - {"\ud800"}:  # which is no text to a node
         node = pack.nodes.Compare.execute(clip, label.replace("\n", " "), 8)
         assert node.args[0].shape[0] == 2
     with pytest.raises(ValueError, match="^labels has 100000 lines for 1 clips; give one line for each$"):
