@@ -28,6 +28,7 @@ NodeTunedWeights = io.Custom("TAV_TUNED_WEIGHTS")
 # fields of errors that the nodes call otherwise
 _NAMES = {"video": "file", "output": "file", "tuned": "tuned_weights", "state": "state file", "device": "the device",
           "size": "width and height", "num_steps": "steps"}  # fmt: skip
+_LIMITS = {"area": "an area", "mask": "a mask", "gligen": "boxes of GLIGEN", "hooks": "a hook"}  # of a CONDITIONING
 # of all errors, because not all come up in our nodes: some do when a stock sampler runs one of our MODELs
 TavError.name_of = staticmethod(lambda field: _NAMES.get(field, field))
 TavError.assign = " "
@@ -134,6 +135,17 @@ def hidden_states(model: ModelPatcher, conditioning: list, field: str = "positiv
         raise TavError(field, None, f"holds {len(conditioning)} prompts", "give one, from CLIP Text Encode")
     check_context(video_unet(model), conditioning[0][0])
     return conditioning[0][0].float()
+
+
+def check_unlimited(conditioning: list, field: str):
+    """Raises a TavError for a CONDITIONING of one sentence that isn't for all of a clip, in every step."""
+    told = conditioning[0][1]
+    limits = [word for key, word in _LIMITS.items() if told.get(key) is not None]
+    if told.get("start_percent", 0) > 0 or told.get("end_percent", 1) < 1:
+        limits.append("a range of steps")
+    if limits:
+        problem = f"has {limits[0]}, but is for all of the clip and every step"
+        raise TavError(field, None, problem, "give it as CLIP Text Encode makes it")
 
 
 def to_images(frames: Tensor) -> Tensor:

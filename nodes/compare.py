@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..tav_core import TavError, side_by_side, strip
 from .common import from_images, image_of, plain_errors, schema, to_images
+from .inputs import checked
 
 MOST = 6
 
@@ -32,6 +33,7 @@ class Compare(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, images_1, labels, columns, **others) -> io.NodeOutput:
         clips = [images_1, *(others[name] for name in sorted(others) if others[name] is not None)]
         names = [line.strip() for line in labels.splitlines()]

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..tav_core.attention import MODES
 from ..tav_core.inflation import NORMS
 from .common import plain_errors, schema
+from .inputs import checked, told
 from .native import inflate_model
 
 
@@ -35,6 +36,11 @@ class Inflate(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, attention=None, norm=None) -> bool | str:
+        return told(cls, attention=attention, norm=norm)
+
+    @classmethod
+    @checked
     def execute(cls, model, attention, temporal_causal, norm) -> io.NodeOutput:
         with plain_errors():
             return io.NodeOutput(inflate_model(model, attention=attention, temporal_causal=temporal_causal, norm=norm))

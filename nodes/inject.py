@@ -3,8 +3,9 @@
 It can also leave a part of the clip as it is, outside of a region or of a noise mask: the noise reconstructs it.
 """
 
+import uuid
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from typing import Any
 
@@ -13,7 +14,8 @@ import comfy.samplers
 import comfy.utils
 import torch
 import torch.nn.functional as F
-from comfy.conds import CONDCrossAttn
+from comfy.conds import CONDCrossAttn, CONDRegular
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
@@ -22,8 +24,9 @@ from torch import Tensor
 
 from ..tav_core import TavError
 from ..tav_core.errors import field
-from ..tav_core.injection import REGIONS, EditPlaces, Led, SourceWalk
-from .common import hidden_states, plain_errors, schema
+from ..tav_core.injection import REGIONS, EditPlaces, SourceWalk
+from .common import check_unlimited, hidden_states, plain_errors, schema
+from .inputs import checked, told
 from .native import ANCHOR, SOURCE_ROWS, video_unet
 from .sdxl import vector_of
 
@@ -33,7 +36,8 @@ WRAPPER = "model_function_wrapper"
 class Injection:
     """A MODEL's calls in a sampler, beside which the clip walks (see `tav_core.injection.SourceWalk`).
 
-    It is the MODEL's function wrapper and, with `sample`, a wrapper of its whole sampling. A noise mask (stock Set
+    It is the MODEL's function wrapper and, with `sample` and `calculate`, a wrapper of its whole sampling and of its
+    noise levels. Where a prompt is for an area, the same area of the clip leads it. A noise mask (stock Set
     Latent Noise Mask) limits what may change as well, together with `region`, in a sampling that starts from the latent
     itself. In one that adds noise it keeps its stock meaning.
 
@@ -59,7 +63,7 @@ class Injection:
     ):
         self.text, self.vector, self.inner = text, vector, inner
         self.subject, self.region, self.steady = subject, region, steady
-        self.walk = SourceWalk(share)
+        self.walk, self.level, self.uuid = SourceWalk(share), None, uuid.uuid4()
 
     def sample(
         self,
@@ -88,54 +92,184 @@ class Injection:
         self.walk.begin(places)
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
 
-    def __call__(self, apply_model: Callable, args: dict[str, Any]) -> Tensor:
-        x, kinds, options = args["input"], args["cond_or_uncond"], args["c"]["transformer_options"]
+    def calculate(
+        self, executor: Callable, model: BaseModel, conds: list, x: Tensor, timestep: Tensor, model_options: dict
+    ) -> list[Tensor]:
+        """Wraps what the core does at a noise level: it calls the MODEL for some prompts, or for parts of the frames
+        that prompts are for, and puts together what comes out, `f c h w` for each list of prompts.
+
+        Raises:
+            TavError: Context Windows of the core; or another pack's wrapper that leaves this one out.
+        """
+        options = model_options["transformer_options"]
         if "context_window" in options:  # of the core: it doesn't say what it makes of the clip's other frames
             problem = (
                 "comes through Attention Injection (a noise mask in Video Sampler needs it too) and through Context "
                 "Windows of ComfyUI itself, which don't go together"
             )
             raise TavError("MODEL", None, problem, "use Context Windows (Tune-A-Video)")
-        frames = len(x) // len(kinds)
+        walk, sigma, sigmas = self.walk, timestep[0], options["sample_sigmas"]
+        if not walk.walks(sigma, sigmas):
+            return executor(model, conds, x, timestep, model_options)
+        source, (leads, anchor) = _frames(walk.source(_video(x), sigma)), walk.leading(sigma, sigmas)
+        parts = {cond["uuid"]: Part.of(cond, x, timestep) for prompts in conds for cond in prompts or []}
+        anchor = None if anchor is None else _frames(anchor.to(x)).expand(len(x), -1, -1, -1)
+        self.level = Level(source, self.vector(x), leads, anchor, parts, walk.is_new(sigma))
+        try:
+            out, x0 = executor(model, conds, x, timestep, model_options), self.level.x0
+        finally:
+            self.level = None
+        if walk.is_new(sigma):
+            if x0 is None:  # no call had all of the frames and the MODEL's own weights
+                (x0,) = executor(model, [[self.cond(x)]], source, timestep, model_options)
+            walk.advance(_video(source), _video(x0), sigma)
+        return [y if cond is None else _frames(walk.kept(_video(y), 1)) for y, cond in zip(out, conds)]
 
-        def ask(videos: Tensor, led: Led | None) -> Tensor:  # k c f h w
-            given = args if led is None else self.beside(args, rearrange(videos, "k c f h w -> (k f) c h w"), led)
-            if self.inner:
-                out = self.inner(apply_model, given)
-            else:
-                out = apply_model(given["input"], given["timestep"], **given["c"])
-            return rearrange(out, "(k f) c h w -> k c f h w", f=frames)
+    def cond(self, x: Tensor) -> dict[str, Any]:
+        """What the clip was inverted with, for latents `f c h w`, as samplers have it."""
+        conds, vector = {"c_crossattn": CONDCrossAttn(self.text.to(x))}, self.vector(x)
+        if vector is not None:
+            conds["y"] = CONDRegular(vector.to(x))
+        return {"model_conds": conds, "uuid": self.uuid}
 
-        videos, sigma = rearrange(x, "(k f) c h w -> k c f h w", f=frames), args["timestep"][0]
-        out = self.walk(ask, videos, sigma, options["sample_sigmas"], len(kinds))
-        return rearrange(out, "k c f h w -> (k f) c h w")
+    def __call__(self, apply_model: Callable, args: dict[str, Any]) -> Tensor:
+        level = self.level
+        if level is None:
+            return self.ask(apply_model, args)
+        parts = [level.parts.get(prompt, Part()) for prompt in args["c"]["transformer_options"]["uuids"]]
+        begins = level.begins and level.x0 is None and all(part.is_plain for part in parts)
+        if not level.leads and not begins:
+            return self.ask(apply_model, args)
+        areas = [part.area for part in parts]
+        if areas.count(areas[0]) == len(areas):  # one clip leads them all
+            areas = areas[:1]
+        source = torch.cat([cropped(level.source, area) for area in areas])
+        if source.shape[1:] != args["input"].shape[1:]:
+            problem = "is called for parts of the frames by another pack, of which Attention Injection can't know"
+            raise TavError("MODEL", None, problem, "leave out what divides them into tiles")
+        out = self.ask(apply_model, self.beside(args, source, areas, any(part.boxes for part in parts)))
+        if begins:
+            level.x0 = out[: len(source)]
+        return out[len(source) :]
 
-    def beside(self, args: dict[str, Any], x: Tensor, led: Led) -> dict[str, Any]:
-        """The arguments of a call in which the clip's own frames stand in front, with what it was inverted with."""
-        c, kinds = dict(args["c"]), [1, *args["cond_or_uncond"]]
-        frames = len(x) // len(kinds)
-        text = CONDCrossAttn(comfy.utils.repeat_to_batch_size(self.text.to(x), frames))
+    def ask(self, apply_model: Callable, args: dict[str, Any]) -> Tensor:
+        if self.inner:
+            return self.inner(apply_model, args)
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+    def beside(self, args: dict[str, Any], source: Tensor, areas: list, boxes: bool) -> dict[str, Any]:
+        """The arguments of a call in which the clip's own frames stand in front, with what it was inverted with.
+
+        Args:
+            source: the frames, once for all prompts of the call or once for each, `(areas f) c h w`.
+            areas: what they are of the clip.
+            boxes: whether the last of its middle patches is of GLIGEN, for the prompts' own rows.
+        """
+        level, c, x, rows = self.level, dict(args["c"]), args["input"], len(source)
+        kinds = [*(1 for _ in areas), *args["cond_or_uncond"]]
+        text = CONDCrossAttn(comfy.utils.repeat_to_batch_size(self.text.to(x), rows))
         c["c_crossattn"] = text.concat([CONDCrossAttn(c["c_crossattn"].to(x))])  # so far it is where CLIP left it
         if "y" in c:
-            vector = comfy.utils.repeat_to_batch_size(self.vector(x).to(c["y"]), frames)
+            vector = comfy.utils.repeat_to_batch_size(level.vector.to(c["y"]), rows)
             c["y"] = torch.cat([vector, c["y"]])
         if c.get("control"):  # the clip itself is under no ControlNet
             c["control"] = {
-                place: [_led_by_none(residual, frames) for residual in entries]
-                for place, entries in c["control"].items()
+                place: [_led_by_none(residual, rows) for residual in entries] for place, entries in c["control"].items()
             }
-        options = {"cond_or_uncond": kinds, SOURCE_ROWS: led.sources * frames}
-        if led.anchor is not None:
-            options[ANCHOR] = led.anchor
-        c["transformer_options"] = {**c["transformer_options"], **options}
-        timestep = torch.cat([args["timestep"][:frames], args["timestep"]])
-        return {**args, "input": x, "c": c, "cond_or_uncond": kinds, "timestep": timestep}
+        options = c["transformer_options"]
+        uuids = [*(self.uuid for _ in areas), *options["uuids"]]
+        options = {**options, "cond_or_uncond": kinds, "uuids": uuids, SOURCE_ROWS: rows if level.leads else 0}
+        if level.anchor is not None:
+            anchor = torch.cat([cropped(level.anchor, area) for area in areas])
+            options[ANCHOR] = anchor.repeat(1 + len(x) // rows, 1, 1, 1)
+        if boxes:
+            *others, last = options["patches"]["middle_patch"]
+            options["patches"] = {**options["patches"], "middle_patch": [*others, partial(_behind, last, rows)]}
+        c["transformer_options"] = options
+        timestep = args["timestep"][:1].expand(rows)
+        return {**args, "input": torch.cat([source, x]), "c": c, "cond_or_uncond": kinds,
+                "timestep": torch.cat([timestep, args["timestep"]])}  # fmt: skip
 
     def __deepcopy__(self, memo: dict) -> "Injection":
         """Itself: clones of a MODEL, whose options older cores copy deeply, keep `sample` as well, which goes on with
         this.
         """
         return self
+
+
+Area = tuple[int, int, int, int]  # height, width, top and left in latents, as in the core
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a prompt is for.
+
+    Attributes:
+        area: of the frames; None: all of them.
+        hooked: whether the MODEL has other weights meanwhile.
+        boxes: whether GLIGEN has its say.
+    """
+
+    area: Area | None = None
+    hooked: bool = False
+    boxes: bool = False
+
+    @classmethod
+    def of(cls, cond: dict[str, Any], x: Tensor, timestep: Tensor) -> "Part":
+        """That of a prompt as samplers have it, on latents `f c h w`."""
+        area = None
+        if "area" in cond:
+            asked = {"area": cond["area"], "model_conds": {}, "uuid": None}
+            area = tuple(comfy.samplers.get_area_and_mult(asked, x, timestep).area)
+        return cls(area, cond.get("hooks") is not None, "gligen" in cond)
+
+    @property
+    def is_plain(self) -> bool:
+        return self.area is None and not self.hooked
+
+
+@dataclass
+class Level:
+    """A noise level at which the clip is needed, while the core calls the MODEL.
+
+    Attributes:
+        source: the clip, `f c h w`.
+        vector: the rest of what it was inverted with, where the MODEL is SDXL.
+        leads: whether it leads.
+        anchor: where its features lead as well, `f 1 h w`; None: nowhere.
+        parts: what the prompts are for, by their uuids.
+        begins: whether the walk has yet to come here; the first call with all of the frames takes it.
+        x0: the clip's clean latents, from that call.
+    """
+
+    source: Tensor
+    vector: Tensor | None
+    leads: bool
+    anchor: Tensor | None
+    parts: dict[Any, Part]
+    begins: bool
+    x0: Tensor | None = None
+
+
+def cropped(x: Tensor, area: Area | None) -> Tensor:
+    """An area of latents `f c h w`."""
+    if area is None:
+        return x
+    height, width, top, left = area
+    return x[..., top : top + height, left : left + width]
+
+
+def _video(x: Tensor) -> Tensor:
+    return rearrange(x, "f c h w -> 1 c f h w")
+
+
+def _frames(video: Tensor) -> Tensor:
+    return rearrange(video, "1 c f h w -> f c h w")
+
+
+def _behind(patch: Callable, rows: int, x: Tensor, extra: dict[str, Any]) -> Tensor:
+    """A middle patch on all but the first rows."""
+    return torch.cat([x[:rows], patch(x[rows:], extra)])
 
 
 def _led_by_none(residual: Tensor | None, rows: int) -> Tensor | None:
@@ -199,16 +333,18 @@ def with_injection(
         conditioning: what the clip was inverted with.
 
     Raises:
-        TavError: it isn't inflated, or the CONDITIONING isn't for it.
+        TavError: it isn't inflated, or the CONDITIONING isn't for it or not for all of the clip.
     """
     video_unet(model)  # raises for a model that isn't inflated
     text = hidden_states(model, conditioning, "conditioning")
+    check_unlimited(conditioning, "conditioning")
     model = without_injection(model)
     inner = model.model_options.get(WRAPPER)
     model = model.clone()
     injection = Injection(text, partial(vector_of, model, conditioning), share, subject, region, steady, inner)
     model.set_model_unet_function_wrapper(injection)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER, injection.sample)
+    model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, WRAPPER, injection.calculate)
     return model
 
 
@@ -222,7 +358,8 @@ def without_injection(model: ModelPatcher) -> ModelPatcher:
         return model
     injection, model = model.model_options[WRAPPER], model.clone()
     del model.model_options[WRAPPER]
-    model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER)
+    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH):
+        model.remove_wrappers_with_key(kind, WRAPPER)
     if injection.inner:
         model.set_model_unet_function_wrapper(injection.inner)
     return model
@@ -262,6 +399,11 @@ class AttentionInjection(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, share=None, region=None) -> bool | str:
+        return told(cls, share=share, region=region)
+
+    @classmethod
+    @checked
     def execute(cls, model, conditioning, share, region="everything", steady=True, subject=None) -> io.NodeOutput:
         with plain_errors(attention_injection="share"):
             if region != "everything" and subject is None:

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from .common import clean_latents, hidden_states, plain_errors, report, schema
 from .inject import without_injection
+from .inputs import checked, told
 from .native import scheduler_of
 from .sampling import InversionSampler, sample_with, sigmas_for
 
@@ -53,6 +54,11 @@ class DDIMInversion(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, scheduler=None) -> bool | str:
+        return told(cls, scheduler=scheduler)
+
+    @classmethod
+    @checked
     def execute(cls, model, latent, conditioning, steps, scheduler, measure, sigmas=None) -> io.NodeOutput:
         with plain_errors():
             scheduler_of(model)  # raises for a model that this isn't for

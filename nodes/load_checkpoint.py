@@ -1,6 +1,5 @@
 """Load Checkpoint: the shipped mini model or a diffusers folder as native MODEL, CLIP and VAE."""
 
-import os
 from pathlib import Path
 
 import comfy.latent_formats
@@ -23,27 +22,28 @@ from ..tav_core import Checkpoint, TavError, load_checkpoint
 from ..tav_core.checkpoint import MINI
 from ..tav_core.mini.preview import LATENT_COLOURS, load_latent_colours
 from .common import plain_errors, schema
+from .folders import found
+from .inputs import check_name, checked, usable
 from .layout import core_layout
 from .native import to_native, use_operations
 
 
 def choices() -> dict[str, Path]:
     """What can be loaded, by name: mini, and the folders under models/diffusers."""
-    found = {"mini": MINI}
-    for root in folder_paths.get_folder_paths("diffusers"):
-        for folder, _, files in os.walk(root, followlinks=True):
-            if "model_index.json" in files:
-                found[os.path.relpath(folder, root)] = Path(folder)
-    return found
+    return {"mini": MINI, **dict(found(folder_paths.get_folder_paths("diffusers"), "model_index.json"))}
 
 
-def missing(checkpoint: str) -> TavError:
-    return TavError(
-        "checkpoint",
-        checkpoint,
-        "is neither mini nor a folder in models/diffusers",
-        "put it there, or choose another one",
-    )
+def path_of(checkpoint: str) -> Path:
+    """The folder of a choice.
+
+    Raises:
+        TavError: it is none.
+    """
+    check_name("checkpoint", checkpoint)
+    if (folder := choices().get(checkpoint)) is None:
+        problem = "is neither mini nor a folder in models/diffusers"
+        raise TavError("checkpoint", checkpoint, problem, "put it there, or choose another one")
+    return folder
 
 
 def native(
@@ -224,14 +224,12 @@ class LoadCheckpoint(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, checkpoint) -> bool | str:
-        known = checkpoint is None or checkpoint in choices()  # None: from another node, not yet there
-        return known or str(missing(checkpoint))
+    def validate_inputs(cls, checkpoint=None) -> bool | str:
+        return usable(path_of, checkpoint)
 
     @classmethod
+    @checked
     def execute(cls, checkpoint) -> io.NodeOutput:
         with plain_errors(), torch.inference_mode(False):
-            folder = choices().get(checkpoint)
-            if folder is None:
-                raise missing(checkpoint)
+            folder = path_of(checkpoint)
             return io.NodeOutput(*native(folder))

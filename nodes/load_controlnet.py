@@ -1,7 +1,5 @@
 """Load ControlNet (diffusers): the shipped mini one or a diffusers folder as a native CONTROL_NET."""
 
-import json
-import os
 from pathlib import Path
 
 import comfy.controlnet
@@ -18,34 +16,33 @@ from torch import nn
 from ..tav_core import TavError, load_controlnet
 from ..tav_core.checkpoint import MINI_CONTROLNET
 from .common import plain_errors, schema
+from .folders import found, read_config
+from .inputs import check_name, checked, usable
 from .native import use_operations
 from .native_model import check_hints
 
 
 def choices() -> dict[str, Path]:
     """What can be loaded, by name: mini, and diffusers ControlNets in models/controlnet and models/diffusers."""
-    found = {"mini": MINI_CONTROLNET}
-    for root in (*folder_paths.get_folder_paths("controlnet"), *folder_paths.get_folder_paths("diffusers")):
-        for folder, _, files in os.walk(root, followlinks=True):
-            if "config.json" in files and _kind(Path(folder)) == ControlNetModel.__name__:
-                found.setdefault(os.path.relpath(folder, root), Path(folder))
-    return found
+    nets = {"mini": MINI_CONTROLNET}
+    roots = [path for kind in ("controlnet", "diffusers") for path in folder_paths.get_folder_paths(kind)]
+    for name, folder in found(roots, "config.json"):
+        if read_config(folder / "config.json").get("_class_name") == ControlNetModel.__name__:
+            nets.setdefault(name, folder)
+    return nets
 
 
-def _kind(folder: Path) -> str | None:
-    try:
-        return json.loads((folder / "config.json").read_text())["_class_name"]
-    except (ValueError, LookupError, TypeError):  # a configuration of something else
-        return None
+def path_of(controlnet: str) -> Path:
+    """The folder of a choice.
 
-
-def missing(controlnet: str) -> TavError:
-    return TavError(
-        "controlnet",
-        controlnet,
-        "is neither mini nor a folder of a ControlNetModel in models/controlnet or models/diffusers",
-        "put it there, or choose another one",
-    )
+    Raises:
+        TavError: it is none.
+    """
+    check_name("controlnet", controlnet)
+    if (folder := choices().get(controlnet)) is None:
+        problem = "is neither mini nor a folder of a ControlNetModel in models/controlnet or models/diffusers"
+        raise TavError("controlnet", controlnet, problem, "put it there, or choose another one")
+    return folder
 
 
 class NativeControlNet(ControlNetModel):
@@ -124,16 +121,14 @@ class LoadControlNet(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, controlnet) -> bool | str:
-        known = controlnet is None or controlnet in choices()  # None: from another node, not yet there
-        return known or str(missing(controlnet))
+    def validate_inputs(cls, controlnet=None) -> bool | str:
+        return usable(path_of, controlnet)
 
     @classmethod
+    @checked
     def execute(cls, controlnet) -> io.NodeOutput:
         with plain_errors(), torch.inference_mode(False):
-            folder = choices().get(controlnet)
-            if folder is None:
-                raise missing(controlnet)
+            folder = path_of(controlnet)
             net, management = load_controlnet(folder), comfy.model_management
             device = management.get_torch_device()
             dtype = management.unet_dtype(device, sum(p.numel() for p in net.parameters()))

@@ -1,6 +1,5 @@
 """Load Video: a clip from ComfyUI's input folder, only the frames that are wanted."""
 
-import os
 from pathlib import Path
 
 import folder_paths
@@ -10,6 +9,8 @@ from ..tav_core import TavError, load_video
 from ..tav_core.checkpoint import MINI
 from ..tav_core.video import FITS, IMAGES
 from .common import inside, plain_errors, schema, to_images
+from .folders import listed
+from .inputs import check_name, checked, told, usable
 
 DEMO = "demo clip of the mini checkpoint"
 HINTS = "silhouettes for the mini ControlNet"
@@ -18,28 +19,25 @@ SHIPPED = {DEMO: MINI.parent / "demo.mp4", HINTS: MINI.parent / "hints.mp4"}
 
 def choices() -> list[str]:
     """Videos and folders of images in the input folder, and the clips that ship with the pack."""
-    root = folder_paths.get_input_directory()
-    entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
-    files = [entry.name for entry in entries if entry.is_file()]
+    root = Path(folder_paths.get_input_directory())
+    files, folders = ([name for name in names if not name.startswith(".")] for names in listed(root))
     videos = {*folder_paths.filter_files_content_types(files, ["video"]), *(f for f in files if f.endswith(".gif"))}
-    folders = [
-        entry.name
-        for entry in entries
-        if entry.is_dir() and any(name.lower().endswith(IMAGES) for name in os.listdir(entry))
-    ]
-    return [*sorted(videos), *sorted(folders), *SHIPPED]
+    folders = [folder for folder in folders if any(name.lower().endswith(IMAGES) for name in listed(root / folder)[0])]
+    return [*sorted(videos), *folders, *SHIPPED]
 
 
 def path_of(file: str) -> Path:
     """The path of a choice.
 
     Raises:
-        TavError: it lies outside of the input folder, or doesn't exist.
+        TavError: it is no name, lies outside of the input folder, or doesn't exist.
     """
+    check_name("file", file)
     if file in SHIPPED:
         return SHIPPED[file]
-    path = inside(folder_paths.get_input_directory(), file.removesuffix(" [input]"), "file")
-    if not path.exists():
+    root = Path(folder_paths.get_input_directory()).resolve()
+    path = inside(root, file.removesuffix(" [input]"), "file")
+    if path == root or not path.exists():
         raise TavError("file", file, "is not in ComfyUI's input folder", "upload it, or choose another one")
     return path
 
@@ -77,14 +75,9 @@ class LoadVideo(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, file) -> bool | str:
-        if file is None:  # from another node, not yet there
-            return True
-        try:
-            path_of(file)
-        except TavError as error:
-            return str(error)
-        return True
+    def validate_inputs(cls, file=None, fit=None) -> bool | str:
+        wrong = usable(path_of, file)
+        return told(cls, fit=fit) if wrong is True else wrong
 
     @classmethod
     def fingerprint_inputs(cls, file, **_):
@@ -93,6 +86,7 @@ class LoadVideo(io.ComfyNode):
         return [(stat.st_mtime_ns, stat.st_size) for stat in (path.stat(), *inner)]
 
     @classmethod
+    @checked
     def execute(cls, file, start, stride, count, width, height, fit) -> io.NodeOutput:
         with plain_errors():
             clip = load_video(

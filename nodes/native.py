@@ -29,7 +29,6 @@ from ..tav_core.inflation import OverFrames, TunedLinear, VideoGroupNorm
 from .layout import unet_layout
 from .native_model import InflatedSDXL, NativeModel, NativePatcher, check_lora, nothing_swallowed
 from .patches import patched
-from .sdxl import VectorVideoUNet
 
 PREFIX = "diffusion_model."
 FRAMES = "tav_num_frames"  # in transformer_options: the length of the clip that the MODEL was tuned on
@@ -307,15 +306,9 @@ def _filled(config: Mapping[str, Any], state: Mapping[str, Tensor], **options) -
 
 
 def trainable_copy(model: ModelPatcher) -> VideoUNet:
-    """A plain video U-Net with the weights of an inflated MODEL, on the CPU, ready for `tav_core.tune`.
-
-    For SDXL it takes `packed` text.
-    """
+    """A plain video U-Net with the weights of an inflated MODEL, on the CPU, ready for `tav_core.tune`."""
     unet = video_unet(model)
-    copied = _filled(unet.config, weights(model), **unet.inflation)
-    if unet.config.class_embed_type:
-        copied.__class__ = VectorVideoUNet
-    return copied
+    return _filled(unet.config, weights(model), **unet.inflation)
 
 
 def video_unet(model: ModelPatcher) -> NativeVideoUNet:

@@ -28,13 +28,26 @@ def check_hints(net: comfy.controlnet.ControlBase, frames: int):
         raise TavError("ControlNet" if name else "ControlNet or T2I-Adapter", name, problem, remedy)
 
 
+def check_place(noise: Tensor, area: tuple[int, ...] | None = None, mask: Tensor | None = None, **_):
+    """Raises a TavError for an area of a prompt outside of latents `f c h w`, or masks that are too many or too few."""
+    frames, _, height, width = noise.shape
+    if area is not None and (area[-2] >= height or area[-1] >= width):
+        problem = f"has an area at {8 * area[-1]}, {8 * area[-2]}, outside of the frames ({8 * width} x {8 * height})"
+        raise TavError("CONDITIONING", None, problem, "set it inside of them")
+    if mask is not None and frames % len(mask):
+        problem = f"has {len(mask)} masks for {frames} frames"
+        raise TavError("CONDITIONING", None, problem, "give it one for all, or one for each frame")
+
+
 class OneFamily:
-    """Mixin for a `BaseModel` around a diffusers U-Net. Refused are foreign ControlNets, hints that fit no clip, and
-    masks that keep only noise.
+    """Mixin for a `BaseModel` around a diffusers U-Net. Refused are foreign ControlNets, hints, areas and masks that
+    fit no clip, and masks that keep only noise.
     """
 
     def extra_conds(self, **kwargs) -> dict[str, Any]:
         net, frames = kwargs.get("control"), len(kwargs["noise"])
+        if isinstance(self.diffusion_model, VideoUNet):
+            check_place(**kwargs)
         while net is not None:
             if isinstance(net, comfy.controlnet.ControlLora):
                 remedy = "use a whole ControlNet with an inflated one"

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from ..tav_core import TavError
 from .common import clean_latents, plain_errors, schema
 from .inject import has_injection, with_injection
+from .inputs import checked, told
 from .invert import INVERTED_WITH
 from .sampling import sample_with, sigmas_for
 
@@ -48,6 +49,11 @@ class VideoSampler(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, cfg=None, eta=None, scheduler=None) -> bool | str:
+        return told(cls, cfg=cfg, eta=eta, scheduler=scheduler)
+
+    @classmethod
+    @checked
     def execute(
         cls, model, positive, negative, noise, steps, cfg, scheduler, eta, add_noise, seed, sigmas=None
     ) -> io.NodeOutput:

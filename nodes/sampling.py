@@ -34,7 +34,7 @@ def sigmas_for(model: ModelPatcher, steps: int, scheduler: str, sigmas: Tensor |
     """
     if sigmas is None:
         return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps).cpu()
-    if len(sigmas) < 2 or (sigmas.diff() >= 0).any() or sigmas[-1] != 0:
+    if len(sigmas) < 2 or not (sigmas.diff() < 0).all() or not sigmas.isfinite().all() or sigmas[-1] != 0:
         raise TavError(
             "sigmas", None, f"({len(sigmas)} values) must fall to 0", "take those of Basic Scheduler with denoise 1"
         )

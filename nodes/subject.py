@@ -10,6 +10,7 @@ from ..tav_core import TavError
 from ..tav_core.subject import SOFTNESS, mask_of, outlined, probes, softened
 from .common import clean_latents, from_images, hidden_states, plain_errors, schema
 from .inject import without_injection
+from .inputs import checked, told
 from .native import scheduler_of
 from .sampling import sample_with
 
@@ -74,6 +75,11 @@ class SubjectMask(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, threshold=None) -> bool | str:
+        return told(cls, threshold=threshold)
+
+    @classmethod
+    @checked
     def execute(cls, model, latent, images, conditioning, contrast, threshold, softness, seed) -> io.NodeOutput:
         with plain_errors():
             scheduler = scheduler_of(model)  # raises for a model that this isn't for

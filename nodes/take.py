@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from .common import NodeTakes, schema
+from .inputs import checked
 
 
 class Take(io.ComfyNode):
@@ -24,5 +25,6 @@ class Take(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, latent, positive, takes=()) -> io.NodeOutput:
         return io.NodeOutput((*takes, (latent, positive)))

@@ -23,6 +23,7 @@ from ..tav_core import (
     Condition,
     Note,
     Take,
+    TavError,
     TuneConfig,
     TuneResult,
     VideoUNet,
@@ -44,6 +45,7 @@ from .common import (
     NodeTakes,
     NodeTunedWeights,
     TunedWeights,
+    check_unlimited,
     clean_latents,
     from_images,
     hidden_states,
@@ -54,8 +56,10 @@ from .common import (
     schema,
     show,
 )
+from .folders import listed
+from .inputs import checked, told
 from .native import WINDOWS, scheduler_of, trainable_copy, video_unet, with_tuned_weights
-from .sdxl import packed, vector_of
+from .sdxl import vector_of
 
 KEPT_STATES = 4  # runs that can be resumed; for SD 1.5 a state takes 0.9 GB
 PREVIEW_STEPS, PREVIEW_GUIDANCE = 10, 5.0
@@ -117,6 +121,11 @@ class OneShotTune(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, learning_rate=None, dtype=None, memory=None, timestep_sampling=None) -> bool | str:
+        return told(cls, learning_rate=learning_rate, dtype=dtype, memory=memory, timestep_sampling=timestep_sampling)
+
+    @classmethod
+    @checked
     def execute(
         cls,
         model,
@@ -167,10 +176,14 @@ class OneShotTune(io.ComfyNode):
 
 
 def take_of(model: ModelPatcher, latent: dict, conditioning: list, field: str) -> Take:
-    """A LATENT and a CONDITIONING as `trainable_copy` learns from them; for SDXL the text is `packed`."""
-    latents = clean_latents(model, latent)
-    text, vector = hidden_states(model, conditioning, field), vector_of(model, conditioning, latents)
-    return Take(latents, Condition(text if vector is None else packed(text, vector)))
+    """A LATENT and a CONDITIONING as `trainable_copy` learns from them."""
+    latents, text = clean_latents(model, latent), hidden_states(model, conditioning, field)
+    check_unlimited(conditioning, field)
+    return Take(latents, Condition(text, vector_of(model, conditioning, latents)))
+
+
+def copied(condition: Condition) -> Condition:
+    return Condition(*(None if each is None else each.clone() for each in vars(condition).values()))
 
 
 class Trainee(nn.Module):
@@ -211,7 +224,7 @@ def run(
     with torch.inference_mode(False):  # which nodes run under
         unet = trainable_copy(model)
         # clones, because tensors that were made under it know no gradients
-        takes = [Take(take.latents.clone(), Condition(take.condition.encoder_hidden_states.clone())) for take in takes]
+        takes, edit = [Take(take.latents.clone(), copied(take.condition)) for take in takes], copied(edit)
         _, _, length, height, width = takes[0].latents.shape
         base, frames = base_fingerprint(unet), config.context_length or length
         device = ComfyDevice(unet, [vae.patcher] if preview_every and vae is not None else [])
@@ -219,7 +232,7 @@ def run(
 
         def picture() -> Image.Image:
             first = takes[0].to(device.device).at(shown)
-            wish = Condition(edit.encoder_hidden_states.clone()).to(device.device).at(1, length, shown)
+            wish = edit.to(device.device).at(1, length, shown)
             return preview(model, unet, scheduler, first, wish, vae)
 
         on_event = Reporter(node, config.steps, preview_every, picture)
@@ -265,17 +278,23 @@ class Reporter:
 
 
 def state_path(base: str, fingerprint: dict, steps: int) -> Path:
-    """Where the run of that fingerprint keeps its state. The oldest states go."""
+    """Where the run of that fingerprint keeps its state. The oldest states go.
+
+    Raises:
+        TavError: there can't be such a folder.
+    """
     folder = Path(folder_paths.get_user_directory()) / "tune_a_video"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"can't be made ({error.strerror}), in which an unfinished tuning is kept"
+        raise TavError("folder", folder, problem, "make its parent one that ComfyUI may write to") from error
     key = hashlib.sha256(json.dumps([base, fingerprint], sort_keys=True).encode()).hexdigest()[:20]
     path = folder / f"{key}.safetensors"
     if path.exists() and read_state(path)[0].step > steps:  # a longer run: this one ends earlier
         path = folder / f"{key}-{steps}.safetensors"
-    others = sorted(
-        (p for p in folder.glob("*.safetensors") if p != path), key=lambda p: p.stat().st_mtime, reverse=True
-    )
-    for old in others[KEPT_STATES - 1 :]:
+    others = [folder / name for name in listed(folder)[0] if name.endswith(".safetensors") and name != path.name]
+    for old in sorted(others, key=lambda p: p.stat().st_mtime, reverse=True)[KEPT_STATES - 1 :]:
         old.unlink()
     return path
 

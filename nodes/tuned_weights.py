@@ -1,5 +1,6 @@
 """Save, Load and Apply Tuned Weights: tune once, use it in every graph."""
 
+import os
 from pathlib import Path
 
 import folder_paths
@@ -10,6 +11,8 @@ from safetensors.torch import load_file
 from ..tav_core import TavError, base_fingerprint, read_tuned
 from ..tav_core.tuned_weights import check_fit, write_tuned
 from .common import NodeTunedWeights, TunedWeights, inside, plain_errors, schema
+from .folders import walked
+from .inputs import check_name, check_new_name, checked, usable
 from .native import trainable_names, video_unet, weights, with_tuned_weights
 
 FOLDER = "tune_a_video"  # under models/
@@ -38,19 +41,58 @@ class SaveTunedWeights(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, name=None) -> bool | str:
+        return usable(new_path, name)
+
+    @classmethod
+    @checked
     def execute(cls, tuned_weights: TunedWeights, name, prompt) -> io.NodeOutput:
         with plain_errors(output="name"):
-            if not name.strip():
-                raise TavError("name", None, "is empty", "give the file a name")
-            root = folder_paths.get_folder_paths(FOLDER)[0]
-            path = inside(root, name.strip().removesuffix(".safetensors") + ".safetensors", "name")
+            path = new_path(name)
             info = type(tuned_weights.info)(**{**tuned_weights.info.__dict__, "prompt": prompt})
             write_tuned(path, tuned_weights.tensors, info)
-        return io.NodeOutput(ui={"text": [f"saved {path.relative_to(root)}"]})
+        return io.NodeOutput(ui={"text": [f"saved {path.relative_to(_root())}"]})
 
 
-def missing(file: str) -> TavError:
-    return TavError("file", file, f"is not in models/{FOLDER}", "put it there, or choose another one")
+def _root() -> Path:
+    return Path(folder_paths.get_folder_paths(FOLDER)[0]).resolve()
+
+
+def new_path(name: str) -> Path:
+    """Where weights of a name are saved.
+
+    Raises:
+        TavError: it is none, or leads out of the folder.
+    """
+    check_name("name", name)
+    plain = name.strip().removesuffix(".safetensors").replace("\\", "/")
+    if not plain:
+        raise TavError("name", None, "is empty", "give the file a name")
+    path = inside(_root(), f"{plain}.safetensors", "name")
+    check_new_name("name", plain)
+    return path
+
+
+def choices() -> dict[str, Path]:
+    """The files in models/tune_a_video, by name."""
+    files = {}
+    for root in folder_paths.get_folder_paths(FOLDER):
+        for folder, names in walked(root):
+            paths = [folder / name for name in names if name.lower().endswith(".safetensors")]
+            files = {**{os.path.relpath(path, root): path for path in paths}, **files}
+    return dict(sorted(files.items()))
+
+
+def path_of(file: str) -> Path:
+    """The path of a choice.
+
+    Raises:
+        TavError: it is none.
+    """
+    check_name("file", file)
+    if (path := choices().get(file)) is None:
+        raise TavError("file", file, f"is not in models/{FOLDER}", "put it there, or choose another one")
+    return path
 
 
 class LoadTunedWeights(io.ComfyNode):
@@ -62,7 +104,7 @@ class LoadTunedWeights(io.ComfyNode):
             description=f"Loads a file that Save Tuned Weights or the command line wrote, from models/{FOLDER}.",
             search_aliases=["load tuned model"],
             inputs=[
-                io.Combo.Input("file", options=folder_paths.get_filename_list(FOLDER),
+                io.Combo.Input("file", options=list(choices()),
                                tooltip=f"A file in models/{FOLDER}."),
             ],
             outputs=[
@@ -72,20 +114,18 @@ class LoadTunedWeights(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, file) -> bool | str:
-        known = file is None or file in folder_paths.get_filename_list(FOLDER)  # None: from another node, not yet there
-        return known or str(missing(file))
+    def validate_inputs(cls, file=None) -> bool | str:
+        return usable(path_of, file)
 
     @classmethod
     def fingerprint_inputs(cls, file):
-        return Path(folder_paths.get_full_path_or_raise(FOLDER, file)).stat().st_mtime_ns
+        return path_of(file).stat().st_mtime_ns
 
     @classmethod
+    @checked
     def execute(cls, file) -> io.NodeOutput:
-        path = folder_paths.get_full_path(FOLDER, file)
         with plain_errors(tuned="file"):
-            if path is None:
-                raise missing(file)
+            path = path_of(file)
             info = read_tuned(path)
             return io.NodeOutput(TunedWeights(load_file(path), info), info.prompt)
 
@@ -107,6 +147,7 @@ class ApplyTunedWeights(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, model, tuned_weights: TunedWeights) -> io.NodeOutput:
         with plain_errors(), torch.no_grad():
             unet, info = video_unet(model), tuned_weights.info

@@ -4,14 +4,24 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ..tav_core import ContextWindows as Windows
+from ..tav_core import TavError
 from .common import plain_errors, schema
+from .inputs import checked
 from .native import WINDOWS, video_unet, windows_of
 
 
-def room_for_a_window(executor, model, noise_shape, *args, **kwargs):
-    """Wraps ComfyUI's preparation of a sampler, which would make room for the whole clip."""
+def room_for_a_window(executor, model, noise_shape, conds, *args, **kwargs):
+    """Wraps ComfyUI's preparation of a sampler, which would make room for the whole clip.
+
+    Raises:
+        TavError: boxes of GLIGEN, whose patch is for all frames at once.
+    """
+    if any("gligen" in cond for prompts in conds.values() for cond in prompts):
+        problem = "has boxes of GLIGEN, and MODEL sees the clip in Context Windows (Tune-A-Video)"
+        raise TavError("CONDITIONING", None, problem, "leave out one of the two")
     windows = windows_of(model.model_options["transformer_options"])
-    return executor(model, [min(noise_shape[0], windows.context_length), *noise_shape[1:]], *args, **kwargs)
+    shape = [min(noise_shape[0], windows.context_length), *noise_shape[1:]]
+    return executor(model, shape, conds, *args, **kwargs)
 
 
 class ContextWindows(io.ComfyNode):
@@ -41,6 +51,7 @@ class ContextWindows(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, model, context_length, context_overlap) -> io.NodeOutput:
         with plain_errors():
             video_unet(model)  # raises for a model that isn't inflated

@@ -9,6 +9,7 @@ from ..tav_core import TavError
 from ..tav_core.subject import SOFTNESS, mask_of_attention, outlined, softened, word_attention, word_places
 from .common import clean_latents, from_images, hidden_states, plain_errors, schema
 from .inject import without_injection
+from .inputs import checked, told
 from .native import scheduler_of, video_unet, windows_of
 from .sampling import InversionSampler, sample_with, sigmas_for
 from .subject import check_images
@@ -54,6 +55,11 @@ class WordMask(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, threshold=None) -> bool | str:
+        return told(cls, threshold=threshold)
+
+    @classmethod
+    @checked
     def execute(cls, model, clip, latent, images, sentence, word, steps, threshold, softness) -> io.NodeOutput:
         with plain_errors():
             scheduler_of(model)  # raises for a model that this isn't for

@@ -1,5 +1,6 @@
 """What a U-Net is told of a clip: the embedding of its sentence and, where it has classes, labels."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Union
@@ -64,19 +65,33 @@ def joined(conditions: Mapping[str, Condition], b: int, f: int) -> Condition:
     """One after the other, as a batch of as many times `b` videos of `f` frames; names are for errors.
 
     Raises:
-        TavError: texts of several lengths, or a batch that fits neither videos nor frames.
+        TavError: texts of several encoders, or a batch that fits neither videos nor frames.
     """
     texts = {name: per_frame(name, told.encoder_hidden_states, b, f) for name, told in conditions.items()}
-    if len({text.shape for text in texts.values()}) > 1:
-        shapes = ", ".join(f"{name} {text.shape[1]}" for name, text in texts.items())
-        problem = f"differs from the other texts in its number of tokens ({shapes})"
-        raise TavError(next(iter(texts)), None, problem, "pad them to one length")
+    texts = of_one_length(texts)
     labels = {name: per_frame("class_labels", told.class_labels, b, f) for name, told in conditions.items()}
     if lost := [name for name, of in labels.items() if of is None]:
         if len(lost) < len(labels):
             raise TavError("class_labels", None, f"are missing beside {lost[0]}", "give them to all, or to none")
         return Condition(torch.cat(list(texts.values())))
     return Condition(torch.cat(list(texts.values())), torch.cat(list(labels.values())))
+
+
+def of_one_length(texts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Texts `b n d`, each repeated until all have as many tokens, as ComfyUI's samplers do; names are for errors.
+
+    Attention over a text several times over is, to rounding, that over it once: so a sentence of one chunk of 77 tokens
+    stands beside one of two.
+
+    Raises:
+        TavError: texts of several widths.
+    """
+    if len({text.shape[2] for text in texts.values()}) > 1:
+        widths = ", ".join(f"{name} {text.shape[2]}" for name, text in texts.items())
+        problem = f"differs from the other texts in its width ({widths})"
+        raise TavError(next(iter(texts)), None, problem, "use one text encoder for all")
+    length = math.lcm(*(text.shape[1] for text in texts.values()))
+    return {name: text.repeat(1, length // text.shape[1], 1) for name, text in texts.items()}
 
 
 def predict(

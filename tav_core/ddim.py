@@ -209,7 +209,7 @@ def ddim_sample(
         unet, condition, scheduler, num_steps: as in `ddim_invert`.
         latents: noise, `b c f h w`; random or from `ddim_invert`.
         guidance_scale: the paper uses 12.5; at most 1 runs the condition alone, at half the cost.
-        negative_hidden_states: the negative (or empty) prompt, as long as the condition's; labels by default as there.
+        negative_hidden_states: the negative (or empty) prompt, of any length; labels by default as there.
         source_walk: takes the source clip back beside the edit, from the same noise without guidance, and lets it lead
             the edit's attention or hold a part of it (see `injection`); needs a model with a `frame_context`.
         source_hidden_states: what the source clip was inverted with, for `source_walk`.
@@ -221,7 +221,7 @@ def ddim_sample(
 
     Raises:
         TavError: guidance without `negative_hidden_states`, a walk without `source_hidden_states`, an eta outside
-            0 ... 1, texts of several lengths; see also `ddim_invert`.
+            0 ... 1, texts of several widths; see also `ddim_invert`.
     """
     guided = guidance_scale > 1
     if guided and negative_hidden_states is None:

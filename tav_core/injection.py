@@ -138,25 +138,48 @@ class SourceWalk:
             x: the videos of the edit under each prompt, `(prompts b) c f h w`, all alike.
             sigma, sigmas: the level, and all of the sampling, falling.
         """
-        steps = LedSteps(sigmas, self.share)
-        leads = steps.leads(sigma)
-        if not leads and not self.holds:
+        if not self.walks(sigma, sigmas):
             return ask(x, None)
         b = len(x) // prompts
-        source = x[:b] if self.sigma is None else self.at(sigma)
-        anchor = self.places.anchor if steps.anchors(sigma) else None
+        source, (leads, anchor) = self.source(x[:b], sigma), self.leading(sigma, sigmas)
         if anchor is not None:
             anchor = rearrange(_for_all(anchor, x[:b], prompts + 1), "b 1 f h w -> (b f) 1 h w")
         out = ask(torch.cat([source, x]), Led(b if leads else 0, anchor))
-        source_x0, x0 = out[:b], out[b:]
-        if self.sigma is None or sigma != self.sigma:
-            self.x, self.x0, self.sigma = source, source_x0, sigma
-        # the same for all prompts, so that guidance keeps to it
-        source_x0 = source_x0.repeat(prompts, 1, 1, 1, 1)
+        self.advance(source, out[:b], sigma)
+        return self.kept(out[b:], prompts)
+
+    def walks(self, sigma: Tensor, sigmas: Tensor) -> bool:
+        """Whether the source is needed at a level of a sampling."""
+        return self.holds or self.leading(sigma, sigmas)[0]
+
+    def leading(self, sigma: Tensor, sigmas: Tensor) -> tuple[bool, Tensor | None]:
+        """Whether the source leads at a level, and where its features do as well, as in `EditPlaces`."""
+        steps = LedSteps(sigmas, self.share)
+        return steps.leads(sigma), self.places.anchor if steps.anchors(sigma) else None
+
+    def source(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The source at a level, `b c f h w`: the edit itself, `x`, where both begin."""
+        return x if self.sigma is None else self.at(sigma)
+
+    def is_new(self, sigma: Tensor) -> bool:
+        """Whether the walk has yet to be taken to this level."""
+        return self.sigma is None or bool(sigma != self.sigma)
+
+    def advance(self, source: Tensor, x0: Tensor, sigma: Tensor):
+        """Takes the walk to a level, where a model sees the clean latents `x0` in `source`; twice is once."""
+        if self.is_new(sigma):
+            self.x, self.x0, self.sigma = source, x0, sigma
+
+    def kept(self, x0: Tensor, prompts: int) -> Tensor:
+        """Clean latents of the edit under each prompt, `(prompts b) c f h w`, where the source's may not change.
+
+        It is the same for all prompts, so that guidance keeps to it.
+        """
+        videos, clip = self.x0, self.x0.repeat(prompts, 1, 1, 1, 1)
         if self.places.still is not None:
-            x0 = steadied(x0, source_x0, _for_all(self.places.still, x[:b], prompts))
+            x0 = steadied(x0, clip, _for_all(self.places.still, videos, prompts))
         if self.places.changeable is not None:
-            x0 = torch.lerp(source_x0, x0, _for_all(self.places.changeable, x[:b], prompts))
+            x0 = torch.lerp(clip, x0, _for_all(self.places.changeable, videos, prompts))
         return x0
 
     def at(self, sigma: Tensor) -> Tensor:

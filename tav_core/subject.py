@@ -58,8 +58,8 @@ def subject_mask(
         TavError: a threshold out of range, or sentences that make no difference anywhere.
     """
     condition, predictions = Condition.of(condition), []
-    texts = torch.cat([condition.encoder_hidden_states, contrast_hidden_states])
-    sentences = [Condition(text[None], condition.class_labels) for text in texts]
+    texts = [condition.encoder_hidden_states, *contrast_hidden_states.split(1)]
+    sentences = [Condition(text, condition.class_labels) for text in texts]
     for t, alpha, noise in probes(latents, scheduler, seed):
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
         predictions.append(torch.cat([predict(unet, noisy, t, sentence) for sentence in sentences]))

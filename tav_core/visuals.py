@@ -1,6 +1,8 @@
 """Pictures for people: before/after strips, side-by-side videos, loss curves."""
 
 import math
+from bisect import bisect_right
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from .errors import TavError
 
 BACKGROUND, INK, MARGIN = (24, 25, 28), (232, 232, 235), 8
 FRAME = 128  # pixels that a frame should at least measure to be read
+LONGEST = 1000  # characters of a label; FreeType can't measure millions
 
 
 def strip(videos: list[Tensor], labels: list[str], path: str | Path | None = None, columns: int = 8) -> Image.Image:
@@ -112,21 +115,35 @@ def _label(text: str, width: int, height: int) -> np.ndarray:
     """Up to two lines of text for frames of that height, `h w 3`, ending in an ellipsis where it doesn't fit."""
     size = max(13, height // 18)
     font, step = ImageFont.load_default(size), round(size * 1.3)
-    lines, words = [], text.split()
-    while words and len(lines) < 2:
-        line = words.pop(0)
-        while words and font.getlength(f"{line} {words[0]}") <= width - 4:
-            line += f" {words.pop(0)}"
-        lines.append(line)
-    if words:
-        lines[-1] += " ..."
+    lines = _wrapped(text, font, width)
     image = Image.new("RGB", (width, 2 * step + 4), BACKGROUND)
     draw = ImageDraw.Draw(image)
     for i, line in enumerate(lines):
-        while font.getlength(line) > width and len(line) > 4:
-            line = line[:-5] + " ..."
         draw.text((1, 2 + step * (i + (len(lines) == 1))), line, INK, font)
     return np.array(image)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int = 2) -> list[str]:
+    """A text of any length in so many lines; what a font can't draw (line breaks, control characters) is a blank."""
+    words = deque("".join(letter if letter.isprintable() else " " for letter in text[:LONGEST]).split())
+    lines = []
+    while words and len(lines) < most:
+        line = [words.popleft()]
+        room = width - 4 - font.getlength(line[0])
+        while words and (room := room - font.getlength(f" {words[0]}")) >= 0:
+            line.append(words.popleft())
+        lines.append(" ".join(line))
+    if lines and (words or len(text) > LONGEST):
+        lines[-1] += " ..."
+    return [_cut(line, font, width) for line in lines]
+
+
+def _cut(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """As much of a line as fits, and an ellipsis in place of the rest."""
+    if font.getlength(line) <= width:
+        return line
+    kept = bisect_right(range(len(line) - 4), width, key=lambda count: font.getlength(line[:count] + " ..."))
+    return line[: max(kept - 1, 0)] + " ..."
 
 
 def _written(image: Image.Image, path: str | Path | None) -> Image.Image:

@@ -233,7 +233,8 @@ def test_the_model_runs_in_its_dtype_and_the_schedule_in_float32():
     (lambda: ddim_timesteps(FlowMatchEulerDiscreteScheduler(), 10), "FlowMatch"),
     (lambda: ddim_timesteps(DDPMScheduler(prediction_type="flow"), 10), "prediction_type='flow'"),
     (lambda: ddim_sample(Model(), latents(), TEXT, DDIM, 3), "negative_hidden_states"),
-    (lambda: ddim_sample(Model(), latents(), TEXT, DDIM, 3, negative_hidden_states=NEGATIVE[:, :3]), "pad them"),
+    (lambda: ddim_sample(Model(), latents(), TEXT, DDIM, 3, negative_hidden_states=NEGATIVE[..., :3]),
+     r"in its width \(negative_hidden_states 3, condition .*use one text encoder"),
     (lambda: ddim_sample(Model(), latents(), TEXT, DDIM, 3, guidance_scale=1.0, eta=1.5), "eta=1.5"),
 ])  # fmt: skip
 def test_mistakes_are_named(call, message):

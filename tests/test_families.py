@@ -1,12 +1,14 @@
 """SDXL through the nodes, on a reduced layout: against the native model, and what is refused."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from support.controls import control_net, controlled, hints, steered, t2i_adapter
-from support.native_models import POOLED, TEXT, attention_lora, clip, inflated, native, prompt, relative, sample
+from support.native_models import POOLED, attention_lora, clip, inflated, native, prompt, relative, sample
 from support.native_patches import agrees, at_the_time_embedding, on_attn1_inputs, on_attn2_output
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
@@ -196,10 +198,23 @@ def test_the_copy_that_is_tuned_predicts_what_the_model_does(pack, models):
         vector.expand(3, -1),
         transformer_options={"cond_or_uncond": [0]},
     )
-    packed = xl.packed(text[0][0], vector)
-    assert packed.shape == (1, 77 + 33, TEXT)
-    out = bridge.trainable_copy(wrapped)(noise.movedim(0, 1)[None], 500, packed)
+    out = bridge.trainable_copy(wrapped)(noise.movedim(0, 1)[None], 500, text[0][0], class_labels=vector)
     assert relative(out[0].movedim(1, 0), expected) < 1e-4
+
+
+def test_a_preview_of_a_sentence_of_more_chunks(pack, models, monkeypatch, tmp_path):
+    """Its text is repeated, its vector isn't."""
+    import folder_paths
+
+    shown, (one, fields) = [], prompt(3)[0]
+    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
+    monkeypatch.setattr(pack.nodes.tune, "show", lambda node, picture: shown.append(np.int16(picture)))
+    monkeypatch.setattr(pack.nodes.tune, "PREVIEW_STEPS", 2)
+    for times in (1, 3):
+        tune = (models[1], {"samples": clip(2)}, prompt(1), 1, 1e-7, 0, "fp32", "fast", "uniform", 1)
+        pack.nodes.OneShotTune.execute(*tune, preview_prompt=[[one.repeat(1, times, 1), fields]])
+        shutil.rmtree(tmp_path / "tune_a_video")
+    assert np.abs(shown[0] - shown[1]).max() <= 1 < shown[0].std()
 
 
 def test_patches_of_deeper_transformers(pack, models):

@@ -14,9 +14,11 @@ from einops import rearrange
 from support.led_sampling import led_sample
 from support.tiny_unets import CROSS_DOWN, CROSS_UP, DOWN, UP, difference, inputs, make_unet, stir
 from tav_core.attention import FrameAttnProcessor, FrameContext, sdpa, temporal_attention
+from tav_core.condition import Condition, joined
 from tav_core.errors import TavError
 from tav_core.inflation import VideoUNet, inflate
 from tav_core.recompute import MEMORY
+from tav_core.subject import subject_mask
 from tav_core.trainable import trainable_parameters
 
 LAYOUTS = {
@@ -183,8 +185,28 @@ def test_attention_injection_in_sampling():
         sampled(wish, attention_injection=0.5)
     with pytest.raises(TavError, match="attention_injection=1.5 is out of range; give a number from 0 to 1"):
         sampled(wish, attention_injection=1.5, source_hidden_states=text)
-    with pytest.raises(TavError, match="source_hidden_states 4, .*condition 5.*pad them"):
-        sampled(wish, attention_injection=1.0, source_hidden_states=text[:, :4])
+
+
+@torch.no_grad()
+def test_texts_of_several_lengths_meet_as_if_each_were_alone():
+    """Negative, source and edit of 5, 10 and 15 tokens."""
+    unet, (noise, _, text), scheduler = stir(inflate(make_unet())), inputs(), DDIMScheduler(clip_sample=False)
+    long, longer = (torch.cat([part[None] for part in inputs(b=n)[2]], 1) for n in (2, 3))
+    assert (text.shape[1], long.shape[1], longer.shape[1]) == (5, 10, 15)
+    settings = dict(guidance_scale=3.0, attention_injection=0.5)
+
+    def sampled(words, negative, source):
+        told = dict(negative_hidden_states=negative, source_hidden_states=source)
+        return led_sample(unet, noise, words, scheduler, 4, **told, **settings)
+
+    mixed = sampled(longer, text, long)
+    assert difference(mixed, sampled(longer.repeat(1, 2, 1), text.repeat(1, 6, 1), long.repeat(1, 3, 1))) < 1e-3
+    assert difference(mixed, sampled(longer, longer, long)) > 0.1
+    both = joined({"condition": Condition(text), "other": Condition(longer)}, 1, 3).encoder_hidden_states
+    alone = torch.cat([unet(noise, 500, words) for words in (text, longer)])
+    assert difference(unet(torch.cat([noise] * 2), 500, both), alone) < 1e-5 < 1e-2 < difference(*alone)
+    found = [subject_mask(unet, noise, text, other, scheduler) for other in (longer, longer.repeat(1, 2, 1))]
+    assert torch.equal(*found)
 
 
 def test_timesteps_and_text_come_in_many_forms():
