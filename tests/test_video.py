@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tav_core import video
+from tav_core import containers, pictures, video
 from tav_core.errors import TavError
 from tav_core.video import load_video, save_video, to_frames, to_pixels
 from tav_core.visuals import loss_curve, side_by_side, strip
@@ -53,39 +53,21 @@ def test_the_wanted_frames_are_read(folder, name, start, stride, count):
     expected = list(range(F))[start::stride][:count]
     assert clip.frames.dtype == torch.uint8 and clip.frames.shape == (len(expected), H, W, 3)
     assert numbers(clip.frames) == expected
-    assert clip.fps == pytest.approx((video.FOLDER_FPS if name == "images" else 10) / stride)
+    assert clip.fps == pytest.approx((pictures.FOLDER_FPS if name == "images" else 10) / stride)
     assert clip.source == str(folder / name)
 
 
-def test_nothing_is_decoded_past_the_last_wanted_frame(folder, monkeypatch):
-    taken, opened = [], av.open
-
-    class Counting:  # the container's own class can't be patched
-        def __init__(self, container):
-            self.container = container
-
-        def __getattr__(self, name):
-            return getattr(self.container, name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            self.container.close()
-
-        def decode(self, stream):
-            for frame in self.container.decode(stream):
-                taken.append(frame)
-                yield frame
-
-    monkeypatch.setattr(av, "open", lambda *args, **options: Counting(opened(*args, **options)))
-    load_video(folder / "clip.mp4", start=2, stride=3, count=3)
-    assert len(taken) == 2 + 2 * 3 + 1
+def test_nothing_is_decoded_past_the_last_wanted_frame_nor_converted_beside_the_wanted(folder, monkeypatch):
+    looked_at, converted, to_rgb = [], [], containers.to_rgb
+    monkeypatch.setattr(containers, "to_rgb", lambda *args: converted.append(args) or to_rgb(*args))
+    load_video(folder / "clip.mp4", start=2, stride=3, count=3, callback=looked_at.append)
+    assert len(looked_at) == F + 1 + (2 + 2 * 3 + 1)  # packets, the last of them empty, and frames
+    assert len(converted) == 3
 
 
 def test_images_that_are_not_wanted_are_not_opened(folder, monkeypatch):
     names, opened = [], Image.open
-    monkeypatch.setattr(video.Image, "open", lambda path: names.append(path.stem) or opened(path))
+    monkeypatch.setattr(pictures.Image, "open", lambda path: names.append(path.stem) or opened(path))
     load_video(folder / "images", start=2, stride=4, count=3)
     assert names == ["2", "6", "10"]
 
