@@ -17,8 +17,7 @@ import numpy as np
 from .colours import Colours, display_matrix, to_rgb, to_sdr, turned
 from .errors import TavError
 from .events import Callback, Reading
-from .pictures import FOLDER_FPS
-from .timeline import Footage, Shown, Timeline, timeline_of
+from .timeline import FOLDER_FPS, Footage, Shown, Timeline, timeline_of
 
 # what holds its video itself: no playlists, which would have other files read, no devices, no text
 FORMATS = (
@@ -47,7 +46,7 @@ def opened(path: Path) -> Iterator:
     try:
         # "file:", because a name like 12:30.mp4 would be one of a protocol
         options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
-        with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
+        with av.open(f"file:{path}", container_options=options, metadata_errors="replace") as container:
             yield container
     except (av.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -93,7 +92,7 @@ def video_footage(path: Path, callback: Callback) -> Footage:
 
     def frames(start: int) -> Iterator[Shown]:
         if scan.line is None:
-            decoded = ((number, number + 1, frame) for number, frame in enumerate(_decoded(path, None, callback)))
+            decoded = ((number, number + 1, frame) for number, frame in enumerate(_decoded(path, None, 0, callback)))
         else:
             decoded = _numbered(path, scan, start, callback)
         for number, until, frame in decoded:
@@ -114,6 +113,8 @@ def _stream(container, path: Path):
     cover = av.stream.Disposition.attached_pic
     for stream in container.streams.video:
         if not stream.disposition & cover:
+            if stream.codec_context is None:
+                raise TavError("video", path, "is coded in a way that is not known here", CONVERT)
             return stream
     raise TavError("video", path, "has no video stream", "give an mp4, webm or gif file or a folder of images")
 
@@ -122,7 +123,8 @@ def _decoder(stream):
     import av
 
     name = stream.codec_context.name
-    if stream.metadata.get("alpha_mode") == "1" and name in WITH_ALPHA:
+    tagged = {key.lower(): value for key, value in stream.metadata.items()}
+    if tagged.get("alpha_mode") == "1" and name in WITH_ALPHA:
         decoder = av.CodecContext.create(WITH_ALPHA[name], "r")
         decoder.extradata = stream.codec_context.extradata
         return decoder
@@ -134,11 +136,12 @@ def _scan(container, path: Path, callback: Callback) -> _Scan:
     stream = _stream(container, path)
     decoder, first = _decoder(stream), None
     in_order = container.format.name == "avi"  # which says when frames are decoded, and that some are left out
-    packets = []
+    packets, damaged = [], False
     for number, packet in enumerate(container.demux(stream), 1):
         callback(Reading(number))
         if first is None and (frames := decoder.decode(packet)):
             first = frames[0]
+        damaged = packet.is_corrupt if packet.size else damaged
         if packet.size and not packet.is_discard:
             shown = packet.dts if in_order else packet.pts
             packets.append((shown, packet.dts, packet.duration or 0, packet.is_keyframe))
@@ -159,18 +162,24 @@ def _scan(container, path: Path, callback: Callback) -> _Scan:
         float((begin or 0) * stream.time_base),
         aspect if 1 / ODDEST <= aspect <= ODDEST else 1.0,
         Colours(int(stream.codec_context.color_trc or 0), int(stream.codec_context.color_primaries or 0)),
-        _is_cut_off(stream, path),
+        _is_cut_off(stream, path) or container.format.name.startswith("mov") and damaged,
     )
 
 
 def _is_cut_off(stream, path: Path) -> bool:
-    """Of mp4, from PyAV 17 on: the decoder takes a missing rest for the end."""
+    """Of mp4, from PyAV 17 on: the decoder takes a missing rest for the end. Earlier ones see half a packet at most."""
     index = getattr(stream, "index_entries", ())
     return len(index) > 0 and index[len(index) - 1].pos + index[len(index) - 1].size > path.stat().st_size
 
 
-def _decoded(path: Path, key: tuple[int, int] | None, callback: Callback) -> Iterator:
-    """All frames from the key frame on, or none if the file can't be entered there; without one, all that there are."""
+def _decoded(path: Path, key: int | None, target: int, callback: Callback) -> Iterator:
+    """All frames, or, where there is the stamp of a key frame, those from it or an earlier one on.
+
+    None if the file can't be entered there.
+
+    Args:
+        target: the stamp to seek, for a key frame.
+    """
     import av
 
     with opened(path) as container:
@@ -178,7 +187,7 @@ def _decoded(path: Path, key: tuple[int, int] | None, callback: Callback) -> Ite
         stream.thread_type = "AUTO"
         if key is not None:
             try:
-                container.seek(key[1], stream=stream)
+                container.seek(target, stream=stream)
             except av.FFmpegError:
                 return
         decoder, entered, number = _decoder(stream), key is None, 0
@@ -186,7 +195,7 @@ def _decoded(path: Path, key: tuple[int, int] | None, callback: Callback) -> Ite
             if not entered:
                 if not packet.is_keyframe:
                     continue
-                if packet.pts is None or packet.pts > key[0]:
+                if packet.pts is None or packet.pts > key:
                     return
                 entered = True
             for frame in decoder.decode(packet):
@@ -200,13 +209,16 @@ def _numbered(path: Path, scan: _Scan, start: int, callback: Callback) -> Iterat
     Decoding begins at the beginning where a file can't be entered exactly.
     """
     line = scan.line
-    target = line.stamp_at(start)
-    earlier = [key for key in scan.keys if line.stamps[0] < key[0] <= target]
-    for key in (*earlier[-1:], None):
+    wanted = line.stamp_at(start)
+    earlier = [stamps for stamps in scan.keys if line.stamps[0] < stamps[0] <= wanted][-1:]
+    # files are entered by the one stamp or by the other
+    for key, target in [(pts, stamp) for pts, dts in earlier for stamp in sorted({pts, dts}, reverse=True)] + [
+        (None, 0)
+    ]:
         place, previous, repeated = -1, None, 0
-        for frame in _decoded(path, key, callback):
-            if place < 0 and key is not None and frame.pts != key[0]:
-                if frame.pts is None or frame.pts > key[0]:
+        for frame in _decoded(path, key, target, callback):
+            if place < 0 and key is not None and frame.pts != key:
+                if frame.pts is None or frame.pts > key:
                     break
                 continue  # of an open group of pictures, whose first half is not there
             if scan.in_order or frame.pts is None:

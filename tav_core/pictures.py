@@ -12,12 +12,11 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import TavError
-from .timeline import Footage, Shown, timeline_of
+from .timeline import FOLDER_FPS, Footage, Shown, timeline_of
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 ANIMATED = ("WEBP", "PNG", "AVIF")  # formats that may be
 ALONE = (*ANIMATED, "JPEG", "BMP", "TIFF")  # formats of files that are one picture
-FOLDER_FPS = 8  # a folder of images says nothing of time
 
 
 def pictures(folder: Path) -> list[Path]:

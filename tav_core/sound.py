@@ -39,9 +39,9 @@ def read_sound(path: Path, begin: float, seconds: float, callback: Callback) -> 
     sound = None
     for ahead in (AHEAD, None):
         with opened(path) as container:
-            if not container.streams.audio:
+            stream = next((stream for stream in container.streams.audio if stream.codec_context), None)
+            if stream is None:
                 return None
-            stream = container.streams.audio[0]
             rate = stream.codec_context.sample_rate
             rate = rate if rate in RATES else 48000
             sound = np.zeros((min(2, stream.codec_context.layout.nb_channels), round(seconds * rate)), np.float32)

@@ -14,6 +14,7 @@ import numpy as np
 
 SLOWEST, FASTEST = 0.01, 1000.0  # frames a second that a video can be written at
 NEAR = 0.25  # how far an interval may be from the usual one and still be one of its kind
+FOLDER_FPS = 8  # of what says nothing of time, such as a folder of images
 SMOOTH = 240  # frames a second; uneven clips are not taken at more
 
 
@@ -86,12 +87,16 @@ def timeline_of(
     known, first = np.unique(np.array(stamps, np.float64) - stamps[0], return_index=True)
     times = np.interp(np.arange(count), first, known) * float(tick)
     gaps = np.sort(np.diff(times)[np.diff(times) > 0])
-    usual = gaps[(len(gaps) - 1) // 2] if len(gaps) else 0.0
-    usual = gaps[np.abs(gaps - usual) <= NEAR * usual + float(tick)].mean() if usual else 0.0
+    declared = [rate for rate in declared if rate and SLOWEST <= rate <= FASTEST]
+    if len(gaps):
+        usual = gaps[(len(gaps) - 1) // 2]
+        usual = gaps[np.abs(gaps - usual) <= NEAR * usual + float(tick)].mean()
+    else:  # one frame, or stamps that say nothing
+        usual = 1 / float(declared[0] if declared else FOLDER_FPS)
+        times = np.arange(count) * usual
     last = times[-1] + usual if end is None or end <= stamps[-1] else (end - stamps[0]) * float(tick)
     times = np.append(times, last)
-    declared = [rate for rate in declared if rate and SLOWEST <= rate <= FASTEST]
-    mean = count / last if last else float(declared[0]) if declared else 8.0
+    mean = count / last
     for rate in (*declared, *_round(mean), Fraction(mean).limit_denominator(1_000_000)):
         if np.abs(times * float(rate) - np.arange(count + 1)).max() < 0.5:
             return Timeline(rate, stamps, range(count + 1), even=True)

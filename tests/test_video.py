@@ -11,6 +11,7 @@ from PIL import Image
 
 from tav_core import containers, pictures, video
 from tav_core.errors import TavError
+from tav_core.timeline import FOLDER_FPS
 from tav_core.video import load_video, save_video, to_frames, to_pixels
 from tav_core.visuals import loss_curve, side_by_side, strip
 
@@ -53,7 +54,7 @@ def test_the_wanted_frames_are_read(folder, name, start, stride, count):
     expected = list(range(F))[start::stride][:count]
     assert clip.frames.dtype == torch.uint8 and clip.frames.shape == (len(expected), H, W, 3)
     assert numbers(clip.frames) == expected
-    assert clip.fps == pytest.approx((pictures.FOLDER_FPS if name == "images" else 10) / stride)
+    assert clip.fps == pytest.approx((FOLDER_FPS if name == "images" else 10) / stride)
     assert clip.source == str(folder / name)
 
 
