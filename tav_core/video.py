@@ -230,6 +230,7 @@ def save_video(frames: Tensor | np.ndarray, path: str | Path, fps: float, sound:
                 stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
                 stream.height, stream.width = frames.shape[1:3]
                 stream.pix_fmt = "yuv420p"
+                stream.codec_context.thread_count = 1  # what is written depends on how many there are
                 # said aloud, because players guess BT.709 for large pictures
                 stream.codec_context.colorspace = int(Colorspace.ITU601)
                 stream.codec_context.color_range = int(ColorRange.MPEG)
