@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import TavError
+from .events import Callback, Reading
 from .timeline import FOLDER_FPS, Footage, Shown, timeline_of
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -34,8 +35,11 @@ def is_animated(path: Path) -> bool:
     return bool(webp or head[4:12] == b"ftypavis" or head[1:4] == b"PNG" and b"acTL" in head)
 
 
-def folder_footage(folder: Path) -> Footage:
+def folder_footage(folder: Path, callback: Callback) -> Footage:
     """The images of a folder as a clip.
+
+    Args:
+        callback: gets a `Reading` for every image that is opened.
 
     Raises:
         TavError: there are none, or, when they are decoded, one that can't be read.
@@ -49,13 +53,17 @@ def folder_footage(folder: Path) -> Footage:
 
     def frames(start: int) -> Iterator[Shown]:
         for number, name in enumerate(names[start:], start):
+            callback(Reading(number - start + 1))
             yield number, number + 1, partial(_image, name)
 
     return Footage(Fraction(FOLDER_FPS), len(names), frames)
 
 
-def picture_footage(path: Path) -> Footage | None:
+def picture_footage(path: Path, callback: Callback) -> Footage | None:
     """A file that holds one picture or an animation other than a gif; None if it is no such file.
+
+    Args:
+        callback: gets a `Reading` for every picture that is looked at.
 
     Raises:
         TavError: a damaged one.
@@ -66,25 +74,32 @@ def picture_footage(path: Path) -> Footage | None:
             image = Image.open(path, formats=[name for name in ALONE if name in Image.OPEN])
         except UnidentifiedImageError:
             return None
-        with image:
-            last = getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
-            first = int(last > 1 and image.info.get("default_image", False))  # which is for those that know no APNG
-            if last - first == 1:
-                return Footage(Fraction(FOLDER_FPS), 1, lambda start: iter([(0, 1, partial(_image, path))]))
-            stamps = [0]
-            for index in range(first, last):
+        last = getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
+        first = int(last > 1 and image.info.get("default_image", False))  # which is for those that know no APNG
+    with image:
+        if last - first == 1:
+            return Footage(Fraction(FOLDER_FPS), 1, lambda start: iter([(0, 1, partial(_image, path))]))
+        stamps = [0]
+        for index in range(first, last):
+            callback(Reading(index + 1))
+            with _told(path):
                 image.seek(index)
                 image.load()  # before it, webp tells the time of the frame before
                 duration = round(image.info.get("duration", 0))
-                stamps.append(stamps[-1] + (duration if duration > 10 else 100))  # as browsers do
+            stamps.append(stamps[-1] + (duration if duration > 10 else 100))  # as browsers do
     line = timeline_of(stamps[:-1], stamps[-1], Fraction(1, 1000), ())
 
     def frames(start: int) -> Iterator[Shown]:
-        with _told(path), Image.open(path) as image:
+        with _told(path):
+            image = Image.open(path)
+        with image:
             for place, (number, until) in enumerate(zip(line.numbers, line.numbers[1:])):
                 if until > start:
-                    image.seek(first + place)
-                    yield number, until, lambda: (_flat(image), 1.0)
+                    callback(Reading(place + 1))
+                    with _told(path):
+                        image.seek(first + place)
+                        picture = _flat(image), 1.0
+                    yield number, until, partial(tuple, picture)
 
     return Footage(line.rate, line.total, frames)
 
@@ -96,8 +111,6 @@ def _told(path: Path) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             yield
-    except TavError:
-        raise
     except Image.DecompressionBombError as error:
         most = 2 * Image.MAX_IMAGE_PIXELS // 1_000_000
         raise TavError("video", path, f"has more than {most} million pixels", "make it smaller") from error

@@ -114,10 +114,10 @@ def _footage(path: Path, callback: Callback) -> Footage:
         reason = getattr(error, "strerror", None) or str(error)
         raise TavError("video", path, f"can't be read ({reason})", "check where it is") from error
     if stat.S_ISDIR(mode):
-        return folder_footage(path)
+        return folder_footage(path, callback)
     if not stat.S_ISREG(mode):  # a pipe would be waited for
         raise TavError("video", path, "is no file", "give a video or a folder of images")
-    return picture_footage(path) or video_footage(path, callback)
+    return picture_footage(path, callback) or video_footage(path, callback)
 
 
 def _shown(footage: Footage, start: int, stride: int, convert: Callable[[np.ndarray, float], np.ndarray]) -> Iterator:

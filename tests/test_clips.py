@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from support.clips import counted, shown, turned, write
 from support.errors import refused
@@ -59,12 +59,27 @@ def test_uneven_clips_play_in_the_time_that_they_took(tmp_path, name, codec, tic
 
 def test_gifs_show_each_picture_for_its_delay(tmp_path):
     images = [Image.fromarray(picture) for picture in COUNTED[:4]]
-    for suffix in ("gif", "png", "webp"):
+    for suffix in ("gif", "png", "webp", *(["avif"] if features.check("avif") else [])):
         path = tmp_path / f"a.{suffix}"
-        images[0].save(path, save_all=True, append_images=images[1:], duration=[100, 100, 400, 200], lossless=True)
+        options = {} if suffix == "avif" else {"lossless": True}
+        images[0].save(path, save_all=True, append_images=images[1:], duration=[100, 100, 400, 200], **options)
         clip = load_video(path)
         assert clip.fps == pytest.approx(10) and shown(clip.frames) == [0, 1, 2, 2, 2, 2, 3, 3]
         assert shown(load_video(path, start=4, stride=2, count=2).frames) == [2, 3]
+
+
+def test_an_edit_list_cuts_what_it_cuts(tmp_path):
+    """As phones do that trim a clip: what comes before the first wanted frame is in the file, and not shown."""
+    path = write(tmp_path / "a.mp4", COUNTED, x264_params="keyint=10")
+    whole = load_video(path)
+    content = path.read_bytes()
+    at = content.index(b"elst") + 12  # after version and count: duration, then the time at which it begins
+    begin = int.from_bytes(content[at + 4 : at + 8], "big") + 13 * 512  # of 15360 a second, 512 a frame
+    path.write_bytes(content[: at + 4] + begin.to_bytes(4, "big") + content[at + 8 :])
+    cut = load_video(path)
+    assert cut.fps == 30 and shown(cut.frames) == list(range(13, N))
+    assert torch.equal(cut.frames, whole.frames[13:])
+    assert torch.equal(load_video(path, start=20, count=3).frames, whole.frames[33:36])
 
 
 NTSC = Fraction(30000, 1001)
@@ -144,19 +159,28 @@ def test_where_seeking_fails_the_clip_is_decoded(tmp_path, monkeypatch):
         assert torch.equal(load_video(path, start=25, count=4).frames, whole.frames[25:29])
 
 
-def test_reading_can_be_stopped(tmp_path):
-    path = write(tmp_path / "a.mp4", COUNTED)
-    for after in (1, N + 5):  # among packets, among frames
-        seen = []
+@pytest.mark.parametrize("name, after", [("a.mp4", 1), ("a.mp4", N + 5), ("a.webp", 1), ("a.webp", N + 5),
+                                         ("folder", 1), ("folder", 9)])  # fmt: skip
+def test_reading_can_be_stopped(tmp_path, name, after):
+    images = [Image.fromarray(picture) for picture in COUNTED]
+    if name == "a.mp4":
+        write(tmp_path / name, COUNTED)
+    elif name == "a.webp":
+        images[0].save(tmp_path / name, save_all=True, append_images=images[1:], duration=100)
+    else:
+        (tmp_path / name).mkdir()
+        for number, image in enumerate(images):
+            image.save(tmp_path / name / f"{number}.png")
+    seen = []
 
-        def stop(event, seen=seen, after=after):
-            seen.append(event)
-            if len(seen) == after:
-                raise Cancelled("enough")
+    def stop(event):
+        seen.append(event)
+        if len(seen) == after:
+            raise Cancelled("enough")
 
-        with pytest.raises(Cancelled):
-            load_video(path, callback=stop)
-        assert len(seen) == after and isinstance(seen[0], Reading)
+    with pytest.raises(Cancelled):
+        load_video(tmp_path / name, callback=stop)
+    assert len(seen) == after and isinstance(seen[0], Reading)
 
 
 # ------------------------------------------------------------------------------------------------- what is seen
