@@ -1,4 +1,4 @@
-"""The noise file: what DDIM inversion found, and how it was inverted, as one safetensors file."""
+"""The noise file: what DDIM inversion found and how, and the pace of the clip, as one safetensors file."""
 
 from pathlib import Path
 
