@@ -1,6 +1,7 @@
 """What the nodes share: schemas that fit every core, one-line errors, and the conversions of their types."""
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,15 +98,24 @@ def plain_errors(**fields: str) -> Iterator[None]:
         ) from error
 
 
-def inside(folder: str | Path, name: str, field: str) -> Path:
+def inside(folder: str | Path, name: str, field: str, linked: bool = False) -> Path:
     """The path of a name given in a graph, in an input called `field`.
 
+    Args:
+        linked: whether an entry of the folder may be a link to elsewhere: a graph can't make one, so its user did.
+
     Raises:
-        TavError: it leads out of the folder.
+        TavError: it leads out of the folder, or of what the link leads to.
     """
-    folder = Path(folder).resolve()
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder):
+    try:
+        folder = Path(folder).resolve()
+        path = (folder / name).resolve()
+        home, plain = folder, Path(os.path.normpath(name))
+        if linked and not plain.anchor and plain.parts and plain.parts[0] != "..":
+            home, path = (folder / plain.parts[0]).resolve(), (folder / plain).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, null bytes
+        raise TavError(field, name, f"can't be followed ({error})", "choose another one") from error
+    if not path.is_relative_to(home):
         raise TavError(field, name, f"leads out of {folder.name}", "give a name inside of it")
     return path
 

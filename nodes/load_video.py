@@ -1,13 +1,18 @@
 """Load Video: a clip from ComfyUI's input folder, only the frames that are wanted."""
 
+import logging
 from pathlib import Path
 
+import comfy.model_management
 import folder_paths
 from comfy_api.latest import io
 
-from ..tav_core import TavError, load_video
+from ..tav_core import Note, TavError, load_video
 from ..tav_core.checkpoint import MINI
-from ..tav_core.video import FITS, IMAGES
+from ..tav_core.containers import VIDEOS
+from ..tav_core.events import Event
+from ..tav_core.pictures import is_animated, pictures
+from ..tav_core.video import FITS
 from .common import inside, plain_errors, schema, to_images
 from .folders import listed
 from .inputs import check_name, checked, told, usable
@@ -18,28 +23,54 @@ SHIPPED = {DEMO: MINI.parent / "demo.mp4", HINTS: MINI.parent / "hints.mp4"}
 
 
 def choices() -> list[str]:
-    """Videos and folders of images in the input folder, and the clips that ship with the pack."""
-    root = Path(folder_paths.get_input_directory())
-    files, folders = ([name for name in names if not name.startswith(".")] for names in listed(root))
-    videos = {*folder_paths.filter_files_content_types(files, ["video"]), *(f for f in files if f.endswith(".gif"))}
-    folders = [folder for folder in folders if any(name.lower().endswith(IMAGES) for name in listed(root / folder)[0])]
-    return [*sorted(videos), *folders, *SHIPPED]
+    """Videos and folders of images in the input folder, and the clips that ship with the pack.
+
+    What can't be looked at, or would be refused, is left out.
+    """
+    files, folders = listed(folder_paths.get_input_directory())
+    return [*filter(_is_video, files), *filter(_holds_pictures, folders), *SHIPPED]
+
+
+def _is_video(name: str) -> bool:
+    try:
+        path = path_of(name)
+        return not name.startswith(".") and (Path(name).suffix.lower() in VIDEOS or is_animated(path))
+    except (TavError, OSError):
+        return False
+
+
+def _holds_pictures(name: str) -> bool:
+    try:
+        return not name.startswith(".") and bool(pictures(path_of(name)))
+    except (TavError, OSError):
+        return False
 
 
 def path_of(file: str) -> Path:
-    """The path of a choice.
+    """The path of a choice. An entry of the input folder may be a link to elsewhere; what is in it may not.
 
     Raises:
-        TavError: it is no name, lies outside of the input folder, or doesn't exist.
+        TavError: it is no name, lies outside of the input folder, or an image of the folder does, or it doesn't exist.
     """
     check_name("file", file)
     if file in SHIPPED:
         return SHIPPED[file]
     root = Path(folder_paths.get_input_directory()).resolve()
-    path = inside(root, file.removesuffix(" [input]"), "file")
+    path = inside(root, file.removesuffix(" [input]"), "file", linked=True)
     if path == root or not path.exists():
         raise TavError("file", file, "is not in ComfyUI's input folder", "upload it, or choose another one")
+    if path.is_dir():
+        for picture in pictures(path):
+            if picture.is_symlink():
+                inside(path, picture.name, "file")
     return path
+
+
+def _callback(event: Event):
+    """Cancel is answered while a clip is read."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    if isinstance(event, Note):
+        logging.warning(event.text)
 
 
 class LoadVideo(io.ComfyNode):
@@ -71,6 +102,8 @@ class LoadVideo(io.ComfyNode):
                 io.Image.Output(display_name="images", tooltip="The frames as a batch."),
                 io.Float.Output(display_name="fps", tooltip="Frames a second at this stride: for Create Video."),
                 io.Int.Output(display_name="count", tooltip="How many frames there are."),
+                io.Audio.Output(display_name="audio",
+                                tooltip="What is heard meanwhile: for Create Video. Empty for a clip without sound."),
             ],
         )  # fmt: skip
 
@@ -82,14 +115,16 @@ class LoadVideo(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file, **_):
         path = path_of(file)
-        inner = [entry.stat() for entry in path.iterdir()] if path.is_dir() else []
+        inner = [picture.stat() for picture in pictures(path) if picture.exists()] if path.is_dir() else []
         return [(stat.st_mtime_ns, stat.st_size) for stat in (path.stat(), *inner)]
 
     @classmethod
     @checked
     def execute(cls, file, start, stride, count, width, height, fit) -> io.NodeOutput:
         with plain_errors():
+            path = path_of(file)
             clip = load_video(
-                path_of(file), start=start, stride=stride, count=count, width=width, height=height, fit=fit
+                path, start=start, stride=stride, count=count, width=width, height=height, fit=fit, callback=_callback
             )
-        return io.NodeOutput(to_images(clip.frames), clip.fps, len(clip.frames))
+        heard = clip.sound and {"waveform": clip.sound.samples[None], "sample_rate": clip.sound.rate}
+        return io.NodeOutput(to_images(clip.frames), clip.fps, len(clip.frames), heard)

@@ -13,7 +13,7 @@ carries its motion, and from this noise other sentences are sampled:
     noise = tav.invert(checkpoint, unet, source, preset)
     sentence = "a blue ball is sliding on the sand"
     edit = tav.sample(checkpoint, unet, noise, sentence, preset, source_prompt=source.prompt)
-    tav.save_video(edit, "edit.mp4", clip.fps)
+    tav.save_video(edit, "edit.mp4", clip.fps, clip.sound)
 
 Frames are uint8 tensors `f h w c` (frames, height, width, colours); latents, noise and masks are floats `b c f h w`
 (videos, channels, frames, height, width). What a caller can put right raises `TavError`.
@@ -27,14 +27,15 @@ from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video, l
 from .condition import Condition, VideoModel
 from .ddim import ddim_invert, ddim_sample, ddim_timesteps
 from .errors import Cancelled, OutOfMemory, TavError
-from .events import Callback, DDIMStep, Note, Step, TuningStep
+from .events import Callback, DDIMStep, Note, Reading, Step, TuningStep
 from .inflation import VideoUNet, inflate
 from .injection import REGIONS, EditPlaces, SourceWalk
 from .job import Edit, EditJob, run_edit
 from .memory import Device
-from .noise import read_noise, save_noise
+from .noise import read_noise, read_pace, save_noise
 from .pipeline import Source, find_subject, invert, prepare, sample, tune_on
 from .presets import PRESETS, Preset, with_settings
+from .sound import Sound
 from .subject import subject_mask, word_mask, word_places
 from .take import Take
 from .trainable import trainable_parameters
@@ -46,12 +47,12 @@ from .windows import ContextWindows, WindowedUNet
 
 __all__ = [
     "PRESETS", "REGIONS", "Callback", "Cancelled", "Checkpoint", "Clip", "Condition", "ContextWindows",
-    "DDIMStep", "Device", "Edit", "EditJob", "EditPlaces", "Note", "OutOfMemory", "Preset", "Source",
-    "SourceWalk", "Step", "Take", "TavError", "TuneConfig", "TuneResult", "TunedInfo", "TuningStep",
+    "DDIMStep", "Device", "Edit", "EditJob", "EditPlaces", "Note", "OutOfMemory", "Preset", "Reading",
+    "Sound", "Source", "SourceWalk", "Step", "Take", "TavError", "TuneConfig", "TuneResult", "TunedInfo", "TuningStep",
     "VideoModel", "VideoUNet", "WindowedUNet", "base_fingerprint", "ddim_invert", "ddim_sample",
     "ddim_timesteps", "decode_video", "encode_prompt", "encode_video", "find_subject", "inflate", "invert",
     "load_checkpoint", "load_controlnet", "load_tuned", "load_video", "loss_curve", "prepare", "read_noise",
-    "read_tuned", "run_edit", "sample", "save_noise", "save_tuned", "save_video", "side_by_side", "strip",
+    "read_pace", "read_tuned", "run_edit", "sample", "save_noise", "save_tuned", "save_video", "side_by_side", "strip",
     "subject_mask", "to_frames", "to_pixels", "trainable_parameters", "tune", "tune_on", "tuning_loss",
     "with_settings", "word_mask", "word_places",
 ]  # fmt: skip

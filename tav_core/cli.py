@@ -1,6 +1,7 @@
 """The command line: edit a video with one sentence (Tune-A-Video, arXiv 2212.11565)."""
 
 import argparse
+import math
 import platform
 import re
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from .ddim import ddim_timesteps
 from .errors import Cancelled, TavError, field
 from .inflation import NORMS, VideoUNet
 from .injection import REGIONS
-from .noise import read_noise, save_noise
+from .noise import read_noise, read_pace, save_noise
 from .precision import DTYPES
 from .subject import SOFTNESS
 from .terminal import Progress, add_preset_arguments, preset_of, run
@@ -29,6 +30,7 @@ from .video import FITS, Clip, load_video, save_video
 from .windows import check_context_length
 
 FRAMES = 8  # where nothing else says how many
+FPS = 8.0  # where nothing else says how fast
 
 
 # ------------------------------------------------------------------------------------------------ the stages
@@ -50,14 +52,13 @@ def _dtype_for(device: torch.device) -> str:
     return "bf16" if fast else "fp32"
 
 
-def _clip(args, checkpoint: Checkpoint, video: Path) -> Clip:
+def _clip(args, checkpoint: Checkpoint, video: Path, progress: Progress, sound: bool = False) -> Clip:
     if args.context_length is not None:
         check_context_length(args.context_length, args.frames)
     width, height = args.size or (checkpoint.size, checkpoint.size)
     pipeline.check_size(checkpoint, width=width, height=height)
-    return load_video(
-        video, start=args.start, stride=args.stride, count=args.frames, width=width, height=height, fit=args.fit
-    )
+    return load_video(video, start=args.start, stride=args.stride, count=args.frames, width=width, height=height,
+                      fit=args.fit, sound=sound, callback=progress)  # fmt: skip
 
 
 def _load_tuned_unet(args, checkpoint: Checkpoint):
@@ -123,7 +124,7 @@ def _told_how_to_go_on(how: str = "add --resume") -> Iterator[None]:
 def _edit(args):
     progress = Progress().stop_at_interrupt()
     checkpoint = _checkpoint(args)
-    clip = _clip(args, checkpoint, args.video)
+    clip = _clip(args, checkpoint, args.video, progress, sound=args.audio)
     edits = [job.Edit(prompt, region) for prompt, region in zip(args.edit, _regions(args))]
     wanted = job.EditJob(args.prompt, edits, preset_of(args), args.contrast or (), args.softness, args.negative_prompt,
                          _inflation(args))  # fmt: skip
@@ -165,7 +166,7 @@ def _tune(args):
     progress = Progress().stop_at_interrupt()
     checkpoint = _checkpoint(args)
     sources = [
-        pipeline.prepare(checkpoint, _clip(args, checkpoint, video).frames, prompt)
+        pipeline.prepare(checkpoint, _clip(args, checkpoint, video, progress).frames, prompt)
         for video, prompt in zip(args.video, args.prompt)
     ]
     with _told_how_to_go_on():
@@ -188,11 +189,12 @@ def _invert(args):
     args.frames, args.size = args.frames or info.num_frames or FRAMES, args.size or (info.width, info.height)
     _window_if_longer(args, info, args.frames)
     preset, subject = preset_of(args), None
-    source = pipeline.prepare(checkpoint, _clip(args, checkpoint, args.video).frames, prompt)
+    clip = _clip(args, checkpoint, args.video, progress, sound=args.audio)
+    source = pipeline.prepare(checkpoint, clip.frames, prompt)
     noise = pipeline.invert(checkpoint, unet, source, preset, callback=progress)
     if args.contrast:
         subject = pipeline.find_subject(checkpoint, unet, source, args.contrast, preset, args.softness)
-    save_noise(args.output, noise, subject, prompt, preset)
+    save_noise(args.output, noise, subject, prompt, preset, clip.fps, clip.sound)
     print(args.output)
 
 
@@ -204,13 +206,18 @@ def _sample(args):
     if args.frames is not None and (args.noise or args.frames < 1):
         problem = "can't be used here: it is the length of clips from random noise, 1 or more"
         raise TavError("count", args.frames, problem, "leave it out")
+    fps = sound = None
     if args.noise:
         noise, subject, source_prompt = read_noise(args.noise, preset)
+        fps, sound = read_pace(args.noise)
     else:
         factor, frames = checkpoint.downscale, args.frames or info.num_frames or FRAMES
         shape = (1, checkpoint.unet.config.in_channels, frames, info.height // factor, info.width // factor)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(preset.tuning.seed))
         subject = source_prompt = None
+    rate = (fps or FPS) if args.fps is None else args.fps
+    if not args.audio or not math.isclose(rate, fps or 0, rel_tol=1e-3):  # it would not be in time
+        sound = None
     _window_if_longer(args, info, noise.shape[2])
     preset = preset_of(args)
     for number, (prompt, region) in enumerate(zip(args.edit, regions), 1):
@@ -218,7 +225,7 @@ def _sample(args):
                                 negative_prompt=args.negative_prompt, subject=subject, region=region,
                                 callback=progress)  # fmt: skip
         path = args.output / f"{job.file_name(number, prompt)}.mp4"
-        save_video(video, path, args.fps)
+        save_video(video, path, rate, sound)
         print(path)
 
 
@@ -297,8 +304,16 @@ def _video_arguments(parser, frames: int | None = FRAMES, several: bool = False)
         metavar="WxH",
         help=f"size to work at ({'the size of the checkpoint' if frames else 'as tuned'})",
     )
+    if not several:
+        _audio_argument(group)
     group.add_argument(
         "--fit", choices=FITS, default="crop", help="how a clip of another shape is brought to --size (crop)"
+    )
+
+
+def _audio_argument(parser):
+    parser.add_argument(
+        "--no-audio", dest="audio", action="store_false", help="leave out the clip's sound, which videos have otherwise"
     )
 
 
@@ -407,7 +422,10 @@ def _sample_arguments(parser):
     _tuned_argument(parser)
     parser.add_argument("--noise", type=Path, metavar="FILE", help="noise of `invert` or `edit`; random without it")
     parser.add_argument("--frames", type=int, metavar="N", help="length of clips from random noise (as tuned)")
-    parser.add_argument("--fps", type=float, default=8.0, help="frame rate of the written videos (8)")
+    parser.add_argument(
+        "--fps", type=float, metavar="X", help="frame rate of the written videos (that of the clip in --noise; else 8)"
+    )
+    _audio_argument(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
     _model_arguments(parser)
     add_preset_arguments(parser)

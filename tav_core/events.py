@@ -17,6 +17,13 @@ class Note:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """A clip is being read: so many of its parts have been looked at, with those that aren't wanted."""
+
+    parts: int
+
+
+@dataclass(frozen=True)
 class Step:
     """A step is done.
 
@@ -60,7 +67,7 @@ class DDIMStep(Step):
         return f"DDIMStep({self.stage} {self.step}/{self.total}, timestep {self.timestep})"
 
 
-Event = Note | Step
+Event = Note | Reading | Step
 Callback = Callable[[Event], None]
 
 

@@ -140,8 +140,8 @@ def run_edit(
     if job.contrasts:
         args = (checkpoint, unet, source, job.contrasts, preset, job.softness)
         subject = timed("find the subject", pipeline.find_subject, *args)
-    save_noise(folder / "noise.safetensors", noise, subject, job.prompt, preset)
-    save_video(clip.frames, folder / "source.mp4", clip.fps)
+    save_noise(folder / "noise.safetensors", noise, subject, job.prompt, preset, clip.fps, clip.sound)
+    save_video(clip.frames, folder / "source.mp4", clip.fps, clip.sound)
     videos, files = {"source": clip.frames}, {}
     for number, edit in enumerate([Edit(job.prompt), *job.edits]):
         label = edit.prompt if number else "reconstruction"
@@ -150,10 +150,11 @@ def run_edit(
                               source_prompt=job.prompt, negative_prompt=job.negative_prompt, subject=subject,
                               region=edit.region, callback=callback)  # fmt: skip
         files[label] = f"{file_name(number, edit.prompt) if number else label}.mp4"
-        save_video(videos[label], folder / files[label], clip.fps)
+        save_video(videos[label], folder / files[label], clip.fps, clip.sound)
     shown = videos if subject is None else {"source": clip.frames, "subject": spotlight(clip.frames, subject), **videos}
     strip(list(shown.values()), list(shown), folder / "strip.png")
-    save_video(side_by_side(list(videos.values()), list(videos)), folder / "comparison.mp4", clip.fps)
+    together = side_by_side(list(videos.values()), list(videos))
+    save_video(together, folder / "comparison.mp4", clip.fps, clip.sound)
     summary = {
         "prompt": job.prompt, "checkpoint": checkpoint.name, "frames": len(clip.frames), "fps": round(clip.fps, 3),
         "size": [clip.frames.shape[2], clip.frames.shape[1]], "settings": asdict(preset), "steps": result.steps,

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from .errors import Cancelled, TavError
-from .events import Event, Note, TuningStep
+from .events import Event, Note, Reading, TuningStep
 from .memory import is_out_of_memory
 from .precision import DTYPES
 from .presets import PRESETS, Preset, default_preset, with_settings
@@ -32,6 +32,10 @@ class Progress:
     def __call__(self, event: Event):
         if isinstance(event, Note):
             tqdm.write(event.text)
+            return
+        if isinstance(event, Reading):
+            if self.stopped:
+                raise Cancelled("stopped while the clip was read")
             return
         stage = STAGES[event.stage]
         if self.bar is None or self.bar.desc != stage:

@@ -1,35 +1,40 @@
-"""Clips in and out: decoding only the frames that are wanted, and writing videos that a browser plays.
+"""Clips in and out: the wanted frames of a clip at a constant rate, and videos that a browser plays.
 
 PyAV and OpenCV are imported where they are used: the method itself, and its benchmark on a rented GPU, need neither.
 """
 
-import re
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from .atomic import atomic_path
+from .containers import video_footage
 from .errors import TavError, field
+from .events import Callback, Note, ignored
+from .pictures import folder_footage, picture_footage
+from .sound import Sound, read_sound, sound_track
+from .timeline import FASTEST, SLOWEST, Footage
 
 FITS = ("crop", "pad", "stretch")
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-FOLDER_FPS = 8.0  # a folder of images says nothing of time
 
 
 @dataclass
 class Clip:
-    """Frames uint8 `f h w c` (RGB) and their rate."""
+    """Frames uint8 `f h w c` (RGB), their rate, and what is heard while they are shown."""
 
     frames: Tensor
     fps: float
     source: str
+    sound: Sound | None = None
 
 
 def load_video(
@@ -41,13 +46,22 @@ def load_video(
     width: int | None = None,
     height: int | None = None,
     fit: str = "crop",
+    sound: bool = True,
+    callback: Callback = ignored,
 ) -> Clip:
-    """Reads frames start, start + stride, ... of an mp4, webm or gif file or of a folder of images.
+    """Reads frames start, start + stride, ... of a video, an animation or a folder of images.
+
+    Frames are counted at a constant rate. A video of another kind, as of a screen recorder, is taken at its usual rate,
+    and what is shown for longer comes several times (see `Timeline`): the clip plays in the time that it took.
+    Pictures come as a player shows them: upright, with square pixels, over black, in the colours of an SDR screen.
 
     Args:
         count: how many; all to the end without it.
         width, height: size to bring the frames to; if one is missing it follows from the aspect ratio (even).
         fit: "crop" covers the size and cuts the rest, "pad" fits in with black bars, "stretch" distorts.
+        sound: whether to read it too.
+        callback: gets a `Reading` for each frame that is looked at, and a `Note` where sound has to be left out; it
+            stops the reading by raising.
 
     Raises:
         TavError: no such file, not a video, fewer frames than asked for, a value out of range.
@@ -64,96 +78,81 @@ def load_video(
             raise TavError(name, value, "is out of range", f"give {least} or more")
     if fit not in FITS:
         raise TavError("fit", fit, "is unknown", f"choose one of {', '.join(FITS)}")
-    if not path.exists():
-        raise TavError("video", path, "does not exist", "check where it is")
-    source = _folder(path, start, stride) if path.is_dir() else _file(path, start, stride)
-    fps = next(source)
-    frames = []
+    footage = _footage(path, callback)
+    fps = float(footage.rate / stride)
+    if not SLOWEST <= fps <= FASTEST:
+        problem = f"makes {fps:.2g} frames a second of {path}"
+        raise TavError("stride", stride, problem, f"give one that makes {SLOWEST:g} to {FASTEST:g}")
+    if footage.total is not None:  # else it shows when they are decoded
+        _check_count(path, len(range(start, footage.total, stride)), start, stride, count)
+    shown = _shown(
+        footage, start, stride, lambda pixels, aspect: footage.finish(_fit(pixels, aspect, width, height, fit))
+    )
     try:
-        for frame in source:
-            frames.append(_fit(frame, width, height, fit))
-            if len(frames) == count:
-                break
+        frames = list(islice(shown, count))
     finally:
-        source.close()  # the decoder stops here, whatever is left in the file
-    if not frames:
+        shown.close()  # the decoder stops here, whatever is left in the file
+    _check_count(path, len(frames), start, stride, count)
+    if len({frame.shape for frame in frames}) > 1:
+        raise TavError("video", path, "holds images of several sizes", f"give {field('size')} to bring them to one")
+    heard = None
+    if sound and footage.begin is not None:
+        try:
+            heard = read_sound(path, footage.begin + float(start / footage.rate), len(frames) / fps, callback)
+        except (TavError, ValueError):  # PyAV has the latter for one that changes its form
+            callback(Note(f"the sound of {path} can't be decoded and is left out"))
+    return Clip(torch.from_numpy(np.stack(frames)), fps, str(path), heard)
+
+
+def _footage(path: Path, callback: Callback) -> Footage:
+    """Raises a TavError for what is neither a regular file nor a folder."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise TavError("video", path, "does not exist", "check where it is") from error
+    except (OSError, ValueError) as error:  # a name too long, a link to itself, a null byte, no permission
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TavError("video", path, f"can't be read ({reason})", "check where it is") from error
+    if stat.S_ISDIR(mode):
+        return folder_footage(path, callback)
+    if not stat.S_ISREG(mode):  # a pipe would be waited for
+        raise TavError("video", path, "is no file", "give a video or a folder of images")
+    return picture_footage(path, callback) or video_footage(path, callback)
+
+
+def _shown(footage: Footage, start: int, stride: int, convert: Callable[[np.ndarray, float], np.ndarray]) -> Iterator:
+    """What is shown at the numbers start, start + stride, ...; each frame is converted once, and only if it is."""
+    number, frame = start, None
+    for first, until, decode in footage.frames(start):
+        while frame is not None and number < first:  # the file lacks one: the last one stays
+            yield frame
+            number += stride
+        frame = convert(*decode()) if number < until else None
+        while number < until:
+            yield frame
+            number += stride
+
+
+def _check_count(path: Path, found: int, start: int, stride: int, count: int | None):
+    if not found:
         raise TavError("start", start, f"is past the end of {path}", "give a smaller number")
-    if count is not None and len(frames) < count:
+    if count is not None and found < count:
         raise TavError(
             "count",
             count,
-            f"is more than the {len(frames)} frames of {path} from {field('start')} {start} with "
-            f"{field('stride')} {stride}",
-            f"give {len(frames)}, or a smaller {field('stride')}",
+            f"is more than the {found} frames of {path} from {field('start')} {start} with {field('stride')} {stride}",
+            f"give {found}, or a smaller {field('stride')}",
         )
-    if len({frame.shape for frame in frames}) > 1:
-        raise TavError("video", path, "holds images of several sizes", f"give {field('size')} to bring them to one")
-    return Clip(torch.from_numpy(np.stack(frames)), fps / stride, str(path))
 
 
-def _folder(path: Path, start: int, stride: int) -> Iterator[float | np.ndarray]:
-    """The rate, then the wanted images in natural order (2 before 10)."""
-    names = [p for p in path.iterdir() if p.suffix.lower() in IMAGES and not p.name.startswith(".")]
-    names.sort(key=lambda p: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", p.name.lower())])
-    if not names:
-        raise TavError("video", path, "is a folder without images", f"put some there ({', '.join(IMAGES)})")
-    yield FOLDER_FPS
-    for name in names[start::stride]:
-        try:
-            yield _image(name)
-        except (UnidentifiedImageError, OSError) as error:
-            raise TavError("video", name, f"can't be read as an image ({error})", "remove or replace it") from error
-
-
-def _image(path: Path) -> np.ndarray:
-    """An image `h w 3`, upright, over black where it is transparent."""
-    image = ImageOps.exif_transpose(Image.open(path))
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 255
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-    return np.asarray(image.convert("RGB"))
-
-
-def _file(path: Path, start: int, stride: int) -> Iterator[float | np.ndarray]:
-    """The rate, then the wanted frames, upright.
-
-    PyAV rather than OpenCV: it counts frames exactly, reads gif and webm alike, and tells the rotation of phones.
-    Frames before `start` and between strides are decoded, as codecs need, but never converted to RGB.
-    """
-    import av
-
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise TavError(
-                    "video", path, "has no video stream", "give an mp4, webm or gif file or a folder of images"
-                )
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            yield float(stream.average_rate or stream.base_rate or FOLDER_FPS)
-            for index, frame in enumerate(container.decode(stream)):
-                if index >= start and (index - start) % stride == 0:
-                    turns = round(getattr(frame, "rotation", 0) / 90) % 4
-                    yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
-            index = getattr(
-                stream, "index_entries", ()
-            )  # of mp4, from PyAV 17 on; the decoder takes a missing rest for the end
-            if len(index) and (last := index[len(index) - 1]).pos + last.size > path.stat().st_size:
-                raise TavError("video", path, "is cut off, its last frames are missing", "copy it again")
-    except (av.FFmpegError, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise TavError(
-            "video", path, f"can't be decoded ({reason})", "if it is a video, convert it to mp4 again"
-        ) from error
-
-
-def _fit(frame: np.ndarray, width: int | None, height: int | None, fit: str) -> np.ndarray:
-    """A frame `h w 3` at `width` x `height`."""
+def _fit(frame: np.ndarray, aspect: float, width: int | None, height: int | None, fit: str) -> np.ndarray:
+    """A frame `h w 3` at `width` x `height`, whose own pixels are `aspect` times as wide as high."""
     h, w = frame.shape[:2]
-    if width is None and height is None:
+    if width is None and height is None and aspect == 1:
         return frame
+    w, h = (w * aspect, h) if aspect > 1 else (w, h / aspect)  # no pixel is lost
+    if width is None and height is None:
+        return _resize(frame, round(w / 2) * 2, round(h / 2) * 2)
     width = width or max(2, round(w * height / h / 2) * 2)
     height = height or max(2, round(h * width / w / 2) * 2)
     if fit == "stretch":
@@ -164,7 +163,7 @@ def _fit(frame: np.ndarray, width: int | None, height: int | None, fit: str) -> 
     if fit == "crop":
         top, left = (h - height) // 2, (w - width) // 2
         return np.ascontiguousarray(frame[top : top + height, left : left + width])
-    canvas = np.zeros((height, width, 3), np.uint8)
+    canvas = np.zeros((height, width, 3), frame.dtype)
     top, left = (height - h) // 2, (width - w) // 2
     canvas[top : top + h, left : left + w] = frame
     return canvas
@@ -178,13 +177,16 @@ def _resize(frame: np.ndarray, width: int, height: int) -> np.ndarray:
     return cv2.resize(shrunk, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-def save_video(frames: Tensor | np.ndarray, path: str | Path, fps: float):
+def save_video(frames: Tensor | np.ndarray, path: str | Path, fps: float, sound: Sound | None = None):
     """Writes .mp4 (H.264, yuv420p, plays in browsers), .webm (VP9) or .gif, whole or not at all.
+
+    The same frames make the same file.
 
     Args:
         frames: `f h w c` RGB, uint8 or float in 0..1. Odd sizes grow by one pixel, a copy of the edge.
         fps: frames a second, 0.01 to 1000. A gif keeps time in hundredths of a second, 50 frames a second at most, and
             joins equal neighbours into one longer frame.
+        sound: is heard beside them, as AAC or Opus; a gif has none.
 
     Raises:
         TavError: another suffix, no frames, a rate out of range, or a file that can't be written.
@@ -193,7 +195,12 @@ def save_video(frames: Tensor | np.ndarray, path: str | Path, fps: float):
     from av.video.reformatter import ColorRange, Colorspace
 
     path = Path(path)
-    codecs = {".mp4": ("libx264", {"crf": "17"}), ".webm": ("libvpx-vp9", {"crf": "24", "b": "0"}), ".gif": None}
+    # x264 decides by mbtree where to spend bits, and decides otherwise from run to run
+    codecs = {
+        ".mp4": ("libx264", {"crf": "17", "x264-params": "mbtree=0"}),
+        ".webm": ("libvpx-vp9", {"crf": "24", "b": "0"}),
+        ".gif": None,
+    }
     if path.suffix.lower() not in codecs:
         raise TavError("output", path, "ends in the suffix of no known format", "use .mp4, .webm or .gif")
     if not 0.01 <= fps <= 1000:
@@ -216,20 +223,26 @@ def save_video(frames: Tensor | np.ndarray, path: str | Path, fps: float):
         _, h, w, _ = frames.shape
         frames = np.pad(frames, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
         codec, options = codecs[path.suffix.lower()]
-        flags = {"movflags": "faststart"} if path.suffix.lower() == ".mp4" else {}
+        flags = {"fflags": "bitexact"}  # else a webm gets random numbers as names of its tracks
+        flags |= {"movflags": "faststart"} if path.suffix.lower() == ".mp4" else {}
         try:
             with av.open(str(temporary), "w", options=flags) as container:
                 stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
                 stream.height, stream.width = frames.shape[1:3]
                 stream.pix_fmt = "yuv420p"
+                stream.codec_context.thread_count = 1  # what is written depends on how many there are
                 # said aloud, because players guess BT.709 for large pictures
                 stream.codec_context.colorspace = int(Colorspace.ITU601)
                 stream.codec_context.color_range = int(ColorRange.MPEG)
-                for frame in frames:
-                    container.mux(
-                        stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
-                    )
+                write_sound = None if sound is None else sound_track(container, path.suffix.lower(), sound)
+                for number, frame in enumerate(frames, 1):
+                    picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                    container.mux(stream.encode(picture))
+                    if write_sound:
+                        write_sound(number / fps)
                 container.mux(stream.encode())
+                if write_sound:
+                    write_sound(None)
         except av.FFmpegError as error:
             if isinstance(error, OSError):
                 raise  # the disk: atomic_path says so

@@ -153,8 +153,8 @@ def mini(pack):
     """The nodes' MODEL, CLIP, VAE and clip, and tav_core's own."""
     nodes = pack.nodes
     model, text, vae = nodes.LoadCheckpoint.execute("mini").args
-    images, fps, count = nodes.LoadVideo.execute(nodes.load_video.DEMO, 0, 2, 4, 128, 128, "crop").args
-    assert (tuple(images.shape), fps, count) == ((4, 128, 128, 3), 4.0, 4)
+    images, fps, count, audio = nodes.LoadVideo.execute(nodes.load_video.DEMO, 0, 2, 4, 128, 128, "crop").args
+    assert (tuple(images.shape), fps, count, audio) == ((4, 128, 128, 3), 4.0, 4, None)
 
     class Mini:
         checkpoint = load_checkpoint("mini")

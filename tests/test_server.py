@@ -111,7 +111,7 @@ def test_clip_becomes_an_edited_video_once(server, info):
     images = graph("VAEDecode", samples=sampled[0], vae=graph.vae)
     compared = graph("TAVCompare", images_1=graph.video[0], images_2=images[0])
     files = [
-        graph("SaveVideo", video=graph("CreateVideo", images=frames, fps=graph.video[1])[0])
+        graph("SaveVideo", video=graph("CreateVideo", images=frames, fps=graph.video[1], audio=graph.video[3])[0])
         for frames in (images[0], compared[0])
     ]
     graph("SaveImage", images=compared[1])

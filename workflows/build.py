@@ -91,7 +91,7 @@ def result(w: Workflow, name: str, clip: Node, clips: list, labels: list[str]):
     w.group("6  Compare and save", "pale_blue", 400)
     images = {f"images_{i}": images for i, images in enumerate(clips, 1)}
     compare = w.add("TAVCompare", labels="\n".join(labels), **images)
-    video = w.add("CreateVideo", images=compare.video, fps=clip.fps)
+    video = w.add("CreateVideo", images=compare.video, fps=clip.fps, audio=clip.audio)
     w.add("SaveVideo", video=video, filename_prefix=f"video/{name}")
     w.group("Frames", "pale_blue", below=True)
     w.add("PreviewImage", title="Frames", images=compare.strip)
