@@ -41,7 +41,7 @@ def _is_video(name: str) -> bool:
 
 def _holds_pictures(name: str) -> bool:
     try:
-        return not name.startswith(".") and bool(pictures(path_of(name)))
+        return not name.startswith(".") and any(picture.is_file() for picture in pictures(path_of(name)))
     except (TavError, OSError):
         return False
 
