@@ -47,8 +47,16 @@ def opened(path: Path) -> Iterator:
         # "file:", because a name like 12:30.mp4 would be one of a protocol
         options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
         with av.open(f"file:{path}", container_options=options, metadata_errors="replace") as container:
-            yield container
-    except (av.FFmpegError, OSError) as error:
+            try:
+                yield container
+            finally:
+                # a decoder that is closed waits for its threads, and these, to log what is damaged, for this one
+                for stream in container.streams:
+                    if stream.codec_context:
+                        stream.codec_context.flush_buffers()
+    except TavError:
+        raise
+    except (av.FFmpegError, OSError, IndexError, ValueError) as error:  # PyAV has the latter two for odd streams
         reason = getattr(error, "strerror", None) or str(error)
         raise TavError("video", path, f"can't be decoded ({reason})", CONVERT) from error
 

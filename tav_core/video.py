@@ -24,6 +24,7 @@ from .pictures import folder_footage, picture_footage
 from .sound import Sound, read_sound, sound_track
 from .timeline import FASTEST, SLOWEST, Footage
 
+MOST = 100_000  # frames that are read without being asked for
 FITS = ("crop", "pad", "stretch")
 
 
@@ -84,7 +85,10 @@ def load_video(
         problem = f"makes {fps:.2g} frames a second of {path}"
         raise TavError("stride", stride, problem, f"give one that makes {SLOWEST:g} to {FASTEST:g}")
     if footage.total is not None:  # else it shows when they are decoded
-        _check_count(path, len(range(start, footage.total, stride)), start, stride, count)
+        found = len(range(start, footage.total, stride))
+        _check_count(path, found, start, stride, count)
+        if count is None and found > MOST:  # of a damaged file, as a rule
+            raise TavError("count", None, f"is missing, and {path} lasts for {found} frames", "say how many to take")
     shown = _shown(
         footage, start, stride, lambda pixels, aspect: footage.finish(_fit(pixels, aspect, width, height, fit))
     )
@@ -99,7 +103,7 @@ def load_video(
     if sound and footage.begin is not None:
         try:
             heard = read_sound(path, footage.begin + float(start / footage.rate), len(frames) / fps, callback)
-        except (TavError, ValueError):  # PyAV has the latter for one that changes its form
+        except TavError:
             callback(Note(f"the sound of {path} can't be decoded and is left out"))
     return Clip(torch.from_numpy(np.stack(frames)), fps, str(path), heard)
 

@@ -57,6 +57,12 @@ def test_uneven_clips_play_in_the_time_that_they_took(tmp_path, name, codec, tic
     assert torch.equal(part.frames, clip.frames[25:60:7]) and part.fps == clip.fps / 7
 
 
+def test_nobody_gets_millions_of_frames_unasked(tmp_path):
+    path = write(tmp_path / "a.mkv", COUNTED[:9], [*range(0, 264, 33), 10**8], MS)
+    refused("count is missing, and .* lasts for 3000001 frames; say how many", path, call=load_video)
+    assert shown(load_video(path, start=1000, stride=1000, count=3).frames) == [7, 7, 7]
+
+
 def test_gifs_show_each_picture_for_its_delay(tmp_path):
     images = [Image.fromarray(picture) for picture in COUNTED[:4]]
     for suffix in ("gif", "png", "webp", *(["avif"] if features.check("avif") else [])):
