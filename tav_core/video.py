@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .atomic import atomic_path
 from .errors import TavError, field
+from .limits import check
 
 FITS = ("crop", "pad", "stretch")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -53,15 +54,8 @@ def load_video(
         TavError: no such file, not a video, fewer frames than asked for, a value out of range.
     """
     path = Path(path)
-    for name, value, least in (
-        ("start", start, 0),
-        ("stride", stride, 1),
-        ("count", count, 1),
-        ("width", width, 1),
-        ("height", height, 1),
-    ):
-        if value is not None and value < least:
-            raise TavError(name, value, "is out of range", f"give {least} or more")
+    given = {"start": start, "stride": stride, "count": count, "width": width, "height": height}
+    check(**{name: value for name, value in given.items() if value is not None})
     if fit not in FITS:
         raise TavError("fit", fit, "is unknown", f"choose one of {', '.join(FITS)}")
     if not path.exists():
@@ -196,8 +190,7 @@ def save_video(frames: Tensor | np.ndarray, path: str | Path, fps: float):
     codecs = {".mp4": ("libx264", {"crf": "17"}), ".webm": ("libvpx-vp9", {"crf": "24", "b": "0"}), ".gif": None}
     if path.suffix.lower() not in codecs:
         raise TavError("output", path, "ends in the suffix of no known format", "use .mp4, .webm or .gif")
-    if not 0.01 <= fps <= 1000:
-        raise TavError("fps", fps, "is out of range", "give a number from 0.01 to 1000")
+    check(fps=fps)
     frames = torch.as_tensor(frames)
     if frames.ndim != 4 or len(frames) == 0 or frames.shape[-1] != 3:
         raise TavError(
