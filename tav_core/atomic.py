@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +25,7 @@ except ImportError:  # Windows
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # processes of another machine may write there, too
-_TEMPORARY = re.compile(r"\..*\.tav-([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.tmp(\.[^.]*)?", re.DOTALL)
+_TEMPORARY = re.compile(r"\.tav-([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.tmp")
 _writing: set[str] = set()  # names of this process
 
 
@@ -36,23 +37,23 @@ def _umask() -> int:
 
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is synced and takes the place of `path`.
+    """Yield a path of the same name in a temporary folder beside `path`; on success it is synced and takes its place.
 
-    The temporary name keeps the suffix of `path`, because writers choose the format by it. Missing parent
-    folders are made, and what killed processes have left there is removed. On failure the temporary file is removed
-    and `path` is as it was before.
+    A folder, because writers make temporary files of their own beside theirs. Missing parent folders are made, and what
+    killed processes have left there is removed. On failure nothing is left of it, and `path` is as it was before.
 
     Raises:
         TavError: the operating system refused to write (disk full, no permission, a folder in the way).
     """
     path = Path(path)
-    own = f"tav-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    temporary = path.with_name(f".{path.stem[:40]}.{own}{path.suffix[-10:]}")
+    folder = path.parent / f".tav-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    temporary = folder / path.name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _writing.add(temporary.name)
         _remove_leftovers(path.parent)
+        _writing.add(folder.name)
         try:
+            folder.mkdir()
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
@@ -60,8 +61,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             os.replace(temporary, path)
             _sync_folder(path.parent)
         finally:
-            temporary.unlink(missing_ok=True)
-            _writing.discard(temporary.name)
+            shutil.rmtree(folder, ignore_errors=True)
+            _writing.discard(folder.name)
     except (OSError, SafetensorError) as error:
         # safetensors writes from Rust and tells the number of an I/O error in its text alone
         told = re.search(r"os error (\d+)", str(error))
@@ -84,13 +85,13 @@ def _sync_folder(folder: Path):
 
 
 def _remove_leftovers(folder: Path):
-    """Temporary files of processes of this machine that are no more."""
+    """Temporary folders of processes of this machine that are no more."""
     with suppress(OSError):
         for name in os.listdir(folder):
             if (made := _TEMPORARY.fullmatch(name)) and made[1] == _HOST and name not in _writing:
                 process = int(made[2])
                 if process == os.getpid() or not psutil.pid_exists(process):
-                    (folder / name).unlink(missing_ok=True)
+                    shutil.rmtree(folder / name, ignore_errors=True)
 
 
 @contextmanager

@@ -416,7 +416,7 @@ def add_arguments(parser):
 
 def bench(args):
     if args.json is not None:
-        check_file(args.json, ())
+        check_file(args.json, (), "json")
     for name in ("stages", "without", "no_memory"):
         if args.growth and getattr(args, name):
             raise TavError(name, None, f"does nothing with {field('growth')}", "leave it out")

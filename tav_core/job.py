@@ -87,11 +87,12 @@ class EditJob:
         return [*TUNED_FILES, *others, *edits, "summary.json"]
 
 
-def check_folder(folder: Path, files: Sequence[str], **inputs: Path | None):
+def check_folder(folder: Path, files: Sequence[str], of: str = "output", **inputs: Path | None):
     """Says before any work that files can't be written into a folder, which needn't be there.
 
     Args:
         files: their names.
+        of: the field that errors are about.
         inputs: by their field what is read, must be there, and not be written over.
 
     Raises:
@@ -103,33 +104,33 @@ def check_folder(folder: Path, files: Sequence[str], **inputs: Path | None):
         if path is not None and not (path.is_file() or path.is_dir()):  # in a pipe readers would wait for ever
             problem = "is neither a file nor a folder" if path.exists() else "does not exist"
             raise TavError(name, path, problem, "check where it is")
-    remedy, parent = f"choose another {errors.field('output')}", folder
-    while not parent.exists() and parent != parent.parent:
+    remedy, parent = f"choose another {errors.field(of)}", folder
+    if folder.resolve() in read:
+        raise TavError(of, folder, "is what is read from", remedy)
+    while not os.path.exists(parent) and parent != parent.parent:
         parent = parent.parent
     if not parent.is_dir():
-        raise TavError("output", folder, "is a file" if parent == folder else f"lies in a file, {parent}", remedy)
+        raise TavError(of, folder, "is a file" if parent == folder else f"lies in a file, {parent}", remedy)
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise TavError("output", folder, f"can't be made: nothing may be written to {parent}", remedy)
-    if folder.resolve() in read:
-        raise TavError("output", folder, "is what is read from", remedy)
-    for name in [*files, "x" * 120]:  # the last is as long as temporary names are
+        raise TavError(of, folder, f"can't be made: nothing may be written to {parent}", remedy)
+    for name in [*files, *(f"{'x' * 60}/{name}" for name in files)]:  # while they are written they lie deeper
         file = folder / name
         try:
             if stat.S_ISDIR(file.lstat().st_mode):
-                raise TavError("output", folder, f"holds a folder where {name} is to be", remedy)
+                raise TavError(of, folder, f"holds a folder where {name} is to be", remedy)
         except (FileNotFoundError, NotADirectoryError):
             pass
         except OSError as error:
-            raise TavError("output", folder, f"can't be used ({error.strerror})", remedy) from error
+            raise TavError(of, folder, f"can't be used ({error.strerror})", remedy) from error
         if (found := read.get(file.resolve())) is not None:
-            raise TavError("output", folder, f"is where {found} lies, which {name} would take the place of", remedy)
+            raise TavError(of, folder, f"is where {found} lies, which {name} would take the place of", remedy)
 
 
-def check_file(path: Path, suffixes: Sequence[str], **inputs: Path | None):
+def check_file(path: Path, suffixes: Sequence[str], of: str = "output", **inputs: Path | None):
     """`check_folder` for a single file, whose name must have one of the suffixes."""
     if suffixes and path.suffix.lower() not in suffixes:
-        raise TavError("output", path, f"doesn't end in {' or '.join(suffixes)}", "give it a name that does")
-    check_folder(path.parent, [path.name], **inputs)
+        raise TavError(of, path, f"doesn't end in {' or '.join(suffixes)}", "give it a name that does")
+    check_folder(path.parent, [path.name], of, **inputs)
 
 
 def check_unfinished(folder: Path, resume: bool):

@@ -240,5 +240,7 @@ def _run(parser: argparse.ArgumentParser):
 
 
 def _fail(line: str, code: int) -> int:
+    for bar in list(getattr(tqdm, "_instances", ())):  # the line would stand behind one
+        bar.close()
     print(line, file=sys.stderr)
     return code

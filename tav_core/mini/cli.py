@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from ..arguments import checkpoint, device_argument, path
 from ..checkpoint import MINI, load_checkpoint, load_controlnet
 from ..errors import TavError
 from ..events import Note
-from ..job import check_file, check_folder
+from ..job import check_file, check_folder, claimed
 from ..limits import LIMITS, Range
 from ..presets import Preset
 from ..terminal import SETTINGS, Parser, add_preset_arguments, check_needs, preset_of, run, tell
@@ -22,6 +23,8 @@ from .judge import load_judge
 
 # of the training: how many, and of how many pictures
 STEPS = {"vae": (3600, 16), "unet": (3000, 64), "judge": (1600, 48), "controlnet": (2000, 32), "lora": (450, 32)}
+NEEDED = {"unet": ["vae"], "judge": ["vae"], "export": ["vae", "unet", "judge"]}  # stages before it, in --work
+WRITTEN = ("export", "controlnet", "lora", "all")  # stages that write to --output
 RENDERS = Range(48, 1_000_000)
 FRAMES = Range(2, 1000)  # of a clip of the world
 PICTURES = Range(1, 1000)  # to judge; there are not many more combinations that training never saw
@@ -30,17 +33,27 @@ STRENGTHS = Range(-10.0, 10.0)
 
 
 def _train(args):
-    from . import train  # training needs more of transformers and tokenizers than using the checkpoint does
-
     for stage in STEPS:
         given = getattr(args, f"{stage}_steps", None)
         if given is not None and args.stage not in (stage, "all"):
             raise TavError(f"{stage}_steps", given, f"does nothing for stage {args.stage}", "leave it out")
         setattr(args, f"{stage}_steps", given or STEPS[stage][0])
-    for folder in (args.work, args.output):
-        check_folder(folder, [])
+    for stage in NEEDED.get(args.stage, ()):
+        if not (args.work / f"{stage}.safetensors").is_file():
+            raise TavError("work", args.work, f"holds no {stage}.safetensors", f"train {stage} there first")
+    folders = {args.work.resolve()} | ({args.output.resolve()} if args.stage in WRITTEN else set())
+    for folder, of in ((args.work, "work"), (args.output, "output")):
+        check_folder(folder, [], of)
+    with ExitStack() as claims:
+        for folder in folders:
+            claims.enter_context(claimed(folder))
+        _train_stages(args)
+
+
+def _train_stages(args):
+    from . import train  # training needs more of transformers and tokenizers than using the checkpoint does
+
     device = args.device
-    args.work.mkdir(parents=True, exist_ok=True)
     if args.stage in ("vae", "all"):
         train.train_vae(args.work, device, args.renders, args.vae_steps, 16, 1.5e-3)
     if args.stage in ("unet", "all"):
@@ -84,7 +97,7 @@ def _previews(args):
 
 def _check_sheet(args):
     if args.sheet is not None:
-        check_file(args.sheet, (".png",))
+        check_file(args.sheet, (".png",), "sheet")
 
 
 def _evaluate(args):
@@ -166,7 +179,7 @@ def _benchmark(args):
 
     preset, clips = _preset_and_clips(args)
     if args.videos is not None:
-        check_folder(args.videos, [])
+        check_folder(args.videos, [], "videos")
 
     def keep(name: str, video: np.ndarray):
         save_video(torch.from_numpy(video), args.videos / f"{name}.mp4", fps=8)
