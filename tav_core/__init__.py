@@ -55,13 +55,15 @@ __version__ = _version()
 
 
 def __getattr__(name: str) -> Any:
-    """Public names come with torch and diffusers, which take seconds: not before one is asked for.
+    """Public names come, all at once, when the first is asked for: with torch and diffusers, which take seconds.
 
     So the command line can be stopped, and says so, from its first moment on.
     """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(".api", __name__), name)
+    api = importlib.import_module(".api", __name__)
+    globals().update({public: getattr(api, public) for public in __all__})
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

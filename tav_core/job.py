@@ -209,6 +209,7 @@ def run_edit(
         TavError, Cancelled: see `tune_into`; settings that the checkpoint can't follow.
     """
     preset, seconds = job.preset, {}
+    check(fps=clip.fps)
 
     def timed(stage: str, function: Callable, *args, **kwargs):
         started = time.monotonic()

@@ -34,6 +34,8 @@ from .tuning import TuneResult, tune
 from .video import to_pixels
 from .windows import ContextWindows, WindowedUNet
 
+LARGEST = 8  # times the size of a checkpoint: beyond it nothing is drawn well, and memory ends before
+
 
 @dataclass(frozen=True)
 class Source:
@@ -86,8 +88,11 @@ def check_prompt(prompt: str):
 
 def check_size(checkpoint: Checkpoint, *, width: int, height: int):
     """Raises a TavError if the checkpoint can't take frames of this size."""
-    multiple = checkpoint.downscale  # the U-Net itself takes any size
+    multiple, most = checkpoint.downscale, LARGEST * checkpoint.size  # the U-Net itself takes any size
     for name, value in (("width", width), ("height", height)):
+        if value > most:
+            problem = f"is more than {LARGEST} times the {checkpoint.size} that the checkpoint was made for"
+            raise TavError(name, value, problem, f"use {most} or less")
         if value % multiple or value <= 0:
             nearest = max(multiple, round(value / multiple) * multiple)
             raise TavError(name, value, f"is not a multiple of {multiple}", f"use {nearest}")

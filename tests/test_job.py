@@ -20,6 +20,7 @@ from tav_core.errors import Cancelled, TavError
 from tav_core.events import Note
 from tav_core.job import TUNED_FILES, check_file, check_folder, claimed
 from tav_core.kept import Kept
+from tav_core.pipeline import check_size
 from tav_core.presets import PRESETS, with_settings
 
 PRESET = with_settings(PRESETS["mini"], steps=1, sampling_steps=2, memory="fast")
@@ -99,6 +100,18 @@ def test_edits_of_one_sentence_keep_apart(checkpoint, clip, tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary["files"]) == ["reconstruction", "one", "one (2)", "source (3)"]
     assert all((tmp_path / name).exists() for name in summary["files"].values())
+
+
+def test_a_rate_that_cannot_be_written_is_seen_first(checkpoint, clip, tmp_path):
+    refused("fps=0.001 is out of range", edit_job("one"), checkpoint, replace(clip, fps=1e-3), tmp_path, call=run_edit)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_that_no_memory_holds(checkpoint):
+    most = 8 * checkpoint.size
+    check_size(checkpoint, width=most, height=checkpoint.downscale)
+    refused(f"height={most + 8} is more than 8 times the {checkpoint.size} that .* use {most}",
+            checkpoint, call=check_size, width=most, height=most + 8)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- the folder
