@@ -19,6 +19,8 @@ from jinja2 import pass_context
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tav_core  # noqa: E402
 
+assert tav_core.load_video  # with the first public name all come, which pdoc looks for
+
 REFERENCE = re.compile(r"\b(?:[Ss]ee(?: also)?|as in)\s+<code>[\w.]+</code>(?:(?:,| and| or)\s+<code>[\w.]+</code>)*")
 broken = set()
 

@@ -77,7 +77,7 @@ class OneShotTune(io.ComfyNode):
             search_aliases=["train", "fine-tune video", "tune a video"],
             hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,  # the loss curve stays in the node, also after a cached run
-            advanced=("dtype", "memory", "timestep_sampling"),
+            advanced=("dtype", "memory", "timestep_sampling", "save_every"),
             inputs=[
                 io.Model.Input("model", tooltip="From Inflate."),
                 io.Latent.Input("latent", tooltip="The clip, from VAE Encode: its frames are the batch."),
@@ -111,6 +111,10 @@ class OneShotTune(io.ComfyNode):
                              tooltip="Decodes the preview; without it the preview is a rough one."),
                 NodeTakes.Input("takes", optional=True,
                                 tooltip="Further clips to learn from, each with its sentence, from Take."),
+                io.Float.Input("save_every", display_name="Save every (minutes)", optional=True, default=2.0, min=0.0,
+                               max=1440.0, step=0.5,
+                               tooltip="What was learned is kept after so many minutes, and after every 100 steps, in "
+                                       "case ComfyUI or the machine fails. 0: after every step."),
             ],
             outputs=[
                 io.Model.Output(tooltip="The tuned MODEL, for DDIM Inversion and every sampler."),
@@ -141,8 +145,9 @@ class OneShotTune(io.ComfyNode):
         preview_prompt=None,
         vae=None,
         takes=(),
+        save_every=2.0,
     ) -> io.NodeOutput:
-        with plain_errors(context_length="Context Windows (Tune-A-Video)"):
+        with plain_errors(save_minutes="save_every", context_length="Context Windows (Tune-A-Video)"):
             if dtype == "auto":
                 bf16 = comfy.model_management.should_use_bf16(comfy.model_management.get_torch_device())
                 dtype = "bf16" if bf16 else "fp32"
@@ -155,6 +160,7 @@ class OneShotTune(io.ComfyNode):
                 dtype=dtype,
                 memory=memory,
                 timestep_sampling=timestep_sampling,
+                save_minutes=save_every,
                 context_length=length or None,
             )
             clips = [(latent, positive, "positive")]

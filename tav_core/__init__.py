@@ -13,7 +13,7 @@ carries its motion, and from this noise other sentences are sampled:
     noise = tav.invert(checkpoint, unet, source, preset)
     sentence = "a blue ball is sliding on the sand"
     edit = tav.sample(checkpoint, unet, noise, sentence, preset, source_prompt=source.prompt)
-    tav.save_video(edit, "edit.mp4", clip.fps, clip.sound)
+    tav.save_video(edit, "edit.mp4", clip.fps)
 
 Frames are uint8 tensors `f h w c` (frames, height, width, colours); latents, noise and masks are floats `b c f h w`
 (videos, channels, frames, height, width). What a caller can put right raises `TavError`.
@@ -22,28 +22,11 @@ Frames are uint8 tensors `f h w c` (frames, height, width, colours); latents, no
 import importlib.metadata
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video, load_checkpoint, load_controlnet
-from .condition import Condition, VideoModel
-from .ddim import ddim_invert, ddim_sample, ddim_timesteps
-from .errors import Cancelled, OutOfMemory, TavError
-from .events import Callback, DDIMStep, Note, Reading, Step, TuningStep
-from .inflation import VideoUNet, inflate
-from .injection import REGIONS, EditPlaces, SourceWalk
-from .job import Edit, EditJob, run_edit
-from .memory import Device
-from .noise import read_noise, read_pace, save_noise
-from .pipeline import Source, find_subject, invert, prepare, sample, tune_on
-from .presets import PRESETS, Preset, with_settings
-from .sound import Sound
-from .subject import subject_mask, word_mask, word_places
-from .take import Take
-from .trainable import trainable_parameters
-from .tuned_weights import TunedInfo, base_fingerprint, load_tuned, read_tuned, save_tuned
-from .tuning import TuneConfig, TuneResult, tune, tuning_loss
-from .video import Clip, load_video, save_video, to_frames, to_pixels
-from .visuals import loss_curve, side_by_side, strip
-from .windows import ContextWindows, WindowedUNet
+if TYPE_CHECKING:
+    from .api import *  # noqa: F403
+# ruff: noqa: F405
 
 __all__ = [
     "PRESETS", "REGIONS", "Callback", "Cancelled", "Checkpoint", "Clip", "Condition", "ContextWindows",
@@ -69,6 +52,18 @@ def _version() -> str:
 
 
 __version__ = _version()
+
+
+def __getattr__(name: str) -> Any:
+    """Public names come, all at once, when the first is asked for: with torch and diffusers, which take seconds.
+
+    So the command line can be stopped, and says so, from its first moment on.
+    """
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    api = importlib.import_module(".api", __name__)
+    globals().update({public: getattr(api, public) for public in __all__})
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

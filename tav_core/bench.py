@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from .arguments import path
 from .atomic import atomic_path
 from .attention import sdpa
 from .attention_choice import explicit_attention
@@ -39,6 +40,8 @@ from .ddim import ddim_invert, ddim_sample
 from .errors import TavError, field
 from .events import Event, Step
 from .inflation import VideoUNet, inflate
+from .job import check_file
+from .limits import LIMITS, Range, check_pixels
 from .memory import choose, free_memory, needed_memory, offloaded, without_content
 from .objective import tuning_loss
 from .precision import DTYPES, computing
@@ -385,21 +388,21 @@ def add_arguments(parser):
         choices=LAYOUTS,
         help="(middle; with --gpu sd15, Stable Diffusion 1.5 at 512 x 512; with --growth small)",
     )
-    parser.add_argument("--frames", type=int, metavar="N", help="(that of the layout)")
-    parser.add_argument("--size", type=int, metavar="N", help="side of the latents (that of the layout)")
+    parser.add_argument("--frames", type=LIMITS["count"], metavar="N", help="(that of the layout)")
+    parser.add_argument("--size", type=Range(1, 512), metavar="N", help="side of the latents (that of the layout)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="of the U-Net (fp32; with --gpu bf16)")
     parser.add_argument("--memory", nargs="+", choices=MEMORY, help="of the tuning (fast; with --gpu all that fit)")
     parser.add_argument(
         "--without",
         nargs="+",
         choices=OPTIMISATIONS,
-        default=[],
         help="measures also with each of these switched off. "
         + "; ".join(f"{k}: {v}" for k, v in OPTIMISATIONS.items()),
     )
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--runs", type=int, default=3, metavar="N", help="the median of so many is reported (3)")
-    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (all)")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, help="(all)")
+    told = "the median of so many is reported (3)"
+    parser.add_argument("--runs", type=Range(1, 1000), default=3, metavar="N", help=told)
+    parser.add_argument("--threads", type=Range(1, 1024), metavar="N", help="of the CPU (all)")
     parser.add_argument(
         "--no-memory", action="store_true", help="leaves out the memory, which takes a process for each figure"
     )
@@ -409,12 +412,15 @@ def add_arguments(parser):
     parser.add_argument(
         "--growth", action="store_true", help="instead: over 8 to 64 frames, and latents of 16 to 64, with exponents"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="writes all figures")
+    parser.add_argument("--json", type=path, metavar="FILE", help="writes all figures")
 
 
 def bench(args):
-    if args.runs < 1:
-        raise TavError("runs", args.runs, "is out of range", "give 1 or more")
+    if args.json is not None:
+        check_file(args.json, (), "json")
+    for name in ("stages", "without", "no_memory"):
+        if args.growth and getattr(args, name):
+            raise TavError(name, None, f"does nothing with {field('growth')}", "leave it out")
     if args.device.type != "cuda" and not _PROCESS.exists() and (args.growth or not args.no_memory):
         problem = "has its resident memory in /proc, which this system lacks"
         raise TavError("device", args.device, problem, f"use {field('no_memory')}, without {field('growth')}")
@@ -425,14 +431,14 @@ def bench(args):
     )
     layout = replace(layout, frames=args.frames or layout.frames, size=args.size or layout.size)
     multiple = 1 if layout.name == "mini" else 8
-    if layout.frames < 1:
-        raise TavError("count", layout.frames, "is out of range", "give 1 or more")
-    if layout.size < 1 or layout.size % multiple:
+    check_pixels(layout.frames, 8 * layout.size, 8 * layout.size)
+    if layout.size % multiple:
         raise TavError("size", layout.size, f"is not a positive multiple of {multiple}", "give one")
+    stages = args.stages or STAGES
     dtypes = args.dtype or ["bf16" if args.gpu else "fp32"]
     kinds = args.memory or (_fitting(layout, DTYPES[dtypes[0]], args.device) if args.gpu else ["fast"])
     on = [Mode(dtype, kind) for dtype in dtypes for kind in kinds]
-    modes = [*([] if args.gpu else [PLAIN]), *on, *(replace(on[0], off=(name,)) for name in args.without)]
+    modes = [*([] if args.gpu else [PLAIN]), *on, *(replace(on[0], off=(name,)) for name in args.without or ())]
     cuda = args.device.type == "cuda"
     machine = {"device": torch.cuda.get_device_name(args.device) if cuda else args.device.type, "cpu": cpu_name(),
                "kernels": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
@@ -450,9 +456,9 @@ def bench(args):
             )
     else:
         workload = Workload(layout, device)
-        result["seconds"] = seconds(workload, modes, list(args.stages), args.runs)
-        _table("seconds", result["seconds"], args.stages)
-        if counted := [stage for stage in args.stages if stage in COUNTED]:
+        result["seconds"] = seconds(workload, modes, list(stages), args.runs)
+        _table("seconds", result["seconds"], stages)
+        if counted := [stage for stage in stages if stage in COUNTED]:
             result["share"] = shares(workload, modes, result["seconds"])
             _table("share of the matmul rate", result["share"], counted, compared=False)
         if args.gpu:
@@ -461,16 +467,12 @@ def bench(args):
         del workload  # on a GPU it would count
         if not args.no_memory:
             used = {
-                mode.name: {
-                    stage: memory(layout, mode, stage, device, torch.get_num_threads()) for stage in args.stages
-                }
+                mode.name: {stage: memory(layout, mode, stage, device, torch.get_num_threads()) for stage in stages}
                 for mode in modes
             }
             result["memory"] = used
             _table(
-                "peak GB",
-                {name: {stage: gb["peak"] for stage, gb in of.items()} for name, of in used.items()},
-                args.stages,
+                "peak GB", {name: {stage: gb["peak"] for stage, gb in of.items()} for name, of in used.items()}, stages
             )
     if args.json:
         with atomic_path(args.json) as temporary:

@@ -9,7 +9,21 @@ from typing import Any
 _PYTHON = {"video": "path", "output": "path", "checkpoint": "name_or_path", "controlnet": "path", "tuned": "path",
            "noise": "path", "state": "state_path", "size": "width and height",
            "edit": "prompt", "contrast": "contrasts"}  # fmt: skip
+_LONG_WORD = re.compile(r"\S{301,}")
 _MENTIONED = re.compile("\ue000(.*?)\ue001")  # characters of the private use area: no file name or sentence has them
+
+
+_LONGEST = 300  # characters of a value, or of a word, in an error
+
+
+def shortened(text: str, most: int = _LONGEST) -> str:
+    """Text without its middle, if it is longer than `most` characters."""
+    return text if len(text) <= most else f"{text[: most * 2 // 3]}...{text[-most // 6 :]}"
+
+
+def escaped(text: str) -> str:
+    """Text on one line, which a terminal shows and doesn't obey: \\n for a line break, \\x1b for an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def field(name: str) -> str:
@@ -39,11 +53,17 @@ class TavError(ValueError):
     def __str__(self) -> str:
         value = "" if self.value is None else self.assign + self._value()
         told = f"{field(self.field)}{value} {self.problem}; {self.remedy}"
-        return _MENTIONED.sub(lambda mentioned: self.name_of(mentioned[1]), told)
+        told = _MENTIONED.sub(lambda mentioned: self.name_of(mentioned[1]), told)
+        return escaped(_LONG_WORD.sub(lambda word: shortened(word[0]), told))
 
     def _value(self) -> str:
         value = str(self.value) if isinstance(self.value, PathLike) else self.value
-        text = str(value)
+        try:
+            text = str(value)
+        except ValueError:  # an integer of more digits than Python turns into text
+            value = text = hex(value)
+        if len(text) > _LONGEST:
+            value = text = shortened(text)
         # nothing, a line break or a blank at an end would not be seen
         plain = self.assign != "=" and text and text == text.strip() and text.isprintable()
         return text if plain else repr(value)

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,13 @@ import torch
 from torch import Tensor
 
 from . import errors, pipeline
-from .atomic import atomic_path
+from .atomic import atomic_path, sole_user
 from .checkpoint import Checkpoint
 from .errors import TavError
 from .events import Callback, Note, ignored
 from .inflation import VideoUNet
+from .kept import Kept
+from .limits import check
 from .metrics import frame_difference, psnr
 from .noise import save_noise
 from .precision import DTYPES
@@ -25,10 +29,13 @@ from .presets import Preset
 from .subject import SOFTNESS
 from .tuned_weights import save_tuned
 from .tuning import TuneResult
+from .tuning_state import hash_tensors
 from .video import Clip, save_video
 from .visuals import loss_curve, side_by_side, spotlight, strip
 
-STATE = "tuning-state.safetensors"  # in the output folder, until all that it is for is written
+# in the output folder, until all that they are for is written
+STATE, UNFINISHED = "tuning-state.safetensors", "unfinished"
+TUNED_FILES = ["tuned.safetensors", "loss.png", STATE]
 
 
 @dataclass(frozen=True)
@@ -63,13 +70,92 @@ class EditJob:
 
     def __post_init__(self):
         pipeline.check_prompt(self.prompt)
+        pipeline.check_text("negative_prompt", self.negative_prompt)
+        check(softness=self.softness)
         for edit in self.edits:
-            if not edit.prompt.strip():
-                raise TavError("edit", None, "is empty", "describe the edited clip in one sentence")
-            if edit.region != "everything" and not self.contrasts:
+            if edit.prompt.strip() and edit.region != "everything" and not self.contrasts:
                 remedy = f"give {errors.field('contrast')}, the clip's sentence with another subject"
                 raise TavError("region", edit.region, "needs to know where the subject is", remedy)
+            pipeline.check_edit(edit.prompt, edit.region, bool(self.contrasts))
         pipeline.check_contrasts(self.prompt, self.contrasts)
+
+    @property
+    def files(self) -> list[str]:
+        """Names of all files that `run_edit` writes."""
+        edits = [f"{file_name(number, edit.prompt)}.mp4" for number, edit in enumerate(self.edits, 1)]
+        others = ["noise.safetensors", "source.mp4", "reconstruction.mp4", "comparison.mp4", "strip.png"]
+        return [*TUNED_FILES, *others, *edits, "summary.json"]
+
+
+def check_folder(folder: Path, files: Sequence[str], of: str = "output", **inputs: Path | None):
+    """Says before any work that files can't be written into a folder, which needn't be there.
+
+    Args:
+        files: their names.
+        of: the field that errors are about.
+        inputs: by their field what is read, must be there, and not be written over.
+
+    Raises:
+        TavError: no folder, none to write to, names too long for it, a folder in the way of a file; no input, or one in
+            the way.
+    """
+    read = {path.resolve(): path for path in inputs.values() if path is not None}
+    for name, path in inputs.items():
+        if path is not None and not (path.is_file() or path.is_dir()):  # in a pipe readers would wait for ever
+            problem = "is neither a file nor a folder" if path.exists() else "does not exist"
+            raise TavError(name, path, problem, "check where it is")
+    remedy, parent = f"choose another {errors.field(of)}", folder
+    if folder.resolve() in read:
+        raise TavError(of, folder, "is what is read from", remedy)
+    while not os.path.exists(parent) and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        raise TavError(of, folder, "is a file" if parent == folder else f"lies in a file, {parent}", remedy)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise TavError(of, folder, f"can't be made: nothing may be written to {parent}", remedy)
+    for name in [*files, *(f"{'x' * 60}/{name}" for name in files)]:  # while they are written they lie deeper
+        file = folder / name
+        try:
+            if stat.S_ISDIR(file.lstat().st_mode):
+                raise TavError(of, folder, f"holds a folder where {name} is to be", remedy)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            raise TavError(of, folder, f"can't be used ({error.strerror})", remedy) from error
+        if (found := read.get(file.resolve())) is not None:
+            raise TavError(of, folder, f"is where {found} lies, which {name} would take the place of", remedy)
+
+
+def check_file(path: Path, suffixes: Sequence[str], of: str = "output", **inputs: Path | None):
+    """`check_folder` for a single file, whose name must have one of the suffixes."""
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise TavError(of, path, f"doesn't end in {' or '.join(suffixes)}", "give it a name that does")
+    check_folder(path.parent, [path.name], of, **inputs)
+
+
+def check_unfinished(folder: Path, resume: bool):
+    """Raises a TavError for a folder with an unfinished tuning that nobody wants to resume."""
+    if (folder / STATE).exists() and not resume:
+        go_on, start_over = f"add {errors.field('resume')} to go on with it", f"delete {STATE} to start over"
+        raise TavError("output", folder, "holds an unfinished tuning", f"{go_on}, or {start_over}")
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Makes a folder and keeps other runs out of it.
+
+    Raises:
+        TavError: nothing can be written there, or another run does.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".probe").touch()
+        (folder / ".probe").unlink()
+    except OSError as error:
+        remedy = f"choose another {errors.field('output')}"
+        raise TavError("output", folder, f"can't be written to ({error.strerror})", remedy) from error
+    with sole_user(folder):
+        yield
 
 
 def tune_into(
@@ -90,11 +176,9 @@ def tune_into(
         TavError: a folder that can't be written to, or that holds an unfinished tuning and `resume` is off.
         Cancelled: by the callback.
     """
-    _make_folder(folder)
+    check_folder(folder, TUNED_FILES)
+    check_unfinished(folder, resume)
     state, (source, *more) = folder / STATE, sources
-    if state.exists() and not resume:
-        go_on, start_over = f"add {errors.field('resume')} to go on with it", f"delete {STATE} to start over"
-        raise TavError("output", folder, "holds an unfinished tuning", f"{go_on}, or {start_over}")
     unet, result = pipeline.tune_on(
         checkpoint, sources, preset, inflation=inflation, state_path=state, resume=resume, callback=callback
     )
@@ -125,6 +209,7 @@ def run_edit(
         TavError, Cancelled: see `tune_into`; settings that the checkpoint can't follow.
     """
     preset, seconds = job.preset, {}
+    check(fps=clip.fps)
 
     def timed(stage: str, function: Callable, *args, **kwargs):
         started = time.monotonic()
@@ -135,22 +220,30 @@ def run_edit(
     source = timed("encode", pipeline.prepare, checkpoint, clip.frames, job.prompt)
     unet, result = timed("tune", tune_into, folder, checkpoint, [source], preset, inflation=job.inflation,
                          resume=resume, callback=callback)  # fmt: skip
-    noise = timed("invert", pipeline.invert, checkpoint, unet, source, preset, callback=callback)
+    kept = Kept(folder / UNFINISHED, _depends_on(job, source, result))
+    noise = kept("noise", lambda: timed("invert", pipeline.invert, checkpoint, unet, source, preset, callback=callback))
     subject = None
     if job.contrasts:
         args = (checkpoint, unet, source, job.contrasts, preset, job.softness)
-        subject = timed("find the subject", pipeline.find_subject, *args)
+        subject = kept("subject", lambda: timed("find the subject", pipeline.find_subject, *args))
     save_noise(folder / "noise.safetensors", noise, subject, job.prompt, preset, clip.fps, clip.sound)
     save_video(clip.frames, folder / "source.mp4", clip.fps, clip.sound)
-    videos, files = {"source": clip.frames}, {}
+    videos, files, regions = {"source": clip.frames}, {}, {}
     for number, edit in enumerate([Edit(job.prompt), *job.edits]):
         label = edit.prompt if number else "reconstruction"
-        callback(Note(f"{label} ..."))
-        videos[label] = timed("sample", pipeline.sample, checkpoint, unet, noise, edit.prompt, preset,
-                              source_prompt=job.prompt, negative_prompt=job.negative_prompt, subject=subject,
-                              region=edit.region, callback=callback)  # fmt: skip
+        if number and label in ("subject", "reconstruction", *videos):
+            label = f"{label} ({number})"
+
+        def draw(edit=edit, label=label) -> Tensor:
+            callback(Note(f"{label} ..."))
+            return timed("sample", pipeline.sample, checkpoint, unet, noise, edit.prompt, preset,
+                         source_prompt=job.prompt, negative_prompt=job.negative_prompt, subject=subject,
+                         region=edit.region, callback=callback)  # fmt: skip
+
+        videos[label] = kept(str(number), draw, prompt=edit.prompt, region=edit.region)
         files[label] = f"{file_name(number, edit.prompt) if number else label}.mp4"
         save_video(videos[label], folder / files[label], clip.fps, clip.sound)
+        regions |= {label: edit.region} if number else {}
     shown = videos if subject is None else {"source": clip.frames, "subject": spotlight(clip.frames, subject), **videos}
     strip(list(shown.values()), list(shown), folder / "strip.png")
     together = side_by_side(list(videos.values()), list(videos))
@@ -161,11 +254,25 @@ def run_edit(
         "probe_loss": {"before": result.probe_losses[0][1], "after": result.probe_losses[-1][1]},
         "reconstruction_psnr": round(psnr(videos["reconstruction"], clip.frames), 2),
         "frame_difference": {label: round(frame_difference(video), 4) for label, video in videos.items()},
-        "regions": {edit.prompt: edit.region for edit in job.edits}, "files": files, "seconds": seconds,
+        "regions": regions, "files": files, "seconds": seconds,
     }  # fmt: skip
     write_json(folder / "summary.json", summary)
+    kept.remove()
     (folder / STATE).unlink(missing_ok=True)
     return summary, videos
+
+
+def _depends_on(job: EditJob, source: pipeline.Source, result: TuneResult) -> dict[str, Any]:
+    """What decides on noise, subject and edits, but for an edit's own sentence and region."""
+    settings = asdict(job.preset)
+    tuning = settings.pop("tuning")  # its weights tell of the rest
+    return {
+        "weights": hash_tensors(result.weights.values()),
+        "latents": hash_tensors([source.take.latents, source.frames]),
+        "prompts": [job.prompt, job.negative_prompt, *job.contrasts, job.softness],
+        "settings": settings | {name: tuning[name] for name in ("seed", "dtype", "context_length")},
+        "versions": [torch.__version__, str(source.take.latents.device)],
+    }
 
 
 def file_name(number: int, prompt: str) -> str:
@@ -176,14 +283,3 @@ def file_name(number: int, prompt: str) -> str:
 def write_json(path: Path, content: dict):
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _make_folder(path: Path):
-    """Makes the folder, or says now rather than after the tuning that nothing can be written there."""
-    remedy = f"choose another {errors.field('output')}"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TavError("output", path, f"can't be made ({error.strerror})", remedy) from error
-    if not os.access(path, os.W_OK):
-        raise TavError("output", path, "can't be written to", remedy)

@@ -34,6 +34,8 @@ from .tuning import TuneResult, tune
 from .video import to_pixels
 from .windows import ContextWindows, WindowedUNet
 
+LARGEST = 8  # times the size of a checkpoint: beyond it nothing is drawn well, and memory ends before
+
 
 @dataclass(frozen=True)
 class Source:
@@ -59,16 +61,38 @@ def prepare(checkpoint: Checkpoint, frames: Tensor, prompt: str, class_labels: T
     return Source(frames, prompt, Take(mean, Condition(encode_prompt(checkpoint, prompt), class_labels), std))
 
 
+def check_text(name: str, text: str):
+    """Raises a TavError for text that no file holds: of bytes that aren't UTF-8 Python makes halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise TavError(name, text, "is not UTF-8", "give it in that encoding") from None
+
+
+def check_edit(prompt: str, region: str, subject_known: bool):
+    """Raises a TavError for an empty edit, or one of a region that nobody knows."""
+    check_text("edit", prompt)
+    if not prompt.strip():
+        raise TavError("edit", None, "is empty", "describe the edited clip in one sentence")
+    if region != "everything" and not subject_known:
+        problem = "needs to know where the subject is"
+        raise TavError("region", region, problem, f"invert the clip with {field('contrast')}")
+
+
 def check_prompt(prompt: str):
     """Raises a TavError for an empty sentence."""
+    check_text("prompt", prompt)
     if not prompt.strip():
         raise TavError("prompt", None, "is empty", 'describe the clip in one sentence, e.g. "a man is skiing"')
 
 
 def check_size(checkpoint: Checkpoint, *, width: int, height: int):
     """Raises a TavError if the checkpoint can't take frames of this size."""
-    multiple = checkpoint.downscale  # the U-Net itself takes any size
+    multiple, most = checkpoint.downscale, LARGEST * checkpoint.size  # the U-Net itself takes any size
     for name, value in (("width", width), ("height", height)):
+        if value > most:
+            problem = f"is more than {LARGEST} times the {checkpoint.size} that the checkpoint was made for"
+            raise TavError(name, value, problem, f"use {most} or less")
         if value % multiple or value <= 0:
             nearest = max(multiple, round(value / multiple) * multiple)
             raise TavError(name, value, f"is not a multiple of {multiple}", f"use {nearest}")
@@ -164,6 +188,7 @@ def find_subject(
 def check_contrasts(prompt: str, contrasts: Sequence[str]):
     """Raises a TavError for a contrast that is empty or the sentence itself."""
     for contrast in contrasts:
+        check_text("contrast", contrast)
         if not contrast.strip() or contrast == prompt:
             remedy = f"change the subject's words in {prompt!r}"
             raise TavError("contrast", contrast, "says nothing of another subject", remedy)
@@ -200,11 +225,8 @@ def sample(
     Raises:
         TavError: an empty prompt, settings out of range (see `ddim_sample`), or a region without subject.
     """
-    if region != "everything" and (subject is None or source_prompt is None):
-        problem = "needs to know where the subject is"
-        raise TavError("region", region, problem, f"invert the clip with {field('contrast')}")
-    if not prompt.strip():
-        raise TavError("edit", None, "is empty", "describe the edited clip in one sentence")
+    check_edit(prompt, region, subject is not None and source_prompt is not None)
+    check_text("negative_prompt", negative_prompt)
     walk = source = None
     negative = encode_prompt(checkpoint, negative_prompt)
     if source_prompt is not None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields, replace
 
 from .errors import TavError
+from .limits import check_fields
 from .tuning import TuneConfig
 from .windows import ContextWindows
 
@@ -32,9 +33,7 @@ class Preset:
     context_overlap: int = 4
 
     def __post_init__(self):
-        for name in ("attention_injection", "caption_as_negative"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise TavError(name, getattr(self, name), "is out of range", "give a number from 0 to 1")
+        check_fields(self)
         if self.tuning.context_length is not None:
             ContextWindows(self.tuning.context_length, self.context_overlap)
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .condition import Condition, VideoModel, predict
 from .ddim import ddim_invert
 from .errors import TavError
+from .limits import check
 
 _LEVELS = (0.16, 0.28, 0.40, 0.52)  # of the training timesteps: below, the picture says it all, above, it says nothing
 SOFTNESS = 3  # pixels
@@ -227,6 +228,7 @@ def _grown(mask: Tensor, margin: int) -> Tensor:  # f 1 h w
 
 def softened(mask: Tensor, softness: int) -> Tensor:
     """A mask `1 1 f h w` whose edges are ramps of `softness` pixels, half of them inside; 0 leaves the edges hard."""
+    check(softness=softness)
     if softness == 0:
         return mask
     reach = softness // 2

@@ -1,16 +1,23 @@
-"""What the command lines share: options, presets, progress bars, one-line errors, stopping with Ctrl-C."""
+"""What the command lines share: presets, progress bars, one-line errors, stopping, output that fails no run."""
 
 import argparse
+import os
+import re
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
+from typing import Any, TextIO
 
 from diffusers.utils import logging as diffusers_logging
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from .errors import Cancelled, TavError
+from .errors import Cancelled, TavError, escaped, shortened
+from .errors import field as mentioned
 from .events import Event, Note, Reading, TuningStep
+from .limits import LIMITS
 from .memory import is_out_of_memory
 from .precision import DTYPES
 from .presets import PRESETS, Preset, default_preset, with_settings
@@ -19,11 +26,16 @@ from .tuning import TuneConfig
 
 STAGES = {"tune": "tuning", "invert": "inversion", "sample": "sampling"}
 # fields of errors that are called otherwise here
-_NAMES = {"count": "frames", "width": "size", "height": "size", "num_steps": "sampling_steps", "state": "state file"}
+_NAMES = {"count": "frames", "width": "size", "height": "size", "num_steps": "sampling_steps", "state": "state file",
+          "save_minutes": "save_every"}  # fmt: skip
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a Ctrl-C, and what ends a job of a cluster or a container
+
+
+# ------------------------------------------------------------------------------------------------ progress
 
 
 class Progress:
-    """Draws one bar a stage from its events, and stops the stage after the step at which Ctrl-C came."""
+    """Draws one bar a stage from its events, and stops the stage after the step at which Ctrl-C or SIGTERM came."""
 
     def __init__(self):
         self.bar = None
@@ -31,7 +43,7 @@ class Progress:
 
     def __call__(self, event: Event):
         if isinstance(event, Note):
-            tqdm.write(event.text)
+            tqdm.write(escaped(event.text))
             return
         if isinstance(event, Reading):
             if self.stopped:
@@ -56,68 +68,70 @@ class Progress:
             self.bar = None
 
     def stop_at_interrupt(self) -> "Progress":
-        """The first Ctrl-C waits for the running step and keeps the state; a second one ends at once."""
+        """The first Ctrl-C or SIGTERM waits for the running step and keeps the state; a second one ends at once."""
 
         def handler(number, frame):
             self.stopped = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for each in _SIGNALS:
+                signal.signal(each, signal.default_int_handler)
 
-        signal.signal(signal.SIGINT, handler)
+        for each in _SIGNALS:
+            signal.signal(each, handler)
         return self
 
 
-def add_preset_arguments(parser: argparse.ArgumentParser):
-    """--preset and what overrides it."""
-    group = parser.add_argument_group("method", "a preset, and single settings that replace the preset's")
-    summary = "; ".join(
+# ------------------------------------------------------------------------------------------------- presets
+
+
+def _presets() -> str:
+    return "; ".join(
         f"{name}: {p.tuning.steps} steps at {p.tuning.learning_rate:g}, {p.sampling_steps} sampling steps, "
         f"guidance {p.guidance_scale:g}, attention injection {p.attention_injection:g}, "
         f"caption as negative {p.caption_as_negative:g}"
         for name, p in PRESETS.items()
     )
-    group.add_argument("--preset", choices=PRESETS, help=f"mini for the mini checkpoint, else paper. {summary}")
-    group.add_argument("--steps", type=int, metavar="N", help="tuning steps")
-    group.add_argument("--learning-rate", type=float, metavar="X", help="tuning's learning rate (AdamW)")
-    group.add_argument("--seed", type=int, metavar="N", help="seed of every random draw (0)")
-    group.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="precision of the U-Net, in all stages; tuned weights stay fp32 "
-        "(bf16 on a GPU that is made for it, else fp32)",
-    )
-    group.add_argument(
-        "--memory",
-        choices=MEMORY_OR_AUTO,
-        help="of the tuning: from fast to low each takes less memory, and more time (auto: the first that fits)",
-    )
-    group.add_argument("--sampling-steps", type=int, metavar="N", help="DDIM steps of inversion and of sampling")
-    group.add_argument("--guidance-scale", type=float, metavar="X", help="classifier-free guidance of the edits")
-    group.add_argument(
-        "--attention-injection",
-        type=float,
-        metavar="X",
-        help="share of the sampling steps in which edits attend as the clip does (0 to 1): more keeps more of its "
-        "layout and motion",
-    )
-    group.add_argument(
-        "--caption-as-negative",
-        type=float,
-        metavar="X",
-        help="how far guidance starts from the clip's own sentence instead of the negative prompt (0 to 1)",
-    )
-    group.add_argument(
-        "--steady",
-        action=argparse.BooleanOptionalAction,
-        help="with --contrast: a background that an edit draws anew stands still where the clip's does (on). "
-        "--no-steady for one that should move, such as a fire or a crowd",
-    )
-    group.add_argument(
-        "--context-length",
-        type=int,
-        metavar="N",
-        help="for long clips: frames that are looked at together, 3 or more (all; with --tuned, as many as tuned)",
-    )
-    group.add_argument("--context-overlap", type=int, metavar="N", help="frames that neighbouring windows share (4)")
+
+
+def _number(name: str, metavar: str, help: str) -> dict[str, Any]:
+    return {"type": LIMITS[name], "metavar": metavar, "help": help}
+
+
+# options by the name of their setting
+SETTINGS = {
+    "preset": {"choices": PRESETS, "help": f"mini for the mini checkpoint, else paper. {_presets()}"},
+    "steps": _number("steps", "N", "tuning steps"),
+    "learning_rate": _number("learning_rate", "X", "tuning's learning rate (AdamW)"),
+    "seed": _number("seed", "N", "seed of every random draw (0)"),
+    "dtype": {"choices": DTYPES, "help": "precision of the U-Net, in all stages; tuned weights stay fp32 (bf16 on a "
+                                         "GPU that is made for it, else fp32)"},
+    "memory": {"choices": MEMORY_OR_AUTO, "help": "of the tuning: from fast to low each takes less memory, and more "
+                                                  "time (auto: the first that fits)"},
+    "save_minutes": _number("save_minutes", "MINUTES", "time after which the state of the tuning is written again, if "
+                                                       "a hundred steps take longer (2)"),
+    "sampling_steps": _number("sampling_steps", "N", "DDIM steps of inversion and of sampling"),
+    "guidance_scale": _number("guidance_scale", "X", "classifier-free guidance of the edits"),
+    "attention_injection": _number("attention_injection", "X", "share of the sampling steps in which edits attend as "
+                                   "the clip does (0 to 1): more keeps more of its layout and motion"),
+    "caption_as_negative": _number("caption_as_negative", "X", "how far guidance starts from the clip's own sentence "
+                                   "instead of the negative prompt (0 to 1)"),
+    "steady": {"action": argparse.BooleanOptionalAction,
+               "help": "with --contrast: a background that an edit draws anew stands still where the clip's does (on). "
+                       "--no-steady for one that should move, such as a fire or a crowd"},
+    "context_length": _number("context_length", "N", "for long clips: frames that are looked at together, 3 or more "
+                                                     "(all; with --tuned, as many as tuned)"),
+    "context_overlap": _number("context_overlap", "N", "frames that neighbouring windows share (4)"),
+}  # fmt: skip
+
+
+def add_preset_arguments(parser: argparse.ArgumentParser, *settings: str):
+    """--preset and what overrides it: all settings, or those alone that the command has a use for."""
+    group = parser.add_argument_group("method", "a preset, and single settings that replace the preset's")
+    for name in dict.fromkeys(("preset", *settings)) if settings else SETTINGS:
+        group.add_argument(_option(name), dest=name, **SETTINGS[name])
+
+
+def _option(name: str) -> str:
+    return f"--{_NAMES.get(name, name).replace('_', '-')}"
 
 
 def preset_of(args: argparse.Namespace) -> Preset:
@@ -127,34 +141,110 @@ def preset_of(args: argparse.Namespace) -> Preset:
     return with_settings(PRESETS[args.preset or default_preset(args.checkpoint)], **given)
 
 
+def check_needs(args: argparse.Namespace, **needs: str):
+    """Refuses options that do nothing without another one: by the name of an option, that of the other."""
+    for name, other in needs.items():
+        if getattr(args, name) is not None and getattr(args, other) is None:
+            raise TavError(name, getattr(args, name), f"does nothing without {mentioned(other)}", "leave it out")
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells in one line what is wrong with the arguments."""
+
+    def error(self, message: str):
+        told = re.sub(r"^argument (.+?): ", r"\1 ", message)
+        told = escaped(re.sub(r"\S{121,}", lambda word: shortened(word[0], 120), told))
+        sys.exit(_fail(f"error: {told}" if "; " in told else f"error: {told}; see {self.prog} --help", 2))
+
+
+class _Output:
+    """A stream that fails no run: it escapes what its encoding lacks, and drops what nobody takes any more."""
+
+    def __init__(self, stream: TextIO | None):
+        self._stream = stream or open(os.devnull, "w")  # Python has none for what was closed
+        if hasattr(self._stream, "reconfigure"):
+            self._stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._try(self._stream.flush)
+
+    def _try(self, function, *args):
+        try:
+            function(*args)
+        except OSError:  # the reader of a pipe has gone, the disk behind a file is full
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _unfailing_output() -> Iterator[None]:
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_Output, streams)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = streams
+
+
+def tell(*parts: Any):
+    """Prints a line in which no name of a file can give the terminal orders."""
+    print(escaped(" ".join(map(str, parts))))
+
+
 def run(parser: argparse.ArgumentParser):
     """Parses the arguments and calls `args.run(args)`. What a user can mend ends in one line and exit code 2."""
     for library in (diffusers_logging, transformers_logging):  # their bars and advice say nothing to our users
         library.set_verbosity_error()
         library.disable_progress_bar()
-    args = parser.parse_args()
+    before = {each: signal.getsignal(each) for each in _SIGNALS}
+    with _unfailing_output():
+        try:
+            for each in _SIGNALS:
+                signal.signal(each, signal.default_int_handler)
+            _run(parser)
+        except Cancelled as stop:
+            sys.exit(_fail(str(stop), 130))
+        except KeyboardInterrupt:
+            sys.exit(_fail("stopped", 130))
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+
+def _run(parser: argparse.ArgumentParser):
+    args, unknown = parser.parse_known_args()
     options = frozenset(vars(args))  # by their name as a variable; a command may add to `args`
-
-    def name_of(field: str) -> str:
-        name = _NAMES.get(field, field)
-        return f"--{name.replace('_', '-')}" if name in options else name
-
     try:
+        if unknown:
+            told = escaped(shortened(" ".join(unknown), 120))
+            raise TavError(told, None, f"means nothing to {args.command}", "leave it out")
         args.run(args)
     except TavError as error:
-        error.name_of, error.assign = name_of, " "
+        error.name_of = lambda name: _option(name) if {name, _NAMES.get(name)} & options else _NAMES.get(name, name)
+        error.assign = " "
         sys.exit(_fail(f"error: {error}", 2))
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not is_out_of_memory(error):
             raise
         told = "error: the device ran out of memory; try fewer --frames, --context-length, a smaller --size, "
         sys.exit(_fail(f"{told}--memory low or --dtype bf16", 2))
-    except Cancelled as stop:
-        sys.exit(_fail(str(stop), 130))
-    except KeyboardInterrupt:
-        sys.exit(_fail("stopped", 130))
 
 
 def _fail(line: str, code: int) -> int:
+    for bar in list(getattr(tqdm, "_instances", ())):  # the line would stand behind one
+        bar.close()
     print(line, file=sys.stderr)
     return code

@@ -12,7 +12,9 @@ from fractions import Fraction
 
 import numpy as np
 
-SLOWEST, FASTEST = 0.01, 1000.0  # frames a second that a video can be written at
+from .limits import LIMITS
+
+SLOWEST, FASTEST = LIMITS["fps"].least, LIMITS["fps"].most  # frames a second that a video can be written at
 NEAR = 0.25  # how far an interval may be from the usual one and still be one of its kind
 FOLDER_FPS = 8  # of what says nothing of time, such as a folder of images
 SMOOTH = 240  # frames a second; uneven clips are not taken at more

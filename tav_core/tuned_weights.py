@@ -5,17 +5,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import diffusers
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .atomic import atomic_path
+from .attention import MODES
 from .errors import TavError
-from .inflation import VideoUNet
+from .inflation import NORMS, VideoUNet
+from .stored import Damaged, check_finite, parsed, reading
 from .trainable import is_tuned, trainable_parameters
 
 FORMAT = "tune-a-video-1"
@@ -118,24 +119,20 @@ def read_tuned(path: str | Path) -> TunedInfo:
     """The metadata of a tuned-weights file.
 
     Raises:
-        TavError: missing, unreadable, or not such a file.
+        TavError: missing, unreadable, damaged, or not such a file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise TavError("tuned", path, "does not exist", "make it with tune")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise TavError("tuned", path, f"can't be read ({error})", "give a .safetensors file made by tune") from error
-    if metadata.get("format") != FORMAT:
-        problem = f"holds no tuned weights (its format is {metadata.get('format')!r})"
-        raise TavError("tuned", path, problem, "give a file made by tune")
-    try:
-        metadata = {"more_prompts": "[]", **metadata}  # files of one take may not have it
-        return TunedInfo(**{name: json.loads(metadata[name]) for name in TunedInfo.__dataclass_fields__})
-    except (KeyError, json.JSONDecodeError) as error:
-        raise TavError("tuned", path, f"has damaged metadata ({error})", "tune again") from error
+    with reading(path, "tuned", FORMAT, "tuned weights", "give a .safetensors file made by tune") as file:
+        metadata = {"more_prompts": "[]", **file.metadata()}  # files of one take may not have it
+        told = parsed(metadata, {name: get_origin(kind) or kind for name, kind in get_type_hints(TunedInfo).items()})
+        for name in ("num_frames", "width", "height"):
+            if not 0 < told[name] < 2**16:
+                raise Damaged(f"{name} is {told[name]}")
+        if not all(isinstance(prompt, str) for prompt in told["more_prompts"]):
+            raise Damaged("more_prompts are no texts")
+        attention, causal, norm = (told["inflation"][name] for name in ("attention", "temporal_causal", "norm"))
+        if len(told["inflation"]) != 3 or attention not in MODES or norm not in NORMS or type(causal) is not bool:
+            raise Damaged("it is inflated in no way that is known")
+    return TunedInfo(**told)
 
 
 def load_tuned(path: str | Path, unet: VideoUNet) -> TunedInfo:
@@ -169,7 +166,7 @@ def check_fit(
         base, inflation, parameters: fingerprint, options and trainable parameters of the model at hand.
 
     Raises:
-        TavError: another base model, another inflation, or other parameters.
+        TavError: another base model, another inflation, other parameters, or what is no weight.
     """
     if info.base != base:
         problem = f"belongs to the base model {info.base_name!r} ({info.base[:12]}), this one is {base[:12]}"
@@ -179,6 +176,10 @@ def check_fit(
         raise TavError("tuned", path, problem, "inflate it the same way")
     if {n: t.shape for n, t in weights.items()} != {n: p.shape for n, p in parameters.items()}:
         raise TavError("tuned", path, "does not name the parameters of this U-Net: it is damaged", "tune again")
+    try:
+        check_finite(weights)
+    except Damaged as error:
+        raise TavError("tuned", path, f"is damaged ({error})", "tune again") from error
 
 
 def _require_inflated(unet: nn.Module):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .errors import OutOfMemory, TavError, field
 from .events import Callback, Event, Note, TuningStep, ignored
 from .inflation import VideoUNet
+from .limits import check_fields
 from .memory import Device, choose, is_out_of_memory, needed_memory, release
 from .objective import LOSS_WEIGHTINGS, TIMESTEP_SAMPLINGS, draw_take, draw_timesteps, generator_for, tuning_loss
 from .precision import DTYPES, computing, half_precision_cost, next_scale
@@ -25,26 +26,33 @@ from .recompute import MEMORY, MEMORY_OR_AUTO
 from .take import Take, check_takes
 from .trainable import trainable_parameters
 from .tuning_state import TuneState, check_same_run, hash_tensors, read_state, restore, save_state
-from .windows import check_context_length, even_windows, random_window
+from .windows import even_windows, random_window
 
-_NOT_IN_FINGERPRINT = ("steps", "save_every", "probe_every", "memory")  # may change between the parts of a run
+_NOT_IN_FINGERPRINT = (
+    "steps",
+    "save_every",
+    "save_minutes",
+    "probe_every",
+    "memory",
+)  # may change between the parts of a run
 
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """How to tune; the defaults are the paper's.
+    """How to tune; the defaults are the paper's. The limits of numbers stand in `limits`.
 
     Attributes:
         steps: optimisation steps, at least 1 (the paper: 300 to 500).
-        learning_rate: of AdamW, 0 < lr <= 1; constant after `warmup_steps` of linear rise.
+        learning_rate: of AdamW; constant after `warmup_steps` of linear rise.
         max_grad_norm: gradients are scaled down to this L2 norm.
-        seed: of every random draw, 0 or more.
+        seed: of every random draw.
         dtype: "fp32", "bf16" or "fp16" computation; the tuned weights stay float32.
         memory: "fast", "selective", "checkpointing" or "low", each with less memory for more time (see
             `VideoUNet.set_memory`), but the same weights, to rounding; or "auto": the first of them that fits (see
             `memory`).
         probe_every: steps between measurements of the loss on `probe_size` fixed draws.
         save_every: steps between writes of the state file.
+        save_minutes: minutes after which it is written, too, however few steps these were.
         timestep_sampling: "uniform", or "stratified": consecutive draws cover the range evenly.
         loss_weighting: "none", or "min_snr" (gamma 5, arXiv 2303.09556).
         context_length: None, or the frames that a step sees of a long clip: frame 0 and a random run (see `windows`).
@@ -63,26 +71,14 @@ class TuneConfig:
     probe_every: int = 25
     probe_size: int = 4
     save_every: int = 100
+    save_minutes: float = 2.0
     timestep_sampling: str = "uniform"
     loss_weighting: str = "none"
     context_length: int | None = None
 
     def __post_init__(self):
-        for name, least in {
-            "steps": 1,
-            "warmup_steps": 0,
-            "seed": 0,
-            "probe_every": 1,
-            "probe_size": 1,
-            "save_every": 1,
-        }.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise TavError(name, value, "is out of range", f"give an integer of at least {least}")
+        check_fields(self)
         for name, good, remedy in (
-            ("learning_rate", lambda x: 0 < x <= 1, "give a number above 0 and up to 1, such as 3e-5"),
-            ("weight_decay", lambda x: 0 <= x < math.inf, "give 0 or a positive number, such as 1e-2"),
-            ("eps", lambda x: 0 < x < math.inf, "give a positive number, such as 1e-8"),
             ("max_grad_norm", lambda x: x > 0, "give a positive number, such as 1.0"),
             ("betas", lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x), "give two in [0, 1)"),
             ("dtype", lambda x: x in DTYPES, f"choose one of {', '.join(DTYPES)}"),
@@ -92,8 +88,6 @@ class TuneConfig:
         ):
             if not good(getattr(self, name)):
                 raise TavError(name, getattr(self, name), "is out of range", remedy)
-        if self.context_length is not None:
-            check_context_length(self.context_length)
 
 
 @dataclass(frozen=True)
@@ -188,7 +182,8 @@ def tune(
             loss, grad_norm, lr = run.step()
             step, probe_loss, seconds = run.state.step, run.state.probe_losses[-1][1], time.monotonic() - started
             run.tell(TuningStep("tune", step, config.steps, loss, grad_norm, probe_loss, lr, seconds, first))
-            if step % config.save_every == 0 or step == config.steps:
+            late = time.monotonic() - run.saved >= 60 * config.save_minutes
+            if late or step % config.save_every == 0 or step == config.steps:
                 run.save()
         weights = {name: parameter.detach().float().cpu().clone() for name, parameter in run.parameters.items()}
     state = run.state
@@ -219,6 +214,7 @@ class TuningRun:
         self.device = takes[0].latents.device
         self.parameters = trainable_parameters(unet)
         self.optimizer = make_optimizer(unet, config)
+        self.saved = time.monotonic()
         self.state = TuneState(fingerprint, loss_scale=(2.0**16 if config.dtype == "fp16" else 1.0, 0))
         self.keep()
 
@@ -239,6 +235,7 @@ class TuningRun:
             self.good[name].copy_(parameter.detach())
         if self.state_path is not None:
             save_state(self.state_path, self.state, dataclasses.asdict(self.config), self.parameters, self.optimizer)
+        self.saved = time.monotonic()  # behind the write, so that one on a slow disk doesn't call for the next
 
     def resume(self):
         """Goes on from the state file.

@@ -8,16 +8,17 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .atomic import atomic_path
 from .errors import TavError
+from .stored import Damaged, check_finite, parsed, reading
 
 FORMAT = "tune-a-video-state-1"
 
@@ -77,27 +78,24 @@ def read_state(path: Path) -> tuple[TuneState, dict[str, Tensor]]:
     """The state and its tensors (on the CPU).
 
     Raises:
-        TavError: not a state file, or an unreadable one.
+        TavError: not a state file, an unreadable or a damaged one.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise TavError("state", path, f"can't be read ({error})", "delete it or choose another one") from error
-    if metadata.get("format") != FORMAT:
-        raise TavError("state", path, f"is not of a tuning run ({FORMAT})", "choose another one")
-    step, fingerprint, probe_losses, loss_scale = (
-        json.loads(metadata[key]) for key in ("step", "fingerprint", "probe_losses", "loss_scale")
-    )
-    state = TuneState(
-        fingerprint,
-        step,
-        tensors.pop("losses").tolist(),
-        [(at, value) for at, value in probe_losses],
-        (loss_scale[0], loss_scale[1]),
-    )
-    return state, tensors
+    with reading(path, "state", FORMAT, "unfinished tuning", "delete it to start over, or choose another one") as file:
+        kinds = {"step": int, "fingerprint": dict, "probe_losses": list, "loss_scale": list}
+        step, fingerprint, probe_losses, (scale, age) = parsed(file.metadata(), kinds).values()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        check_finite(tensors)
+        losses = tensors.pop("losses").tolist()
+        probe_losses = [(int(at), float(value)) for at, value in probe_losses]
+        if step < 0 or len(losses) != step:
+            raise Damaged(f"step is {step}, with {len(losses)} losses")
+        if not probe_losses or not all(0 <= at <= step and isfinite(value) for at, value in probe_losses):
+            raise Damaged("probe_losses are not those of its steps")
+        if not (0 < scale < inf and 0 <= age <= step):
+            raise Damaged(f"loss_scale is {scale} for {age} steps")
+        if any((moment < 0).any() for name, moment in tensors.items() if name.startswith("exp_avg_sq.")):
+            raise Damaged("a square is negative")
+    return TuneState(fingerprint, step, losses, probe_losses, (float(scale), int(age))), tensors
 
 
 def restore(tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -117,9 +115,17 @@ def check_same_run(path: Path, stored: dict[str, Any], current: dict[str, Any], 
     """Compare fingerprints of the run in the file and of the one about to start.
 
     Raises:
-        TavError: they differ; names in what.
+        TavError: they differ, and in what; or the tensors aren't those that the fingerprint tells of.
     """
     different = [name for name in {**current, **stored} if stored.get(name) != current.get(name)]
+    if "trainable parameters" not in different:
+        kinds = ("param", "exp_avg", "exp_avg_sq") if "optimizer_step" in tensors else ("param",)
+        wanted = {f"{kind}.{name}": s for kind in kinds for name, s in current["trainable parameters"].items()}
+        found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        if found.pop("optimizer_step", [1]) != [1] or found != wanted:
+            raise TavError(
+                "state", path, "is damaged (its tensors are not those of the U-Net)", "delete it to start over"
+            )
     if different == ["initial weights"]:  # a model that holds the weights of this very state goes on, too
         weights = [tensors[f"param.{name}"] for name in current["trainable parameters"]]
         if hash_tensors(weights) == current["initial weights"]:

@@ -20,6 +20,7 @@ from .atomic import atomic_path
 from .containers import video_footage
 from .errors import TavError, field
 from .events import Callback, Note, ignored
+from .limits import check
 from .pictures import folder_footage, picture_footage
 from .sound import Sound, read_sound, sound_track
 from .timeline import FASTEST, SLOWEST, Footage
@@ -68,15 +69,8 @@ def load_video(
         TavError: no such file, not a video, fewer frames than asked for, a value out of range.
     """
     path = Path(path)
-    for name, value, least in (
-        ("start", start, 0),
-        ("stride", stride, 1),
-        ("count", count, 1),
-        ("width", width, 1),
-        ("height", height, 1),
-    ):
-        if value is not None and value < least:
-            raise TavError(name, value, "is out of range", f"give {least} or more")
+    given = {"start": start, "stride": stride, "count": count, "width": width, "height": height}
+    check(**{name: value for name, value in given.items() if value is not None})
     if fit not in FITS:
         raise TavError("fit", fit, "is unknown", f"choose one of {', '.join(FITS)}")
     footage = _footage(path, callback)
@@ -207,8 +201,7 @@ def save_video(frames: Tensor | np.ndarray, path: str | Path, fps: float, sound:
     }
     if path.suffix.lower() not in codecs:
         raise TavError("output", path, "ends in the suffix of no known format", "use .mp4, .webm or .gif")
-    if not 0.01 <= fps <= 1000:
-        raise TavError("fps", fps, "is out of range", "give a number from 0.01 to 1000")
+    check(fps=fps)
     frames = torch.as_tensor(frames)
     if frames.ndim != 4 or len(frames) == 0 or frames.shape[-1] != 3:
         raise TavError(

@@ -15,8 +15,8 @@ from .attention import FrameContext
 from .condition import at_frames
 from .errors import TavError, field
 from .inflation import VideoUNet
+from .limits import check
 
-SHORTEST = 3  # frame 0, the previous frame, and one that sees both
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -116,8 +116,7 @@ class WindowedUNet:
 
 def check_context_length(context_length: int, num_frames: int | None = None):
     """Raises a TavError for a window that is too short, or longer than a clip of `num_frames`."""
-    if isinstance(context_length, bool) or not isinstance(context_length, int) or context_length < SHORTEST:
-        raise TavError("context_length", context_length, "is out of range", f"give an integer of at least {SHORTEST}")
+    check(context_length=context_length)
     if num_frames is not None and context_length > num_frames:
         problem = f"is more than the {num_frames} frames of the clip"
         raise TavError("context_length", context_length, problem, f"give it at most {num_frames}, or a longer clip")

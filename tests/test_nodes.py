@@ -1,6 +1,7 @@
 """The nodes on the mini checkpoint against the core: each stage gives what it gives there."""
 
 import json
+import math
 import re
 
 import pytest
@@ -250,6 +251,26 @@ def test_tuning_is_that_of_the_core(pack, mini, tmp_path, monkeypatch):
         pack.nodes.ApplyTunedWeights.execute(other, weights)
     with pytest.raises(ValueError, match="tuned_weights belongs to the base model"):
         pack.nodes.ApplyTunedWeights.execute(inflated(pack, native()), weights)
+
+
+def test_a_tuning_is_kept_as_often_as_asked(pack, mini, inference_mode, monkeypatch):
+    configs, nodes = [], pack.nodes
+
+    def run(cls, model, takes, config, *rest):
+        configs.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nodes.tune, "run", run)
+    settings = ("fp32", "auto", "stratified", 0)
+    for more in ({}, {"save_every": 0.5}):
+        with pytest.raises(KeyboardInterrupt):
+            nodes.OneShotTune.execute(mini.inflated, mini.latent, mini.encode("a"), 3, 1e-3, 0, *settings, **more)
+    assert [config.save_minutes for config in configs] == [2.0, 0.5]
+    for field, more in (("save_every", {"save_every": math.nan}), ("learning_rate", {"learning_rate": math.inf}),
+                        ("steps", {"steps": 10**9}), ("seed", {"seed": 2**63})):  # fmt: skip
+        given = dict(steps=3, learning_rate=1e-3, seed=0, dtype="fp32", memory="auto", timestep_sampling="uniform")
+        with pytest.raises(pack.tav_core.TavError, match=f"^{field} .* is out of range; give a"):
+            nodes.OneShotTune.execute(mini.inflated, mini.latent, mini.encode("a"), preview_every=0, **given | more)
 
 
 OUT_OF_MEMORY = (

@@ -13,7 +13,7 @@ import torch
 from support.clips import counted
 from support.errors import refused
 from tav_core.events import Note
-from tav_core.noise import read_noise, read_pace, save_noise
+from tav_core.noise import FORMAT, read_noise, read_pace, save_noise
 from tav_core.presets import PRESETS
 from tav_core.sound import Sound
 from tav_core.video import load_video, save_video
@@ -153,9 +153,9 @@ def test_noise_keeps_the_rate_and_the_sound(tmp_path):
 def test_a_damaged_rate_is_told(tmp_path, damage):
     from safetensors.torch import save_file
 
-    metadata = {"fps": "8", "sound_rate": "8000"} | damage
+    metadata = {"format": FORMAT, "fps": "8", "sound_rate": "8000"} | damage
     save_file({"sound": torch.zeros(1, 9, dtype=torch.int16)}, tmp_path / "n.safetensors", metadata)
-    refused("can't be read", tmp_path / "n.safetensors", call=read_pace)
+    refused("is damaged", tmp_path / "n.safetensors", call=read_pace)
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from tav_core.objective import draw_timesteps, tuning_loss
 from tav_core.precision import half_precision_cost
 from tav_core.trainable import trainable_parameters
 from tav_core.tuning import TuneConfig
+from tav_core.tuning_state import read_state
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,6 +73,20 @@ def test_the_cancelled_model_goes_on_too(uninterrupted, tmp_path):
         run(unet, state_path=path, callback=stop_at(3))
     run(unet, state_path=path)
     assert equal(weights(unet), uninterrupted[1])
+
+
+@pytest.mark.parametrize("minutes, kept", [(2.0, [0, 0, 0, 3, 3, 3]), (0.0, [0, 1, 2, 3, 4, 5]), (60.0, [0] * 6)])
+def test_the_state_is_written_by_time_too(monkeypatch, tmp_path, minutes, kept):
+    path, now, found = tmp_path / "run.safetensors", [0.0], []
+    monkeypatch.setattr("tav_core.tuning.time.monotonic", lambda: now[0])
+
+    def callback(event):
+        if isinstance(event, TuningStep):
+            now[0] += 50
+            found.append(read_state(path)[0].step if path.exists() else 0)
+
+    run(make_unet(), replace(CONFIG, save_every=100, save_minutes=minutes), state_path=path, callback=callback)
+    assert found == kept and read_state(path)[0].step == 6
 
 
 @pytest.mark.slow
@@ -187,7 +202,7 @@ def test_disk_full(monkeypatch, tmp_path, function):
 def test_atomic_path(tmp_path):
     path = tmp_path / "new" / "clip.mp4"
     with atomic_path(path) as temporary:
-        assert temporary.parent == path.parent and temporary.suffix == ".mp4"
+        assert temporary.parent.parent == path.parent and temporary.name == path.name
         temporary.write_text("first")
     with pytest.raises(KeyError), atomic_path(path) as temporary:
         temporary.write_text("second")

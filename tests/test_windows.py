@@ -90,7 +90,7 @@ def test_windows_move_with_the_timestep_alone():
 
 
 @pytest.mark.parametrize("length, overlap, told", [
-    (2, 2, "context_length=2 is out of range; give an integer of at least 3"), (8.0, 4, "context_length=8.0 is out of "
+    (2, 2, "context_length=2 is out of range; give an integer from 3"), (8.0, 4, "context_length=8.0 is out of "
                                                                                         "range"),
     (8, 8, "context_overlap=8 doesn't fit a context_length of 8; give 2 to 7"), (8, 1, "context_overlap=1 doesn't fit"),
 ])  # fmt: skip

@@ -1,3 +1,4 @@
-from .cli import main
+from ..start import start
 
-main()
+if __name__ == "__main__":
+    start(".mini.cli")

@@ -3,22 +3,57 @@
 import argparse
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ..arguments import checkpoint, device_argument, path
 from ..checkpoint import MINI, load_checkpoint, load_controlnet
-from ..terminal import add_preset_arguments, preset_of, run
+from ..errors import TavError
+from ..events import Note
+from ..job import check_file, check_folder, claimed
+from ..limits import LIMITS, Range
+from ..presets import Preset
+from ..terminal import SETTINGS, Parser, add_preset_arguments, check_needs, preset_of, run, tell
+from ..windows import check_context_length
 from . import world
 from .judge import load_judge
 
+# of the training: how many, and of how many pictures
+STEPS = {"vae": (3600, 16), "unet": (3000, 64), "judge": (1600, 48), "controlnet": (2000, 32), "lora": (450, 32)}
+NEEDED = {"unet": ["vae"], "judge": ["vae"], "export": ["vae", "unet", "judge"]}  # stages before it, in --work
+WRITTEN = ("export", "controlnet", "lora", "all")  # stages that write to --output
+RENDERS = Range(48, 1_000_000)
+FRAMES = Range(2, 1000)  # of a clip of the world
+PICTURES = Range(1, 1000)  # to judge; there are not many more combinations that training never saw
+LAYOUTS = Range(0, 2**31 - 1)
+STRENGTHS = Range(-10.0, 10.0)
+
 
 def _train(args):
+    for stage in STEPS:
+        given = getattr(args, f"{stage}_steps", None)
+        if given is not None and args.stage not in (stage, "all"):
+            raise TavError(f"{stage}_steps", given, f"does nothing for stage {args.stage}", "leave it out")
+        setattr(args, f"{stage}_steps", given or STEPS[stage][0])
+    for stage in NEEDED.get(args.stage, ()):
+        if not (args.work / f"{stage}.safetensors").is_file():
+            raise TavError("work", args.work, f"holds no {stage}.safetensors", f"train {stage} there first")
+    folders = {args.work.resolve()} | ({args.output.resolve()} if args.stage in WRITTEN else set())
+    for folder, of in ((args.work, "work"), (args.output, "output")):
+        check_folder(folder, [], of)
+    with ExitStack() as claims:
+        for folder in folders:
+            claims.enter_context(claimed(folder))
+        _train_stages(args)
+
+
+def _train_stages(args):
     from . import train  # training needs more of transformers and tokenizers than using the checkpoint does
 
-    device = torch.device(args.device)
-    args.work.mkdir(parents=True, exist_ok=True)
+    device = args.device
     if args.stage in ("vae", "all"):
         train.train_vae(args.work, device, args.renders, args.vae_steps, 16, 1.5e-3)
     if args.stage in ("unet", "all"):
@@ -45,21 +80,30 @@ def _render(args):
     scene = world.Scene(args.shape, args.colour, args.background, args.style, layout=args.layout, pattern=args.pattern)
     from ..video import save_video
 
+    check_file(args.output, (".mp4", ".webm", ".gif"))
     scenes = world.clip_scenes(scene, args.motion, args.frames)
     frames = world.silhouette_clip(scenes) if args.silhouette else world.render_clip(scenes)
     save_video(torch.from_numpy(frames), args.output, fps=8)
-    print(f"{args.output}: {world.caption(scene, args.motion)}")
+    tell(f"{args.output}: {world.caption(scene, args.motion)}")
 
 
 def _previews(args):
     from .preview import LATENT_COLOURS, write_latent_colours
 
-    write_latent_colours(load_checkpoint(args.checkpoint).vae, args.output or args.checkpoint / LATENT_COLOURS)
+    output = args.output or args.checkpoint / LATENT_COLOURS
+    check_file(output, (".safetensors",))
+    write_latent_colours(load_checkpoint(args.checkpoint).vae, output)
+
+
+def _check_sheet(args):
+    if args.sheet is not None:
+        check_file(args.sheet, (".png",), "sheet")
 
 
 def _evaluate(args):
     from .evaluate import contact_sheet, evaluate
 
+    _check_sheet(args)
     figures, images, _ = evaluate(
         load_checkpoint(args.checkpoint),
         load_judge(),
@@ -76,6 +120,7 @@ def _evaluate(args):
 def _controlnet(args):
     from .evaluate import contact_sheet, evaluate_controlnet
 
+    _check_sheet(args)
     figures, rows = evaluate_controlnet(
         load_checkpoint("mini"),
         load_controlnet(args.controlnet),
@@ -94,6 +139,7 @@ def _lora(args):
     from .evaluate import contact_sheet, evaluate_neon
     from .train_lora import load_lora, with_lora
 
+    _check_sheet(args)
     strengths = {
         f"{strength:g}": with_lora(load_checkpoint("mini"), load_lora(), strength) for strength in args.strengths
     }
@@ -111,62 +157,73 @@ def _lora(args):
     print(json.dumps(figures, indent=2))
 
 
+def _preset_and_clips(args) -> tuple[Preset, list]:
+    from .benchmark import benchmark_clips
+
+    check_needs(args, context_overlap="context_length")
+    preset, clips = preset_of(args), benchmark_clips()
+    clips = [clips[i] for i in args.clips] if args.clips else clips
+    if args.context_length is not None:
+        for clip in clips:
+            check_context_length(args.context_length, clip.num_frames)
+    return preset, clips
+
+
+def _noted(note: Note):
+    print(note.text, file=sys.stderr, flush=True)
+
+
 def _benchmark(args):
     from ..video import save_video
-    from .benchmark import benchmark, benchmark_clips
+    from .benchmark import benchmark
+
+    preset, clips = _preset_and_clips(args)
+    if args.videos is not None:
+        check_folder(args.videos, [], "videos")
 
     def keep(name: str, video: np.ndarray):
         save_video(torch.from_numpy(video), args.videos / f"{name}.mp4", fps=8)
 
-    clips = benchmark_clips()
-    clips = [clips[i] for i in args.clips] if args.clips else clips
     figures = benchmark(
         load_checkpoint(args.checkpoint),
         load_judge(),
-        preset_of(args),
+        preset,
         seeds=args.seeds,
         clips=clips,
         on_video=keep if args.videos else None,
-        callback=lambda note: print(note.text, file=sys.stderr, flush=True),
+        callback=_noted,
     )
     print(json.dumps(figures, indent=2))
 
 
 def _regions(args):
-    from .benchmark import benchmark_clips, untouched
+    from .benchmark import untouched
 
-    clips = benchmark_clips()
-    clips = [clips[i] for i in args.clips] if args.clips else clips
-    figures = untouched(
-        load_checkpoint(args.checkpoint),
-        preset_of(args),
-        clips=clips,
-        callback=lambda note: print(note.text, file=sys.stderr, flush=True),
-    )
+    preset, clips = _preset_and_clips(args)
+    figures = untouched(load_checkpoint(args.checkpoint), preset, clips=clips, callback=_noted)
     print(json.dumps(figures, indent=2))
 
 
 def _train_arguments(parser):
     parser.add_argument("stage", choices=["vae", "unet", "judge", "export", "controlnet", "lora", "all"])
-    parser.add_argument("--work", type=Path, required=True, help="folder for renders, latents and states")
+    parser.add_argument("--work", type=path, required=True, help="folder for renders, latents and states")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=path,
         default=Path(__file__).parent,
         help="where checkpoint/, the judge, controlnet/ and lora/ go",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device_argument(parser)
     parser.add_argument(
         "--renders",
-        type=int,
+        type=RENDERS,
         default=24_000,
         help="pictures to learn from, at most; at least 48, and the same for all stages",
     )
-    parser.add_argument("--vae-steps", type=int, default=3600, help="batches of 16")
-    parser.add_argument("--unet-steps", type=int, default=3000, help="batches of 64")
-    parser.add_argument("--judge-steps", type=int, default=1600, help="batches of 48")
-    parser.add_argument("--controlnet-steps", type=int, default=2000, help="batches of 32")
-    parser.add_argument("--lora-steps", type=int, default=450, help="batches of 32")
+    for stage, (steps, batch) in STEPS.items():
+        told = f"batches of {batch} (default: {steps})"
+        kind = LIMITS["steps"]
+        parser.add_argument(f"--{stage}-steps", type=kind, default=argparse.SUPPRESS, help=told)
 
 
 def _render_arguments(parser):
@@ -179,54 +236,63 @@ def _render_arguments(parser):
         ("motion", [*world.MOTIONS]),
     ):
         parser.add_argument(f"--{name}", choices=choices, default=choices[0])
-    parser.add_argument("--frames", type=int, default=8)
-    parser.add_argument("--layout", type=int, default=0, help="seed of the background's details")
+    parser.add_argument("--frames", type=FRAMES, default=8)
+    parser.add_argument("--layout", type=LAYOUTS, default=0, help="seed of the background's details")
     parser.add_argument(
         "--silhouette", action="store_true", help="the subject white on black: hints for the ControlNet"
     )
-    parser.add_argument("--output", type=Path, required=True, help="an .mp4, .webm or .gif file")
+    parser.add_argument("--output", type=path, required=True, help="an .mp4, .webm or .gif file")
 
 
 def _previews_arguments(parser):
-    parser.add_argument("--checkpoint", type=Path, default=MINI, help="a diffusers folder")
-    parser.add_argument("--output", type=Path, help="a .safetensors file; the one in the folder without it")
+    parser.add_argument("--checkpoint", type=path, default=MINI, help="a diffusers folder")
+    parser.add_argument("--output", type=path, help="a .safetensors file; the one in the folder without it")
 
 
 def _pictures_arguments(parser, count: int, of: str, sampling_steps: int):
-    parser.add_argument("--count", type=int, default=count, help=of)
-    parser.add_argument("--guidance-scale", type=float, default=3.0)
-    parser.add_argument("--sampling-steps", type=int, default=sampling_steps)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sheet", type=Path, help="write the pictures here, with their hints if any, as one PNG")
+    parser.add_argument("--count", type=PICTURES, default=count, help=of)
+    for name, default in (("guidance_scale", 3.0), ("sampling_steps", sampling_steps), ("seed", 0)):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=LIMITS[name], default=default)
+    parser.add_argument("--sheet", type=path, help="write the pictures here, with their hints if any, as one PNG")
 
 
 def _evaluate_arguments(parser):
-    parser.add_argument("--checkpoint", default="mini")
+    parser.add_argument("--checkpoint", type=checkpoint, default="mini")
     _pictures_arguments(parser, 256, "prompts, a third of them unseen combinations", sampling_steps=50)
 
 
 def _controlnet_arguments(parser):
-    parser.add_argument("--controlnet", default="mini")
+    parser.add_argument("--controlnet", type=checkpoint, default="mini")
     _pictures_arguments(parser, 64, "silhouettes of known shapes, and as many of unknown ones", sampling_steps=25)
 
 
 def _lora_arguments(parser):
-    parser.add_argument("--strengths", type=float, nargs="+", default=[0.0, 0.5, 1.0])
+    parser.add_argument("--strengths", type=STRENGTHS, nargs="+", default=[0.0, 0.5, 1.0])
     _pictures_arguments(parser, 32, "captions", sampling_steps=25)
 
 
 def _benchmark_arguments(parser):
-    parser.add_argument("--checkpoint", default="mini")
-    parser.add_argument("--seeds", type=int, default=2, help="runs of every clip")
-    parser.add_argument("--clips", type=int, nargs="*", help="numbers of the clips to run; all without it")
-    parser.add_argument("--videos", type=Path, help="write every video into this folder")
-    add_preset_arguments(parser)
+    parser.add_argument("--checkpoint", type=checkpoint, default="mini")
+    parser.add_argument("--seeds", type=Range(1, 100), default=2, help="runs of every clip")
+    _clips_argument(parser)
+    parser.add_argument("--videos", type=path, help="write every video into this folder")
+    add_preset_arguments(parser, *_settings("seed"))
 
 
 def _regions_arguments(parser):
-    parser.add_argument("--clips", type=int, nargs="*", help="numbers of the clips to run; all without it")
-    add_preset_arguments(parser)
+    _clips_argument(parser)
+    add_preset_arguments(parser, *_settings())
     parser.set_defaults(checkpoint="mini")
+
+
+def _clips_argument(parser):
+    told = "numbers of the clips to run; all without it"
+    parser.add_argument("--clips", type=Range(0, 7), nargs="+", help=told)
+
+
+def _settings(*without: str) -> list[str]:
+    """Of the presets, but for those that mean nothing without a folder of output."""
+    return [name for name in SETTINGS if name not in ("save_minutes", *without)]
 
 
 COMMANDS = {
@@ -243,7 +309,7 @@ COMMANDS = {
 
 def main():
     kind = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m tav_core.mini", description=__doc__, formatter_class=kind)
+    parser = Parser(prog="python -m tav_core.mini", description=__doc__, formatter_class=kind)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (function, add_arguments, help) in COMMANDS.items():
         sub = commands.add_parser(name, help=help, description=help, formatter_class=kind)

@@ -1,0 +1,245 @@
+"""The options of the commands, and what kind of value each takes."""
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from .attention import MODES
+from .checkpoint import SD_PREDICTION_TYPES
+from .errors import escaped, shortened
+from .inflation import NORMS
+from .injection import REGIONS
+from .limits import LIMITS
+from .subject import SOFTNESS
+from .terminal import add_preset_arguments
+from .video import FITS
+
+FRAMES = 8  # where nothing else says how many
+
+
+# ------------------------------------------------------------------------------------------------ kinds of values
+
+
+def _refused(text: str, problem: str, remedy: str) -> argparse.ArgumentTypeError:
+    shown = escaped(shortened(text, 120)) or "''"
+    return argparse.ArgumentTypeError(f"{shown} {problem}; {remedy}")
+
+
+def sentence(text: str) -> str:
+    """Any text that can be written to a file; Python keeps bytes that are no UTF-8 as halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _refused(text, "is not UTF-8", "give it in the encoding of your terminal, UTF-8") from None
+    if len(text) > 10_000:
+        raise _refused(text, f"has {len(text)} characters", "give one sentence")
+    return text
+
+
+def path(text: str) -> Path:
+    """A path that may be one, whether anything is there or not."""
+    try:
+        text.encode()
+        os.stat(text)
+    except (FileNotFoundError, NotADirectoryError):
+        if not text:
+            raise _refused(text, "is no path", "give one") from None
+    except UnicodeEncodeError:  # libraries don't take it
+        raise _refused(text, "has a name that is not UTF-8", "rename it, or choose another one") from None
+    except OSError as error:
+        raise _refused(text, f"can't be used ({error.strerror})", "choose another one") from error
+    return Path(text)
+
+
+def checkpoint(text: str) -> str:
+    return str(path(text))
+
+
+def size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{1,9})(?:x([0-9]{1,9}))?", text)
+    if not match:
+        raise _refused(text, "is no size", "give 512 or 512x320 (width x height)")
+    width, height = int(match[1]), int(match[2] or match[1])
+    if width not in LIMITS["width"] or height not in LIMITS["height"]:
+        raise _refused(text, "is out of range", f"give sides from {LIMITS['width'].least} to {LIMITS['width'].most}")
+    return width, height
+
+
+def device(text: str) -> torch.device:
+    """One that computes here: that of tensors without content doesn't."""
+    try:
+        made = torch.device(text)
+        (torch.ones(1, device=made) + 1).item()
+        if made.type == "cpu" and made.index:
+            raise RuntimeError("there is one alone")
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch built without CUDA asserts
+        raise _refused(text, f"can't be used here ({str(error).splitlines()[0]})", "choose cpu or cuda") from error
+    return made
+
+
+# ------------------------------------------------------------------------------------------------------- groups
+
+
+def _number(of: argparse._ActionsContainer, option: str, limits: str, metavar: str = "N", **kwargs):
+    of.add_argument(option, type=LIMITS[limits], metavar=metavar, **kwargs)
+
+
+def model_arguments(parser):
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--checkpoint",
+        type=checkpoint,
+        default="mini",
+        metavar="PATH",
+        help="a diffusers folder (also of a published Tune-A-Video model), a .safetensors file of SD 1.x or 2.x, "
+        'or "mini" (the default)',
+    )
+    told = "what the checkpoint predicts, where neither its folder nor its file tells right"
+    group.add_argument("--prediction-type", choices=SD_PREDICTION_TYPES, help=told)
+    device_argument(group)
+
+
+def device_argument(group):
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    group.add_argument("--device", type=device, default=default, help="cpu, cuda, cuda:1, mps ... (cuda where there is "
+                                                                      "one)")  # fmt: skip
+
+
+def video_arguments(parser, frames: int | None = FRAMES, several: bool = False):
+    group = parser.add_argument_group("video")
+    takes = "; several times, each with its --prompt, to learn from several takes" if several else ""
+    group.add_argument(
+        "--video",
+        required=True,
+        type=path,
+        metavar="FILE",
+        action="append" if several else "store",
+        help=f"mp4, webm or gif, or a folder of images{takes}",
+    )
+    _number(group, "--start", "start", default=0, help="first frame to take (0)")
+    _number(group, "--stride", "stride", default=1, help="take every N-th frame (1)")
+    told = f"how many frames ({frames or 'as tuned'}; 8 to 32 are usual)"
+    _number(group, "--frames", "count", default=frames, help=told)
+    told = f"size to work at ({'the size of the checkpoint' if frames else 'as tuned'})"
+    group.add_argument("--size", type=size, metavar="WxH", help=told)
+    told = "how a clip of another shape is brought to --size (crop)"
+    group.add_argument("--fit", choices=FITS, default="crop", help=told)
+    if not several:
+        audio_argument(group)
+
+
+def audio_argument(group):
+    told = "leave out the clip's sound, which videos have otherwise"
+    group.add_argument("--no-audio", dest="audio", action="store_false", help=told)
+
+
+def tuning_arguments(parser):
+    group = parser.add_argument_group("tuning")
+    group.add_argument(
+        "--attention",
+        choices=MODES,
+        default="sparse-causal",
+        help="frames that each frame looks at (sparse-causal: the first and the previous)",
+    )
+    group.add_argument("--temporal-causal", action="store_true", help="temporal attention sees no later frames")
+    group.add_argument("--norm", choices=NORMS, default="video", help="statistics of the group norms")
+    group.add_argument("--resume", action="store_true", help="go on with what is unfinished in --output")
+
+
+def edits_arguments(parser):
+    group = parser.add_argument_group("edits")
+    group.add_argument(
+        "--edit",
+        action="append",
+        required=True,
+        type=sentence,
+        metavar="TEXT",
+        help="an edited sentence; give the option several times for several edits",
+    )
+    group.add_argument(
+        "--region",
+        action="append",
+        choices=REGIONS,
+        help="what an edit may change, once for all or once for each --edit (everything); needs --contrast",
+    )
+    told = "what guidance steers away from"
+    group.add_argument("--negative-prompt", type=sentence, default="", metavar="TEXT", help=told)
+
+
+def contrast_arguments(parser):
+    parser.add_argument(
+        "--contrast",
+        action="append",
+        type=sentence,
+        metavar="TEXT",
+        help="the clip's sentence with another subject; finds the subject, keeps it in its place, and lets "
+        "--region work; best three times, each with another colour and shape",
+    )
+    told = f"width of the edge of the subject's mask; 0 for a hard one ({SOFTNESS})"
+    _number(parser, "--softness", "softness", metavar="PIXELS", help=told)
+
+
+def tuned_argument(parser):
+    told = "tuned.safetensors of `tune` or `edit`; not needed with a Tune-A-Video model"
+    parser.add_argument("--tuned", type=path, metavar="FILE", help=told)
+
+
+def demo_arguments(parser):
+    parser.add_argument("--output", type=path, default=Path("tav-demo"), metavar="DIR", help="(tav-demo)")
+    device_argument(parser)
+    add_preset_arguments(parser)
+    parser.set_defaults(checkpoint="mini", prediction_type=None)
+
+
+def edit_arguments(parser):
+    told = "one sentence that describes the clip"
+    parser.add_argument("--prompt", required=True, type=sentence, metavar="TEXT", help=told)
+    edits_arguments(parser)
+    contrast_arguments(parser)
+    parser.add_argument("--output", required=True, type=path, metavar="DIR")
+    video_arguments(parser)
+    model_arguments(parser)
+    tuning_arguments(parser)
+    add_preset_arguments(parser)
+
+
+def tune_arguments(parser):
+    told = "one sentence that describes the clip; one for each --video, in the same order"
+    parser.add_argument("--prompt", required=True, action="append", type=sentence, metavar="TEXT", help=told)
+    parser.add_argument("--output", required=True, type=path, metavar="DIR")
+    video_arguments(parser, several=True)
+    model_arguments(parser)
+    tuning_arguments(parser)
+    names = ("steps", "learning_rate", "seed", "dtype", "memory", "save_minutes", "context_length")
+    add_preset_arguments(parser, *names)
+
+
+def invert_arguments(parser):
+    tuned_argument(parser)
+    parser.add_argument("--output", required=True, type=path, metavar="FILE", help="a .safetensors file for the noise")
+    told = "one sentence that describes the clip (that of the tuning)"
+    parser.add_argument("--prompt", type=sentence, metavar="TEXT", help=told)
+    contrast_arguments(parser)
+    video_arguments(parser, frames=None)
+    model_arguments(parser)
+    names = ("seed", "dtype", "sampling_steps", "caption_as_negative", "context_length", "context_overlap")
+    add_preset_arguments(parser, *names)
+
+
+def sample_arguments(parser):
+    edits_arguments(parser)
+    tuned_argument(parser)
+    told = "noise of `invert` or `edit`; random without it"
+    parser.add_argument("--noise", type=path, metavar="FILE", help=told)
+    _number(parser, "--frames", "count", help="length of clips from random noise (as tuned)")
+    told = "frame rate of the written videos (that of the clip in --noise; else 8)"
+    _number(parser, "--fps", "fps", metavar="X", help=told)
+    audio_argument(parser)
+    parser.add_argument("--output", required=True, type=path, metavar="DIR")
+    model_arguments(parser)
+    names = ("seed", "dtype", "sampling_steps", "guidance_scale", "attention_injection", "caption_as_negative",
+             "steady", "context_length", "context_overlap")  # fmt: skip
+    add_preset_arguments(parser, *names)
