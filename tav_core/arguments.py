@@ -45,12 +45,13 @@ def path(text: str) -> Path:
         text.encode()
         os.stat(text)
     except (FileNotFoundError, NotADirectoryError):
-        if not text:
-            raise _refused(text, "is no path", "give one") from None
+        pass
     except UnicodeEncodeError:  # libraries don't take it
         raise _refused(text, "has a name that is not UTF-8", "rename it, or choose another one") from None
     except OSError as error:
         raise _refused(text, f"can't be used ({error.strerror})", "choose another one") from error
+    if not text.strip():
+        raise _refused(text, "is no path", "give one")
     return Path(text)
 
 
