@@ -125,8 +125,11 @@ class OneShotTune(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, learning_rate=None, dtype=None, memory=None, timestep_sampling=None) -> bool | str:
-        return told(cls, learning_rate=learning_rate, dtype=dtype, memory=memory, timestep_sampling=timestep_sampling)
+    def validate_inputs(
+        cls, learning_rate=None, dtype=None, memory=None, timestep_sampling=None, save_every=None
+    ) -> bool | str:
+        given = dict(learning_rate=learning_rate, dtype=dtype, memory=memory, timestep_sampling=timestep_sampling)
+        return told(cls, **given, save_every=save_every)
 
     @classmethod
     @checked
