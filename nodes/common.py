@@ -1,13 +1,10 @@
-"""What the nodes share: schemas that fit every core, one-line errors, and the conversions of their types."""
+"""What the nodes share: schemas that fit every core, and the conversions of their types."""
 
 import dataclasses
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import comfy.model_management
 import comfy.utils
 import numpy as np
 import torch
@@ -18,21 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..tav_core import TavError, TunedInfo
-from ..tav_core.errors import OutOfMemory, field
-from ..tav_core.memory import is_out_of_memory
 from .native import check_context, video_unet
 
 CATEGORY = "Tune-A-Video"
 NodeTakes = io.Custom("TAV_TAKES")
 NodeTunedWeights = io.Custom("TAV_TUNED_WEIGHTS")
 
-# fields of errors that the nodes call otherwise
-_NAMES = {"video": "file", "output": "file", "tuned": "tuned_weights", "state": "state file", "device": "the device",
-          "size": "width and height", "num_steps": "steps"}  # fmt: skip
 _LIMITS = {"area": "an area", "mask": "a mask", "gligen": "boxes of GLIGEN", "hooks": "a hook"}  # of a CONDITIONING
-# of all errors, because not all come up in our nodes: some do when a stock sampler runs one of our MODELs
-TavError.name_of = staticmethod(lambda field: _NAMES.get(field, field))
-TavError.assign = " "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,44 +47,6 @@ def schema(advanced: tuple[str, ...] = (), **fields) -> io.Schema:
         if hasattr(each, "advanced"):
             each.advanced = each.id in advanced or None
     return io.Schema(**{name: value for name, value in fields.items() if name in known}, category=CATEGORY)
-
-
-class CoreOutOfMemory(OutOfMemory, comfy.model_management.OOM_EXCEPTION):
-    """Our sentence, in which the core still sees that memory ran out: it unloads all models then."""
-
-
-@contextmanager
-def plain_errors(**fields: str) -> Iterator[None]:
-    """Out of memory becomes one sentence with a remedy; fields of an error get the names that the node has for them.
-
-    Args:
-        fields: field to the name of the node's input, where it is another than other nodes have.
-    """
-
-    def name_of(field: str) -> str:
-        return fields.get(field) or TavError.name_of(field)
-
-    try:
-        yield
-    except OutOfMemory as error:
-        told = CoreOutOfMemory(*error.args)
-        told.name_of = name_of
-        raise told from error
-    except TavError as error:
-        error.name_of = name_of
-        raise
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        if hasattr(comfy.model_management, "is_oom"):  # newer cores; it also clears what CUDA would raise later
-            comfy.model_management.is_oom(error)
-        raise CoreOutOfMemory(
-            "device",
-            None,
-            "ran out of memory",
-            f"use fewer or smaller frames, Context Windows (Tune-A-Video), {field('memory')} low, or "
-            f"{field('dtype')} bf16",
-        ) from error
 
 
 def inside(folder: str | Path, name: str, field: str, linked: bool = False) -> Path:

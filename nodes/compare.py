@@ -3,7 +3,8 @@
 from comfy_api.latest import io
 
 from ..tav_core import TavError, side_by_side, strip
-from .common import from_images, image_of, plain_errors, schema, to_images
+from .common import from_images, image_of, schema, to_images
+from .errors import plain_errors
 from .inputs import checked
 
 MOST = 6

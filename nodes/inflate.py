@@ -4,7 +4,8 @@ from comfy_api.latest import io
 
 from ..tav_core.attention import MODES
 from ..tav_core.inflation import NORMS
-from .common import plain_errors, schema
+from .common import schema
+from .errors import plain_errors
 from .inputs import checked, told
 from .native import inflate_model
 

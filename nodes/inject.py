@@ -25,7 +25,8 @@ from torch import Tensor
 from ..tav_core import TavError
 from ..tav_core.errors import field
 from ..tav_core.injection import REGIONS, EditPlaces, SourceWalk
-from .common import check_unlimited, hidden_states, plain_errors, schema
+from .common import check_unlimited, hidden_states, schema
+from .errors import plain_errors
 from .inputs import checked, told
 from .native import ANCHOR, SOURCE_ROWS, video_unet
 from .sdxl import vector_of

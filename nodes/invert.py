@@ -5,7 +5,8 @@ import comfy.samplers
 import torch
 from comfy_api.latest import io
 
-from .common import clean_latents, hidden_states, plain_errors, report, schema
+from .common import clean_latents, hidden_states, report, schema
+from .errors import plain_errors
 from .inject import without_injection
 from .inputs import checked, told
 from .native import scheduler_of

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..tav_core import Checkpoint, TavError, load_checkpoint
 from ..tav_core.checkpoint import MINI
 from ..tav_core.mini.preview import LATENT_COLOURS, load_latent_colours
-from .common import plain_errors, schema
+from .common import schema
+from .errors import plain_errors
 from .folders import found
 from .inputs import check_name, checked, usable
 from .layout import core_layout

@@ -15,7 +15,8 @@ from torch import nn
 
 from ..tav_core import TavError, load_controlnet
 from ..tav_core.checkpoint import MINI_CONTROLNET
-from .common import plain_errors, schema
+from .common import schema
+from .errors import plain_errors
 from .folders import found, read_config
 from .inputs import check_name, checked, usable
 from .native import use_operations

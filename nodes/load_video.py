@@ -13,7 +13,8 @@ from ..tav_core.containers import VIDEOS
 from ..tav_core.events import Event
 from ..tav_core.pictures import is_animated, pictures
 from ..tav_core.video import FITS
-from .common import inside, plain_errors, schema, to_images
+from .common import inside, schema, to_images
+from .errors import plain_errors
 from .folders import listed
 from .inputs import check_name, checked, told, usable
 

@@ -6,7 +6,8 @@ import torch
 from comfy_api.latest import io
 
 from ..tav_core import TavError
-from .common import clean_latents, plain_errors, schema
+from .common import clean_latents, schema
+from .errors import plain_errors
 from .inject import has_injection, with_injection
 from .inputs import checked, told
 from .invert import INVERTED_WITH

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..tav_core import TavError
 from ..tav_core.subject import SOFTNESS, mask_of, outlined, probes, softened
-from .common import clean_latents, from_images, hidden_states, plain_errors, schema
+from .common import clean_latents, from_images, hidden_states, schema
+from .errors import plain_errors
 from .inject import without_injection
 from .inputs import checked, told
 from .native import scheduler_of

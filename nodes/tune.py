@@ -50,12 +50,12 @@ from .common import (
     from_images,
     hidden_states,
     image_of,
-    plain_errors,
     progress_bar,
     report,
     schema,
     show,
 )
+from .errors import plain_errors
 from .folders import listed
 from .inputs import checked, told
 from .native import WINDOWS, scheduler_of, trainable_copy, video_unet, with_tuned_weights

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from ..tav_core import TavError, base_fingerprint, read_tuned
 from ..tav_core.tuned_weights import check_fit, write_tuned
-from .common import NodeTunedWeights, TunedWeights, inside, plain_errors, schema
+from .common import NodeTunedWeights, TunedWeights, inside, schema
+from .errors import plain_errors
 from .folders import walked
 from .inputs import check_name, check_new_name, checked, usable
 from .native import trainable_names, video_unet, weights, with_tuned_weights

@@ -5,7 +5,8 @@ from comfy_api.latest import io
 
 from ..tav_core import ContextWindows as Windows
 from ..tav_core import TavError
-from .common import plain_errors, schema
+from .common import schema
+from .errors import plain_errors
 from .inputs import checked
 from .native import WINDOWS, video_unet, windows_of
 

@@ -7,7 +7,8 @@ from einops import rearrange
 
 from ..tav_core import TavError
 from ..tav_core.subject import SOFTNESS, mask_of_attention, outlined, softened, word_attention, word_places
-from .common import clean_latents, from_images, hidden_states, plain_errors, schema
+from .common import clean_latents, from_images, hidden_states, schema
+from .errors import plain_errors
 from .inject import without_injection
 from .inputs import checked, told
 from .native import scheduler_of, video_unet, windows_of

@@ -151,7 +151,7 @@ def test_in_python_and_at_the_terminal(at_the_terminal, parts, python, command_l
 def test_in_nodes(pack, parts, python, command_line, node):
     from comfy.model_management import OOM_EXCEPTION
 
-    errors, plain_errors = pack.tav_core.errors, pack.nodes.common.plain_errors
+    errors, plain_errors = pack.tav_core.errors, pack.nodes.errors.plain_errors
     assert str(errors.TavError(*parts)) == node  # as stock nodes tell it
     with pytest.raises(errors.TavError) as caught, plain_errors():
         raise errors.TavError(*parts)
@@ -162,14 +162,14 @@ def test_in_nodes(pack, parts, python, command_line, node):
 
 
 def test_a_node_has_names_of_its_own(pack):
-    errors, plain_errors = pack.tav_core.errors, pack.nodes.common.plain_errors
+    errors, plain_errors = pack.tav_core.errors, pack.nodes.errors.plain_errors
     with pytest.raises(errors.TavError) as caught, plain_errors(output="name"):
         raise errors.TavError("output", "x.mp4", "can't be written", f"choose another {errors.field('output')}")
     assert str(caught.value) == "name x.mp4 can't be written; choose another name"
 
 
 def test_a_node_has_names_of_its_own_when_memory_runs_out(pack):
-    errors, plain_errors = pack.tav_core.errors, pack.nodes.common.plain_errors
+    errors, plain_errors = pack.tav_core.errors, pack.nodes.errors.plain_errors
     with pytest.raises(errors.OutOfMemory) as caught, plain_errors(context_length="Context Windows"):
         raise errors.OutOfMemory("memory", "low", "ran out of memory", f"use {errors.field('context_length')}")
     assert str(caught.value) == "memory low ran out of memory; use Context Windows"
@@ -197,7 +197,7 @@ def test_load_video_keeps_the_name_of_a_file(pack, monkeypatch, tmp_path):
 def test_an_option_of_comfyui_keeps_its_dashes(pack, monkeypatch):
     monkeypatch.setattr("comfy.sample.sample_custom", lambda *args, **settings: torch.tensor(torch.nan))
     monkeypatch.setattr("latent_preview.prepare_callback", lambda *args: None)
-    with pytest.raises(pack.tav_core.TavError) as caught, pack.nodes.common.plain_errors():
+    with pytest.raises(pack.tav_core.TavError) as caught, pack.nodes.errors.plain_errors():
         pack.nodes.sampling.sample_with(None, None, torch.ones(2), {"samples": None}, [], [], 1.0, None)
     assert str(caught.value) == (
         "MODEL gives a result that is not finite (NaN); run ComfyUI with --force-fp32, or tune at a lower learning_rate"
@@ -218,6 +218,6 @@ def test_copies_and_pickles_are_the_same(through, kind, value):
 
 
 def test_copies_and_pickles_of_what_the_core_sees(pack):
-    error = pack.nodes.common.CoreOutOfMemory("memory", "low", "ran out", "use fewer frames")
+    error = pack.nodes.errors.CoreOutOfMemory("memory", "low", "ran out", "use fewer frames")
     for other in (copy.copy(error), pickle.loads(pickle.dumps(error))):
         assert type(other) is type(error) and str(other) == "memory low ran out; use fewer frames"

@@ -294,19 +294,19 @@ def test_out_of_memory_is_told_plainly_and_the_core_sees_it(pack):
             pytest.raises(
                 OOM_EXCEPTION, match="^the device ran out of memory; use fewer .*, memory low, or dtype bf16$"
             ) as error,
-            common.plain_errors(),
+            pack.nodes.errors.plain_errors(),
         ):
             raise cause
         assert isinstance(error.value, ValueError) and error.value.__cause__ is cause
     with (
         pytest.raises(OOM_EXCEPTION, match="^memory low ran out of memory at step 3; use fewer frames$") as error,
-        common.plain_errors(),
+        pack.nodes.errors.plain_errors(),
     ):
         raise tuning.OutOfMemory("memory", "low", "ran out of memory at step 3", "use fewer frames")
     for other in (
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
         common.TavError("steps", 0, "is out of range", "give 1 or more"),
     ):
-        with pytest.raises(type(other), match=re.escape(str(other))) as error, common.plain_errors():
+        with pytest.raises(type(other), match=re.escape(str(other))) as error, pack.nodes.errors.plain_errors():
             raise other
         assert not isinstance(error.value, OOM_EXCEPTION)
