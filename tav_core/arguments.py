@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -72,7 +73,9 @@ def size(text: str) -> tuple[int, int]:
 def device(text: str) -> torch.device:
     """One that computes here: that of tensors without content doesn't."""
     try:
-        made = torch.device(text)
+        with warnings.catch_warnings():  # of kinds that there used to be
+            warnings.simplefilter("ignore")
+            made = torch.device(text)
         (torch.ones(1, device=made) + 1).item()
         if made.type == "cpu" and made.index:
             raise RuntimeError("there is one alone")

@@ -73,7 +73,7 @@ class Progress:
         def handler(number, frame):
             self.stopped = True
             for each in _SIGNALS:
-                signal.signal(each, signal.default_int_handler)
+                signal.signal(each, _interrupt)
 
         for each in _SIGNALS:
             signal.signal(each, handler)
@@ -204,6 +204,14 @@ def tell(*parts: Any):
     print(escaped(" ".join(map(str, parts))))
 
 
+_interrupts: list[int] = []
+
+
+def _interrupt(number: int, frame: Any):
+    _interrupts.append(number)
+    raise KeyboardInterrupt
+
+
 def run(parser: argparse.ArgumentParser):
     """Parses the arguments and calls `args.run(args)`. What a user can mend ends in one line and exit code 2."""
     for library in (diffusers_logging, transformers_logging):  # their bars and advice say nothing to our users
@@ -212,8 +220,9 @@ def run(parser: argparse.ArgumentParser):
     before = {each: signal.getsignal(each) for each in _SIGNALS}
     with _unfailing_output():
         try:
+            _interrupts.clear()
             for each in _SIGNALS:
-                signal.signal(each, signal.default_int_handler)
+                signal.signal(each, _interrupt)
             _run(parser)
         except Cancelled as stop:
             sys.exit(_fail(str(stop), 130))
@@ -231,7 +240,12 @@ def _run(parser: argparse.ArgumentParser):
         if unknown:
             told = escaped(shortened(" ".join(unknown), 120))
             raise TavError(told, None, f"means nothing to {args.command}", "leave it out")
-        args.run(args)
+        try:
+            args.run(args)
+        except Exception:
+            if _interrupts:  # libraries make errors of their own of it
+                raise KeyboardInterrupt from None
+            raise
     except TavError as error:
         error.name_of = lambda name: _option(name) if {name, _NAMES.get(name)} & options else _NAMES.get(name, name)
         error.assign = " "

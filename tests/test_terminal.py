@@ -137,6 +137,17 @@ def test_the_first_signal_waits_for_the_step_and_the_second_does_not(monkeypatch
     assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
 
 
+def test_a_stop_that_a_library_takes_for_an_error(monkeypatch, capsys):
+    def command(args):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+        except BaseException as error:
+            raise TavError("checkpoint", "mini", f"can't be read ({error})", "save it again") from error
+
+    assert run(monkeypatch, command) == 130 and capsys.readouterr().err == "stopped\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("module", ["tav_core", "tav_core.mini"])
 def test_stopping_while_libraries_are_imported(tmp_path, module, number):
@@ -211,6 +222,7 @@ TUNE = ["tune", "--video", "x.mp4", "--prompt", "a", "--output", "o"]
     ([*SAMPLE, "--noise", "n", "--frames", "3"], "--frames 3 does nothing with --noise"),
     ([*SAMPLE, "--edit", " "], "--edit is empty"), ([*EDIT, "--edit", "caf\udce9"], r"--edit caf\udce9 is not UTF-8"),
     ([*EDIT, "--device", "meta"], "--device meta can't be used here"),
+    ([*EDIT, "--device", "mkldnn"], "--device mkldnn can't be used here"),
     ([*EDIT, "--device", "cpu:3"], "--device cpu:3 can't be used here"),
     ([*EDIT, "--size", "20000"], "--size 20000 is out of range; give sides from 1 to 4096"),
     ([*EDIT, "--video", "n" * 256], "can't be used (File name too long)"),

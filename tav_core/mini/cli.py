@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -178,21 +178,22 @@ def _benchmark(args):
     from .benchmark import benchmark
 
     preset, clips = _preset_and_clips(args)
-    if args.videos is not None:
-        check_folder(args.videos, [], "videos")
 
     def keep(name: str, video: np.ndarray):
         save_video(torch.from_numpy(video), args.videos / f"{name}.mp4", fps=8)
 
-    figures = benchmark(
-        load_checkpoint(args.checkpoint),
-        load_judge(),
-        preset,
-        seeds=args.seeds,
-        clips=clips,
-        on_video=keep if args.videos else None,
-        callback=_noted,
-    )
+    if args.videos is not None:
+        check_folder(args.videos, [], "videos")
+    with nullcontext() if args.videos is None else claimed(args.videos):
+        figures = benchmark(
+            load_checkpoint(args.checkpoint),
+            load_judge(),
+            preset,
+            seeds=args.seeds,
+            clips=clips,
+            on_video=keep if args.videos else None,
+            callback=_noted,
+        )
     print(json.dumps(figures, indent=2))
 
 
