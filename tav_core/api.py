@@ -10,7 +10,7 @@ from .inflation import VideoUNet, inflate
 from .injection import REGIONS, EditPlaces, SourceWalk
 from .job import Edit, EditJob, run_edit
 from .memory import Device
-from .noise import read_noise, read_pace, save_noise
+from .noise import InvertedNoise, read_noise, save_noise
 from .pipeline import Source, find_subject, invert, prepare, sample, tune_on
 from .presets import PRESETS, Preset, with_settings
 from .sound import Sound

@@ -27,9 +27,10 @@ from .ddim import ddim_timesteps
 from .errors import Cancelled, TavError, field
 from .inflation import VideoUNet
 from .limits import LIMITS, check_pixels
-from .noise import read_noise, read_pace, save_noise
+from .noise import InvertedNoise, read_noise, save_noise
 from .precision import DTYPES
 from .presets import Preset
+from .sound import Sound
 from .subject import SOFTNESS
 from .terminal import Parser, Progress, check_needs, preset_of, run, tell
 from .tuned_weights import TunedInfo, load_tuned, read_tuned
@@ -232,7 +233,7 @@ def _invert(args):
     noise = pipeline.invert(checkpoint, unet, source, preset, callback=progress)
     if args.contrast:
         subject = pipeline.find_subject(checkpoint, unet, source, args.contrast, preset, _softness(args))
-    save_noise(args.output, noise, subject, prompt, preset, clip.fps, clip.sound)
+    save_noise(args.output, InvertedNoise(noise, prompt, subject, clip.frames, clip.fps, clip.sound), preset)
     tell(args.output)
 
 
@@ -257,13 +258,8 @@ def _sample(args):
             raise TavError(name, getattr(args, name), problem, "leave it out")
     regions, preset = _regions(args), _preset(args)
     _tuned_info(args)  # a damaged file should not surface after the checkpoint is loaded
-    noise = subject = source_prompt = fps = sound = None
-    if args.noise is not None:
-        noise, subject, source_prompt = read_noise(args.noise, preset)
-        fps, sound = read_pace(args.noise)
-    rate = (fps or FPS) if args.fps is None else args.fps
-    if not args.audio or not math.isclose(rate, fps or 0, rel_tol=1e-3):  # it would not be in time
-        sound = None
+    inverted = None if args.noise is None else read_noise(args.noise, preset)
+    subject = inverted and inverted.subject
     if args.steady is not None and subject is None:
         problem = f"does nothing: {args.noise} knows no subject"
         raise TavError("steady", args.steady, problem, f"leave it out, or invert with {field('contrast')}")
@@ -273,18 +269,19 @@ def _sample(args):
     job.check_folder(args.output, files, noise=args.noise, tuned=args.tuned)
     checkpoint = _checkpoint(args, preset)
     unet, info = _load_tuned_unet(args, checkpoint)
-    if noise is None:
-        noise = _random_noise(args, checkpoint, info, preset.tuning.seed)
+    if inverted is None:
+        latents, of_clip = _random_noise(args, checkpoint, info, preset.tuning.seed), {}
     else:
-        _check_noise(args.noise, noise, subject, checkpoint)
-    _window_if_longer(args, info, noise.shape[2])
-    preset = preset_of(args)
+        _check_noise(args.noise, inverted, checkpoint)
+        latents = inverted.latents
+        of_clip = dict(source_prompt=inverted.prompt, subject=subject, source_frames=inverted.frames)
+    _window_if_longer(args, info, latents.shape[2])
+    preset, (rate, sound) = preset_of(args), _pace(args, inverted)
     with job.claimed(args.output):
         progress = Progress().stop_at_interrupt()
         for file, prompt, region in zip(files, args.edit, regions):
-            video = pipeline.sample(checkpoint, unet, noise, prompt, preset, source_prompt=source_prompt,
-                                    negative_prompt=args.negative_prompt, subject=subject, region=region,
-                                    callback=progress)  # fmt: skip
+            video = pipeline.sample(checkpoint, unet, latents, prompt, preset, **of_clip, region=region,
+                                    negative_prompt=args.negative_prompt, callback=progress)  # fmt: skip
             save_video(video, args.output / file, rate, sound)
             tell(args.output / file)
 
@@ -296,11 +293,21 @@ def _random_noise(args, checkpoint: Checkpoint, info: TunedInfo, seed: int) -> t
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _check_noise(path: Path, noise: torch.Tensor, subject: torch.Tensor | None, checkpoint: Checkpoint):
+def _pace(args, inverted: InvertedNoise | None) -> tuple[float, Sound | None]:
+    """The rate of what is written, and the sound of the clip if it is in time then."""
+    fps, sound = (None, None) if inverted is None else (inverted.fps, inverted.sound)
+    rate = (fps or FPS) if args.fps is None else args.fps
+    return rate, sound if args.audio and math.isclose(rate, fps or 0, rel_tol=1e-3) else None
+
+
+def _check_noise(path: Path, noise: InvertedNoise, checkpoint: Checkpoint):
     """Raises a TavError for noise of another kind of checkpoint."""
-    channels, side = checkpoint.unet.config.in_channels, noise.shape[3] * checkpoint.downscale
-    if noise.shape[1] != channels or (subject is not None and subject.shape[3] != side):
-        problem = f"is of a checkpoint with other latents: {tuple(noise.shape)}, with {channels} channels here"
+    shape, channels = noise.latents.shape, checkpoint.unet.config.in_channels
+    heights = {shape[3] * checkpoint.downscale}
+    heights |= set() if noise.subject is None else {noise.subject.shape[3]}
+    heights |= set() if noise.frames is None else {noise.frames.shape[1]}
+    if shape[1] != channels or len(heights) > 1:
+        problem = f"is of a checkpoint with other latents: {tuple(shape)}, with {channels} channels here"
         raise TavError("noise", path, problem, f"give the {field('checkpoint')} that it was inverted with")
 
 

@@ -23,7 +23,7 @@ from .inflation import VideoUNet
 from .kept import Kept
 from .limits import check
 from .metrics import frame_difference, psnr
-from .noise import save_noise
+from .noise import InvertedNoise, save_noise
 from .precision import DTYPES
 from .presets import Preset
 from .subject import SOFTNESS
@@ -226,7 +226,8 @@ def run_edit(
     if job.contrasts:
         args = (checkpoint, unet, source, job.contrasts, preset, job.softness)
         subject = kept("subject", lambda: timed("find the subject", pipeline.find_subject, *args))
-    save_noise(folder / "noise.safetensors", noise, subject, job.prompt, preset, clip.fps, clip.sound)
+    inverted = InvertedNoise(noise, job.prompt, subject, clip.frames, clip.fps, clip.sound)
+    save_noise(folder / "noise.safetensors", inverted, preset)
     save_video(clip.frames, folder / "source.mp4", clip.fps, clip.sound)
     videos, files, regions = {"source": clip.frames}, {}, {}
     for number, edit in enumerate([Edit(job.prompt), *job.edits]):
@@ -238,7 +239,7 @@ def run_edit(
             callback(Note(f"{label} ..."))
             return timed("sample", pipeline.sample, checkpoint, unet, noise, edit.prompt, preset,
                          source_prompt=job.prompt, negative_prompt=job.negative_prompt, subject=subject,
-                         region=edit.region, callback=callback)  # fmt: skip
+                         region=edit.region, source_frames=clip.frames, callback=callback)  # fmt: skip
 
         videos[label] = kept(str(number), draw, prompt=edit.prompt, region=edit.region)
         files[label] = f"{file_name(number, edit.prompt) if number else label}.mp4"

@@ -205,6 +205,7 @@ def sample(
     negative_prompt: str = "",
     subject: Tensor | None = None,
     region: str = "everything",
+    source_frames: Tensor | None = None,
     class_labels: Tensor | None = None,
     negative_class_labels: Tensor | None = None,
     source_class_labels: Tensor | None = None,
@@ -217,8 +218,10 @@ def sample(
             to take attention or a caption from.
         subject: mask of the clip's subject, `1 1 f h w` of pixels (see `find_subject`): attention injection keeps it in
             its place.
-        region: what the edit may change: "everything", the "subject" or the "background"; the rest is what the noise
-            reconstructs. The last two need `subject` and `source_prompt`.
+        region: what the edit may change: "everything", the "subject" or the "background". The last two need `subject`
+            and `source_prompt`.
+        source_frames: the clip, uint8 `f h w c`, whose own pixels are put back outside of the region; without it what
+            the noise reconstructs of them.
         class_labels: of the edit, `1` or `f`, for a U-Net with classes; those beside the negative prompt (the label for
             no class if the U-Net has one) and those that the source was inverted with are the same by default.
 
@@ -252,9 +255,10 @@ def sample(
     edit = decode_video(checkpoint, latents)
     if region == "everything":
         return edit
-    end = Schedule.of(checkpoint.scheduler, preset.sampling_steps).sigmas[-1]
-    changed = EditPlaces.of(region, subject, margin=checkpoint.downscale).changeable
-    return put_back(edit, decode_video(checkpoint, walk.latents(end)), changed)
+    if source_frames is None:
+        end = Schedule.of(checkpoint.scheduler, preset.sampling_steps).sigmas[-1]
+        source_frames = decode_video(checkpoint, walk.latents(end))
+    return put_back(edit, source_frames, EditPlaces.of(region, subject, margin=checkpoint.downscale).changeable)
 
 
 def _inversion_text(checkpoint: Checkpoint, prompt: str, preset: Preset) -> Tensor:

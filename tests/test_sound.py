@@ -9,11 +9,13 @@ import av
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from support.clips import counted
 from support.errors import refused
 from tav_core.events import Note
-from tav_core.noise import FORMAT, read_noise, read_pace, save_noise
+from tav_core.noise import InvertedNoise, read_noise, save_noise
 from tav_core.presets import PRESETS
 from tav_core.sound import Sound
 from tav_core.video import load_video, save_video
@@ -139,23 +141,27 @@ def test_more_channels_become_two(tmp_path):
 
 def test_noise_keeps_the_rate_and_the_sound(tmp_path):
     path, preset, noise = tmp_path / "n.safetensors", PRESETS["mini"], torch.zeros(1, 4, 2, 4, 4)
-    save_noise(path, noise, None, "a ball", preset)  # as earlier versions did
-    assert read_pace(path) == (None, None)
+    save_noise(path, InvertedNoise(noise, "a ball"), preset)  # as earlier versions did
+    read = read_noise(path, preset)
+    assert (read.fps, read.sound, read.frames) == (None, None, None)
     fps, sound = 30000 / 1001, beeps(44100, 2, seconds=0.2)
-    save_noise(path, noise, None, "a ball", preset, fps, sound)
-    assert read_noise(path, preset)[2] == "a ball"
-    read_fps, read = read_pace(path)
-    assert read_fps == fps and read.rate == 44100 and (read.samples - sound.samples).abs().max() < 1e-4
+    frames = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
+    save_noise(path, InvertedNoise(noise, "a ball", None, frames, fps, sound), preset)
+    read = read_noise(path, preset)
+    assert (read.prompt, read.fps, read.sound.rate) == ("a ball", fps, 44100) and torch.equal(read.frames, frames)
+    assert (read.sound.samples - sound.samples).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("damage", [{"fps": "nan"}, {"fps": "fast"}, {"fps": "1e9"}, {"sound_rate": "-1"},
                                     {"sound_rate": "x"}])  # fmt: skip
 def test_a_damaged_rate_is_told(tmp_path, damage):
-    from safetensors.torch import save_file
-
-    metadata = {"format": FORMAT, "fps": "8", "sound_rate": "8000"} | damage
-    save_file({"sound": torch.zeros(1, 9, dtype=torch.int16)}, tmp_path / "n.safetensors", metadata)
-    refused("is damaged", tmp_path / "n.safetensors", call=read_pace)
+    path, preset = tmp_path / "n.safetensors", PRESETS["mini"]
+    sound = Sound(torch.zeros(1, 9), 8000)
+    save_noise(path, InvertedNoise(torch.zeros(1, 4, 2, 4, 4), "a ball", fps=8.0, sound=sound), preset)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    save_file(tensors, path, metadata | damage)
+    refused("is damaged", path, preset, call=read_noise)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from support.errors import refused
 from support.tuning_runs import CONFIG, equal, make_unet, run, weights
 from tav_core.cli import _check_noise
 from tav_core.inflation import inflate
-from tav_core.noise import read_noise, save_noise
+from tav_core.noise import InvertedNoise, read_noise, save_noise
 from tav_core.presets import PRESETS
 from tav_core.trainable import trainable_parameters
 from tav_core.tuned_weights import load_tuned, read_tuned, save_tuned
@@ -26,7 +26,8 @@ def files(checkpoint, tmp_path_factory):
     about = dict(prompt="a ball", num_frames=2, width=32, height=32, config={}, base_name="tiny")
     save_tuned(work / "tuned.safetensors", inflate(checkpoint.unet), **about)
     noise = torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    save_noise(work / "noise.safetensors", noise, torch.ones(1, 1, 2, 8, 8), "a ball", PRESET)
+    frames = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    save_noise(work / "noise.safetensors", InvertedNoise(noise, "a ball", torch.ones(1, 1, 2, 32, 32), frames), PRESET)
     run(make_unet(), replace(CONFIG, steps=1), state_path=work / "whole.safetensors")
     damage(work, work / "whole.safetensors")
     return work
@@ -34,8 +35,9 @@ def files(checkpoint, tmp_path_factory):
 
 def test_whole_ones_are_read(files, checkpoint):
     assert load_tuned(files / "tuned.safetensors", inflate(checkpoint.unet)) == read_tuned(files / "tuned.safetensors")
-    noise, subject, prompt = read_noise(files / "noise.safetensors", PRESET)
-    assert noise.shape == (1, 4, 2, 4, 4) and subject.shape == (1, 1, 2, 8, 8) and prompt == "a ball"
+    noise = read_noise(files / "noise.safetensors", PRESET)
+    assert noise.latents.shape == (1, 4, 2, 4, 4) and noise.subject.shape == (1, 1, 2, 32, 32)
+    assert noise.frames.shape == (2, 32, 32, 3) and noise.prompt == "a ball"
     assert run(make_unet(), replace(CONFIG, steps=1), state_path=files / "whole.safetensors").started == 1
 
 
@@ -52,8 +54,7 @@ def test_damaged_noise(files, checkpoint, name):
     path = files / f"noise-{name}.safetensors"
 
     def read():
-        noise, subject, _ = read_noise(path, PRESET)
-        _check_noise(path, noise, subject, checkpoint)
+        _check_noise(path, read_noise(path, PRESET), checkpoint)
 
     refused(f"path='.*noise-{name}.safetensors'", call=read)
 
