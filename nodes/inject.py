@@ -38,9 +38,10 @@ class Injection:
     """A MODEL's calls in a sampler, beside which the clip walks (see `tav_core.injection.SourceWalk`).
 
     It is the MODEL's function wrapper and, with `sample` and `calculate`, a wrapper of its whole sampling and of its
-    noise levels. Where a prompt is for an area, the same area of the clip leads it. A noise mask (stock Set
-    Latent Noise Mask) limits what may change as well, together with `region`, in a sampling that starts from the latent
-    itself. In one that adds noise it keeps its stock meaning.
+    noise levels. The clip walks as a whole; where a prompt is for an area, the same area of the clip leads it.
+
+    A noise mask (stock Set Latent Noise Mask) limits what may change as well, together with `region`, in a sampling
+    that starts from the latent itself. In one that adds noise it keeps its stock meaning.
 
     Args:
         text: what the clip was inverted with, `1 n d`.
@@ -100,7 +101,7 @@ class Injection:
         that prompts are for, and puts together what comes out, `f c h w` for each list of prompts.
 
         Raises:
-            TavError: Context Windows of the core; or another pack's wrapper that leaves this one out.
+            TavError: Context Windows of the core, or another pack's tiles.
         """
         options = model_options["transformer_options"]
         if "context_window" in options:  # of the core: it doesn't say what it makes of the clip's other frames
@@ -144,13 +145,13 @@ class Injection:
         areas = [part.area for part in parts]
         if areas.count(areas[0]) == len(areas):  # one clip leads them all
             areas = areas[:1]
-        source = torch.cat([cropped(level.source, area) for area in areas])
+        source = torch.cat([cropped(level.source, area) for area in areas]).to(args["input"])  # of several GPUs one
         if source.shape[1:] != args["input"].shape[1:]:
             problem = "is called for parts of the frames by another pack, of which Attention Injection can't know"
             raise TavError("MODEL", None, problem, "leave out what divides them into tiles")
         out = self.ask(apply_model, self.beside(args, source, areas, any(part.boxes for part in parts)))
         if begins:
-            level.x0 = out[: len(source)]
+            level.x0 = out[: len(source)].to(level.source)
         return out[len(source) :]
 
     def ask(self, apply_model: Callable, args: dict[str, Any]) -> Tensor:
@@ -181,7 +182,7 @@ class Injection:
         uuids = [*(self.uuid for _ in areas), *options["uuids"]]
         options = {**options, "cond_or_uncond": kinds, "uuids": uuids, SOURCE_ROWS: rows if level.leads else 0}
         if level.anchor is not None:
-            anchor = torch.cat([cropped(level.anchor, area) for area in areas])
+            anchor = torch.cat([cropped(level.anchor, area) for area in areas]).to(x)
             options[ANCHOR] = anchor.repeat(1 + len(x) // rows, 1, 1, 1)
         if boxes:
             *others, last = options["patches"]["middle_patch"]
