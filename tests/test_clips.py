@@ -3,6 +3,8 @@
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from fractions import Fraction
 
 import av
@@ -11,6 +13,7 @@ import pytest
 import torch
 from PIL import Image, features
 
+from support import ROOT
 from support.clips import counted, shown, turned, write
 from support.errors import refused
 from tav_core import containers
@@ -421,6 +424,33 @@ def test_damaged_pictures_are_told(tmp_path):
         content = path.read_bytes()
         path.write_bytes(content[: len(content) * 2 // 3])
         refused(r"can't be read as an image|can't be decoded", path, call=load_video)
+
+
+LEFT_EARLY = """
+import sys, types
+from pathlib import Path
+package = sys.modules["tav_core"] = types.ModuleType("tav_core")  # without what it imports
+package.__path__ = [sys.argv[1]]
+import av
+from tav_core.containers import video_footage
+av.logging.set_level(av.logging.ERROR)
+for _ in range(5):
+    frames = video_footage(Path(sys.argv[2]), lambda event: None).frames(0)
+    next(frames)
+    frames.close()
+"""
+
+
+def test_a_damaged_video_that_is_left_early_does_not_hang(tmp_path):
+    rng = np.random.default_rng(0)
+    path = write(tmp_path / "a.ts", list(rng.integers(0, 256, (16, 240, 320, 3), np.uint8)), x264_params="keyint=8")
+    content = bytearray(path.read_bytes())
+    for place in rng.integers(len(content) // 3, len(content), 400):
+        content[place] ^= 255
+    path.write_bytes(content)
+    # in a process of its own: what hangs holds Python's lock
+    package = str(ROOT / "tav_core")
+    subprocess.run([sys.executable, "-c", LEFT_EARLY, package, path], check=True, timeout=30, capture_output=True)
 
 
 @pytest.mark.parametrize("path", ["a" * 300 + ".mp4", "a\0b.mp4", "loop.mp4", "a.mp4/b.mp4"])
