@@ -247,3 +247,24 @@ def sample_arguments(parser):
     names = ("seed", "dtype", "sampling_steps", "guidance_scale", "attention_injection", "caption_as_negative",
              "steady", "context_length", "context_overlap")  # fmt: skip
     add_preset_arguments(parser, *names)
+
+
+def metrics_arguments(parser):
+    told = "a video or a folder of its frames, several times for several; or the output folder of `edit`, alone"
+    parser.add_argument("--edited", required=True, action="append", type=path, metavar="PATH", help=told)
+    told = "what was edited: the same frames, as a video or a folder"
+    parser.add_argument("--source", type=path, metavar="PATH", help=told)
+    told = "what the video should show, once for each --edited"
+    parser.add_argument("--prompt", action="append", type=sentence, metavar="TEXT", help=told)
+    parser.add_argument("--source-prompt", type=sentence, metavar="TEXT", help="what the source shows; with --clip")
+    told = "white where the edit may change something: an image for all frames, a video or a folder"
+    parser.add_argument("--mask", type=path, metavar="PATH", help=told)
+    group = parser.add_argument_group(
+        "models", "folders as transformers saves them; without one its figures are left out"
+    )
+    told = 'a CLIP, such as openai/clip-vit-large-patch14 (LOVEU-TGVE); or "mini", of the mini world'
+    group.add_argument("--clip", type=path, metavar="DIR", help=told)
+    group.add_argument("--pickscore", type=path, metavar="DIR", help="yuvalkirstain/PickScore_v1")
+    group.add_argument("--dino", type=path, metavar="DIR", help="facebook/dino-vitb16")
+    told = "where metrics.csv, .json and .html go (the folder of the edit, or the present one)"
+    parser.add_argument("--output", type=path, metavar="DIR", help=told)

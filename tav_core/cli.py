@@ -19,14 +19,17 @@ from .arguments import (
     device_argument,
     edit_arguments,
     invert_arguments,
+    metrics_arguments,
     sample_arguments,
     tune_arguments,
 )
 from .checkpoint import Checkpoint, load_checkpoint
+from .clip_metrics import load_clip, load_dino
 from .ddim import ddim_timesteps
 from .errors import Cancelled, TavError, field
 from .inflation import VideoUNet
 from .limits import LIMITS, check_pixels
+from .measure import REPORT, Models, as_table, mask_of, measure, measure_job, write_report
 from .noise import InvertedNoise, read_noise, save_noise
 from .precision import DTYPES
 from .presets import Preset
@@ -286,6 +289,46 @@ def _sample(args):
             tell(args.output / file)
 
 
+def _metrics(args):
+    folders = [path for path in args.edited if (path / "summary.json").is_file()]
+    if folders and (len(args.edited) > 1 or args.source or args.prompt or args.mask or args.source_prompt):
+        problem = "is the folder of an edit, which knows its source, its sentences and its masks"
+        raise TavError("edited", folders[0], problem, "give it alone, or videos")
+    if not folders:
+        _check_measured(args)
+    output = args.output or (folders[0] if folders else Path("."))
+    job.check_folder(output, REPORT, mask=args.mask, source=args.source)
+    models = Models(
+        args.clip and load_clip(args.clip),
+        args.pickscore and load_clip(args.pickscore, "pickscore"),
+        args.dino and load_dino(args.dino),
+    )
+    if folders:
+        rows, videos, source = measure_job(folders[0], models)
+    else:
+        videos = [load_video(path, sound=False, callback=Progress()).frames for path in args.edited]
+        count, height, width = videos[0].shape[:3]
+        size = dict(count=count, width=width, height=height, sound=False)
+        source = load_video(args.source, **size).frames
+        mask = args.mask and mask_of(load_video(args.mask, width=width, height=height, sound=False).frames, count)
+        rows = [measure(path.name, video, source, prompt, args.source_prompt, mask, models)
+                for path, video, prompt in zip(args.edited, videos, args.prompt)]  # fmt: skip
+    for line in as_table(rows).splitlines():
+        tell(line)
+    write_report(rows, videos, source, output)
+    tell(f"{output}: " + ", ".join(REPORT))
+
+
+def _check_measured(args):
+    if args.source is None:
+        raise TavError("source", None, "is missing", "give the video that was edited, in the frames of the edit")
+    if len(args.prompt or ()) != len(args.edited):
+        problem = f"has {len(args.prompt or ())} values for {len(args.edited)} {field('edited')}"
+        raise TavError("prompt", None, problem, "give each video the sentence that it should show, in the same order")
+    if args.source_prompt is not None and args.clip is None:
+        raise TavError("source_prompt", args.source_prompt, f"does nothing without {field('clip')}", "leave it out")
+
+
 def _random_noise(args, checkpoint: Checkpoint, info: TunedInfo, seed: int) -> torch.Tensor:
     factor, frames = checkpoint.downscale, args.frames or info.num_frames or FRAMES
     check_pixels(frames, info.width, info.height)
@@ -323,6 +366,7 @@ COMMANDS = {
     "tune": (_tune, tune_arguments, "tune on a clip, or on several, and write DIR/tuned.safetensors"),
     "invert": (_invert, invert_arguments, "invert a clip with tuned weights to the noise it would come from"),
     "sample": (_sample, sample_arguments, "sample edited clips from inverted (or random) noise"),
+    "metrics": (_metrics, metrics_arguments, "measure edits beside their source: fidelity, motion, and by CLIP"),
     "bench": (bench.bench, _bench_arguments, "measure the speed and the memory of every stage, against the method "
                                              "written plainly"),
 }  # fmt: skip

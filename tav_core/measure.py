@@ -28,6 +28,9 @@ from .clip_metrics import (
     text_alignment,
 )
 from .errors import TavError
+from .injection import EditPlaces
+from .noise import read_noise
+from .video import load_video
 from .visuals import strip
 
 # what each figure is, and which way it is better; in the order of the table
@@ -48,6 +51,9 @@ FIGURES = {
     "v2vbench_consistency": "V2VBench: the same of unprojected features; a video that stands still has 1",
     "dino_consistency": "VBench, subject consistency by DINO: to the first and the last frame; still is 1",
 }
+
+
+REPORT = ("metrics.csv", "metrics.json", "metrics.html")
 
 
 @dataclass(frozen=True)
@@ -203,6 +209,32 @@ def _page(rows: Sequence[Measured], names: list[str], videos: Sequence[Tensor], 
         f'<h1>Metrics</h1><img alt="source and edits" src="data:image/png;base64,{shown}">'
         f"<p>In brackets: the source's own.</p><table><tr><th></th>{head}</tr>{lines}</table></html>\n"
     )
+
+
+def measure_job(folder: Path, models: Models | None = None) -> tuple[list[Measured], list[Tensor], Tensor]:
+    """The figures of all edits in the output folder of `run_edit`, the edits, and their source.
+
+    Raises:
+        TavError: another folder, or one that lacks something.
+    """
+    try:
+        summary = json.loads((folder / "summary.json").read_text("utf-8"))
+        files, regions, prompt = dict(summary["files"]), dict(summary["regions"]), str(summary["prompt"])
+        names = {label: folder / Path(name).name for label, name in files.items() if label != "reconstruction"}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        problem = f"is no output folder of an edit ({type(error).__name__}: {error})"
+        raise TavError("edited", folder, problem, "give a video, or the folder that tune-a-video edit wrote") from error
+    noise, rows, videos = read_noise(folder / "noise.safetensors"), [], []
+    if noise.frames is None:
+        raise TavError("edited", folder, "was written by an earlier version", "give the videos in it")
+    for label, path in names.items():
+        mask, region = None, regions.get(label, "everything")
+        if region != "everything" and noise.subject is not None:
+            margin = noise.frames.shape[1] // noise.latents.shape[3]
+            mask = EditPlaces.of(region, noise.subject, margin).changeable[0, 0]
+        videos.append(load_video(path, sound=False).frames)
+        rows.append(measure(label, videos[-1], noise.frames, label, prompt, mask, models))
+    return rows, videos, noise.frames
 
 
 def mask_of(video: Tensor, frames: int) -> Tensor:

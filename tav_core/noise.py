@@ -52,7 +52,7 @@ def save_noise(path: Path, noise: InvertedNoise, preset: Preset):
         save_file(tensors, temporary, metadata)
 
 
-def read_noise(path: Path, preset: Preset) -> InvertedNoise:
+def read_noise(path: Path, preset: Preset | None = None) -> InvertedNoise:
     """Reads it, with what the file has: earlier versions kept neither frames nor rate.
 
     Raises:
@@ -68,6 +68,8 @@ def read_noise(path: Path, preset: Preset) -> InvertedNoise:
                               fps, sound)  # fmt: skip
         steps, inverted_with = int(metadata["steps"]), metadata.get("inverted_with", "empty prompt")
         _check(noise, steps, inverted_with)
+    if preset is None:
+        return noise
     if steps != preset.sampling_steps:
         problem = f"is not the {steps} that {path} was inverted with"
         raise TavError("sampling_steps", preset.sampling_steps, problem, f"give {steps}")

@@ -66,6 +66,8 @@ BASES = {
                "--output", "{out}/n.safetensors"],
     "sample": ["--tuned", "{work}/tuned.safetensors", "--noise", "{work}/noise.safetensors", "--edit", "a blue ball",
                "--sampling-steps", "1", "--output", "{out}/o"],
+    "metrics": ["--edited", "{work}/clip.mp4", "--source", "{work}/clip.mp4", "--prompt", PROMPT,
+                "--output", "{out}/o"],
     "demo": ["--steps", "1", "--sampling-steps", "1", "--output", "{out}/o"],
     "bench": ["--layout", "mini", "--frames", "1", "--runs", "1", "--stages", "encode", "--no-memory"],
     "mini train": ["vae", "--vae-steps", "1", "--work", "{out}/w", "--output", "{out}/o", "--renders", "48"],
@@ -80,7 +82,20 @@ BASES = {
 # commands whose base takes seconds: what they accept is not tried
 SLOW = ("demo", "bench", "mini train", "mini previews", "mini evaluate", "mini controlnet", "mini lora",
         "mini benchmark", "mini regions")  # fmt: skip
-INPUTS, OUTPUTS = ("video", "tuned", "noise", "checkpoint", "controlnet"), ("output", "work", "sheet", "videos", "json")
+INPUTS = (
+    "video",
+    "tuned",
+    "noise",
+    "checkpoint",
+    "controlnet",
+    "edited",
+    "source",
+    "mask",
+    "clip",
+    "pickscore",
+    "dino",
+)
+OUTPUTS = ("output", "work", "sheet", "videos", "json")
 
 
 def arguments_of(command: str) -> dict[str, argparse.Action]:

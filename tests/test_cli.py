@@ -73,6 +73,30 @@ def test_edit_writes_videos_pictures_weights_and_a_summary(edited):
 
 
 @pytest.mark.slow
+def test_metrics_of_an_edit_and_of_single_videos(edited, tav, tmp_path):
+    told = tav("metrics", "--edited", edited, "--output", tmp_path / "all")
+    assert told.splitlines()[0].split("  ")[0] == "" and "a red star, on the snow!" in told.splitlines()[0]
+    figures = json.loads((tmp_path / "all" / "metrics.json").read_text())["videos"]
+    assert [each["video"] for each in figures] == ["a blue ball is sliding on the grass", "a red star, on the snow!"]
+    held, free = (each["figures"]["psnr_rest"] for each in figures)
+    assert held > 35 > free  # the clip's own pixels outside of the subject
+    files = json.loads((edited / "summary.json").read_text())["files"]
+    one = ["--edited", edited / files["a red star, on the snow!"], "--source", edited / "source.mp4"]
+    tav("metrics", *one, "--prompt", "a red star, on the snow!", "--output", tmp_path / "one")
+    (alone,) = json.loads((tmp_path / "one" / "metrics.json").read_text())["videos"]
+    assert alone["figures"]["psnr_rest"] == pytest.approx(free, abs=1)  # of a source that a codec has seen
+    assert "metrics.html" in told and (tmp_path / "all" / "metrics.html").stat().st_size > 10_000
+    for wrong, said in (
+        (one[:2], "--source is missing"), (one, "--prompt has 0 values for 1 --edited"),
+        (["--edited", edited, "--prompt", "x"], "which knows its source"),
+        ([*one, "--prompt", "x", "--clip", tmp_path], "is no folder of a CLIP"),
+        ([*one, "--prompt", "x", "--source-prompt", "y"], "--source-prompt y does nothing without --clip"),
+    ):  # fmt: skip
+        assert said in tav("metrics", *wrong, "--output", tmp_path / "none", fails=True)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
 def test_demo_writes_its_files_and_judges_its_edits(tav, tmp_path):
     told = tav("demo", "--output", tmp_path, "--steps", 1, "--sampling-steps", 2)
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -396,7 +396,7 @@ def regions(w: Workflow, name: str):
 
 *Subject Mask* finds the subject of the clip: where the model would draw something else for a sentence about another one. Two such sentences are put together here; more find more.
 
-*Attention Injection* takes the mask. With *region* subject an edit changes the subject alone, with *region* background all else. What it may not change is what the noise reconstructs of the clip.
+*Attention Injection* takes the mask. With *region* subject an edit changes the subject alone, with *region* background all else. *Put Back the Clip* then gives the rest its own pixels again, which a VAE never returns exactly.
 
 Instead of *Subject Mask*, connect a mask that you drew or that another pack found; or, with a large checkpoint, *Word Mask*, which stands here unconnected: the word of the subject is enough for it.
 """,
@@ -448,7 +448,8 @@ Instead of *Subject Mask*, connect a mask that you drew or that another pack fou
             steps=25,
             cfg=5.0,
         )
-        frames.append(w.add("VAEDecode", samples=sample, vae=vae))
+        decoded = w.add("VAEDecode", samples=sample, vae=vae)
+        frames.append(w.add("TAVPutBack", images=decoded, clip=clip.images, subject=subject, region=region))
     result(w, name, clip, [clip.images, mask, *frames], ["source", "subject", EDITS["colour"], EDITS["background"]])
 
 

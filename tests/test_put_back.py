@@ -1,0 +1,59 @@
+"""The clip's own pixels around an edit: in the core and in the node."""
+
+import pytest
+import torch
+
+from tav_core import sample
+from tav_core.mini import world
+from tav_core.presets import PRESETS
+
+
+def clip(**changes):
+    return torch.from_numpy(world.render_clip(world.clip_scenes(world.Scene(**changes), "slide", 3)))
+
+
+@pytest.fixture
+def arguments():
+    hints = torch.from_numpy(world.silhouette_clip(world.clip_scenes(world.Scene(), "slide", 3)))
+    return dict(images=clip(colour="blue", background="sand") / 255, clip=clip() / 255, subject=hints[..., 0] / 255,
+                margin=4)  # fmt: skip
+
+
+@pytest.mark.parametrize("region", ["subject", "background"])
+def test_what_an_edit_may_not_change_is_the_clip(pack, arguments, region):
+    (out,) = pack.nodes.PutBack.execute(**arguments, region=region).args
+    inside = arguments["subject"] > 0.99
+    near = torch.nn.functional.max_pool2d(arguments["subject"][:, None], 9, 1, 4)[:, 0]
+    may, may_not = (inside, near == 0) if region == "subject" else (arguments["subject"] == 0, inside)
+    assert torch.equal(out[may_not], arguments["clip"][may_not]) and torch.equal(out[may], arguments["images"][may])
+    assert may.sum() > 500 < may_not.sum()
+    one = {**arguments, "subject": arguments["subject"][:1]}
+    assert pack.nodes.PutBack.execute(**one, region=region).args[0].shape == out.shape
+
+
+def test_mistakes(pack, arguments):
+    for changes, told in (
+        ({"images": arguments["images"][:2]}, "images are 2 of 128 x 128, clip is 3 of 128 x 128"),
+        ({"subject": torch.ones(2, 128, 128)}, "subject is 2 of 128 x 128 for 3 frames of 128 x 128"),
+        ({"subject": torch.ones(3, 64, 64)}, "subject is 3 of 64 x 64"),
+        ({"region": "everything"}, "region everything is unknown"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=told):
+            pack.nodes.PutBack.execute(**{**arguments, "region": "subject", **changes})
+
+
+def test_the_core_does_as_the_node(checkpoint):
+    """The noise of a tiny random model: what counts is where its edit ends."""
+    from tav_core import inflate
+
+    frames = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise, subject = torch.randn(1, 4, 2, 4, 4), torch.zeros(1, 1, 2, 32, 32)
+    subject[..., 8:24, :16] = 1
+    preset, unet = PRESETS["mini"], inflate(checkpoint.unet)
+    preset = type(preset)(**{**vars(preset), "sampling_steps": 2})
+    given = dict(source_prompt="a ball", subject=subject, region="background")
+    own = sample(checkpoint, unet, noise, "a star", preset, **given, source_frames=frames)
+    drawn = sample(checkpoint, unet, noise, "a star", preset, **given)
+    held = subject[0, 0] > 0
+    assert torch.equal(own[held], frames[held]) and torch.equal(own[~held], drawn[~held])
+    assert not torch.equal(drawn[held], frames[held])
