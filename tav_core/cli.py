@@ -29,7 +29,7 @@ from .ddim import ddim_timesteps
 from .errors import Cancelled, TavError, field
 from .inflation import VideoUNet
 from .limits import LIMITS, check_pixels
-from .measure import REPORT, Models, as_table, mask_of, measure, measure_job, write_report
+from .measure import REPORT, Measured, Models, as_table, mask_of, measure, measure_job, write_report
 from .noise import InvertedNoise, read_noise, save_noise
 from .precision import DTYPES
 from .presets import Preset
@@ -303,20 +303,23 @@ def _metrics(args):
         args.pickscore and load_clip(args.pickscore, "pickscore"),
         args.dino and load_dino(args.dino),
     )
-    if folders:
-        rows, videos, source = measure_job(folders[0], models)
-    else:
-        videos = [load_video(path, sound=False, callback=Progress()).frames for path in args.edited]
-        count, height, width = videos[0].shape[:3]
-        size = dict(count=count, width=width, height=height, sound=False)
-        source = load_video(args.source, **size).frames
-        mask = args.mask and mask_of(load_video(args.mask, width=width, height=height, sound=False).frames, count)
-        rows = [measure(path.name, video, source, prompt, args.source_prompt, mask, models)
-                for path, video, prompt in zip(args.edited, videos, args.prompt)]  # fmt: skip
-    for line in as_table(rows).splitlines():
-        tell(line)
-    write_report(rows, videos, source, output)
+    with job.claimed(output):
+        rows, videos, source = measure_job(folders[0], models) if folders else _measured(args, models)
+        for line in as_table(rows).splitlines():
+            tell(line)
+        write_report(rows, videos, source, output)
     tell(f"{output}: " + ", ".join(REPORT))
+
+
+def _measured(args, models: Models) -> tuple[list[Measured], list[torch.Tensor], torch.Tensor]:
+    """The figures of single videos, the videos, and their source."""
+    videos = [load_video(path, sound=False, callback=Progress()).frames for path in args.edited]
+    count, height, width = videos[0].shape[:3]
+    source = load_video(args.source, count=count, width=width, height=height, sound=False).frames
+    mask = args.mask and mask_of(load_video(args.mask, width=width, height=height, sound=False).frames, count)
+    rows = [measure(path.name, video, source, prompt, args.source_prompt, mask, models)
+            for path, video, prompt in zip(args.edited, videos, args.prompt)]  # fmt: skip
+    return rows, videos, source
 
 
 def _check_measured(args):
@@ -325,6 +328,8 @@ def _check_measured(args):
     if len(args.prompt or ()) != len(args.edited):
         problem = f"has {len(args.prompt or ())} values for {len(args.edited)} {field('edited')}"
         raise TavError("prompt", None, problem, "give each video the sentence that it should show, in the same order")
+    for prompt in args.prompt:
+        pipeline.check_prompt(prompt)
     if args.source_prompt is not None and args.clip is None:
         raise TavError("source_prompt", args.source_prompt, f"does nothing without {field('clip')}", "leave it out")
 

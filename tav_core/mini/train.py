@@ -233,7 +233,7 @@ def autocast(device: torch.device):
     return torch.autocast(device.type, torch.bfloat16)
 
 
-def _to_pixels(images: np.ndarray, device: torch.device) -> torch.Tensor:
+def to_pixels(images: np.ndarray, device: torch.device) -> torch.Tensor:
     x = torch.from_numpy(np.ascontiguousarray(images)).to(device)
     return rearrange(x, "b h w c -> b c h w").float() / 127.5 - 1
 
@@ -246,7 +246,7 @@ def train_vae(work: Path, device: torch.device, renders: int, steps: int, batch:
 
     def loss_of_step(step: int) -> torch.Tensor:
         rng = np.random.default_rng((1, step))
-        x = _to_pixels(images[np.sort(rng.choice(len(images), batch, replace=False))], device)
+        x = to_pixels(images[np.sort(rng.choice(len(images), batch, replace=False))], device)
         torch.manual_seed(step)
         with autocast(device):
             posterior = vae.encode(x.to(memory_format=torch.channels_last)).latent_dist
@@ -268,7 +268,7 @@ def encode_all(
         moments = []
         for at in tqdm(range(0, len(images), 32), desc="encode"):
             with autocast(device):
-                posterior = vae.encode(_to_pixels(images[at : at + 32], device)).latent_dist
+                posterior = vae.encode(to_pixels(images[at : at + 32], device)).latent_dist
             moments.append(torch.stack([posterior.mean, posterior.std], 1).half().cpu().numpy())
         with atomic_path(path) as temporary:
             np.save(temporary, np.concatenate(moments))
@@ -333,7 +333,7 @@ def decode_half(vae: AutoencoderKL, images: np.ndarray, path: Path) -> np.ndarra
         images = np.array(images)
         for at in tqdm(range(0, len(images), 64), desc="decode"):
             with autocast(vae.device):
-                pixels = vae(_to_pixels(images[at : at + 64 : 2], vae.device)).sample
+                pixels = vae(to_pixels(images[at : at + 64 : 2], vae.device)).sample
             pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             images[at : at + 64 : 2] = rearrange(pixels, "b c h w -> b h w c").cpu().numpy()
         with atomic_path(path) as temporary:
@@ -341,12 +341,13 @@ def decode_half(vae: AutoencoderKL, images: np.ndarray, path: Path) -> np.ndarra
     return np.load(path, mmap_mode="r")
 
 
-def train_judge(work: Path, device: torch.device, renders: int, steps: int, batch: int, lr: float):
-    """The judge sees every combination and the unknown content, every other picture as the VAE decodes it."""
-    torch.manual_seed(3)
+def judged_scenes(count: int) -> list[world.Scene]:
+    """Random scenes of every combination, and a fifth with what the checkpoint never sees, so that clips of it can be
+    judged.
+    """
     rng = random.Random(3)
-    scenes = [world.random_scene(rng) for _ in range(renders)]
-    for i in range(0, len(scenes), 5):  # a fifth of what the checkpoint never sees, so that clips of it can be judged
+    scenes = [world.random_scene(rng) for _ in range(count)]
+    for i in range(0, len(scenes), 5):
         scenes[i] = replace(
             scenes[i], pattern=rng.choice(world.PATTERNS), second_colour=rng.choice(list(world.COLOURS))
         )
@@ -354,6 +355,13 @@ def train_judge(work: Path, device: torch.device, renders: int, steps: int, batc
             scenes[i] = replace(scenes[i], shape=rng.choice(list(world.UNKNOWN_SHAPES)))
         if rng.random() < 0.4:
             scenes[i] = replace(scenes[i], background=rng.choice(list(world.UNKNOWN_BACKGROUNDS)))
+    return scenes
+
+
+def train_judge(work: Path, device: torch.device, renders: int, steps: int, batch: int, lr: float):
+    """The judge sees every combination and the unknown content, every other picture as the VAE decodes it."""
+    torch.manual_seed(3)
+    scenes = judged_scenes(renders)
     vae = load_average(make_vae(), work / "vae.safetensors").to(device)
     images = decode_half(vae, render_all(scenes, work / "judge_renders.npy"), work / "judge_images.npy")
     judge = Judge().to(device, memory_format=torch.channels_last)
@@ -362,7 +370,7 @@ def train_judge(work: Path, device: torch.device, renders: int, steps: int, batc
         rng = np.random.default_rng((3, step))
         chosen = np.sort(rng.choice(len(images), batch, replace=False))
         with autocast(device):
-            return judge_loss(judge, _to_pixels(images[chosen], device), [scenes[i] for i in chosen], step)
+            return judge_loss(judge, to_pixels(images[chosen], device), [scenes[i] for i in chosen], step)
 
     fit(judge, loss_of_step, work / "judge.safetensors", steps=steps, lr=lr, ema=0.995)
 
