@@ -167,7 +167,8 @@ def edits_arguments(parser):
         "--region",
         action="append",
         choices=REGIONS,
-        help="what an edit may change, once for all or once for each --edit (everything); needs --contrast",
+        help="what an edit may change, once for all or once for each --edit (everything); needs --contrast, "
+        "--subject or --mask",
     )
     told = "what guidance steers away from"
     group.add_argument("--negative-prompt", type=sentence, default="", metavar="TEXT", help=told)
@@ -182,6 +183,10 @@ def contrast_arguments(parser):
         help="the clip's sentence with another subject; finds the subject, keeps it in its place, and lets "
         "--region work; best three times, each with another colour and shape",
     )
+    told = "the word of --prompt that names the subject: finds it as well, in large checkpoints"
+    parser.add_argument("--subject", dest="word", type=sentence, metavar="WORD", help=told)
+    told = "the subject's mask, white where it is, instead: an image, or a video or folder, cut as the clip is"
+    parser.add_argument("--mask", type=path, metavar="PATH", help=told)
     told = f"width of the edge of the subject's mask; 0 for a hard one ({SOFTNESS})"
     _number(parser, "--softness", "softness", metavar="PIXELS", help=told)
 

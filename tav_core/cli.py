@@ -4,6 +4,7 @@ import math
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from .inflation import VideoUNet
 from .limits import LIMITS, check_pixels
 from .measure import REPORT, Measured, Models, as_table, mask_of, measure, measure_job, write_report
 from .noise import InvertedNoise, read_noise, save_noise
+from .pictures import IMAGES, is_animated
 from .precision import DTYPES
 from .presets import Preset
 from .sound import Sound
@@ -41,6 +43,7 @@ from .video import Clip, load_video, save_video
 from .windows import check_context_length
 
 FPS = 8.0  # where nothing else says how fast
+SUBJECT = ("contrast", "word", "mask")  # what tells where it is
 
 
 # ------------------------------------------------------------------------------------------------ the stages
@@ -80,6 +83,28 @@ def _clip(args, checkpoint: Checkpoint, video: Path, sound: bool = False) -> Cli
     check_pixels(args.frames, width, height)
     return load_video(video, start=args.start, stride=args.stride, count=args.frames, width=width, height=height,
                       fit=args.fit, sound=sound, callback=Progress())  # fmt: skip
+
+
+def _check_mask(args):
+    for name in ("contrast", "word"):
+        if args.mask is not None and getattr(args, name) is not None:
+            problem = f"does nothing with {field('mask')}, which says where the subject is"
+            raise TavError(name, None, problem, "leave it out")
+
+
+def _mask(args, clip: Clip) -> torch.Tensor | None:
+    """That of --mask, `f h w` in 0 ... 1, brought to the clip's size as the clip was."""
+    if args.mask is None:
+        return None
+    count, height, width = clip.frames.shape[:3]
+    one = args.mask.suffix.lower() in IMAGES and args.mask.is_file() and not is_animated(args.mask)
+    cut = dict(count=1) if one else dict(start=args.start, stride=args.stride, count=count)
+    size = dict(width=width, height=height, fit=args.fit)
+    try:
+        return mask_of(load_video(args.mask, **cut, **size, sound=False, callback=Progress()).frames, count)
+    except TavError as error:
+        named = "mask" if error.field == "video" else error.field
+        raise TavError(named, error.value, error.problem, error.remedy) from error
 
 
 def _tuned_info(args) -> TunedInfo | None:
@@ -152,14 +177,17 @@ def _told_how_to_go_on(how: str = "add --resume") -> Iterator[None]:
 
 
 def _edit(args):
-    check_needs(args, context_overlap="context_length", softness="contrast", steady="contrast")
+    check_needs(args, context_overlap="context_length", softness=SUBJECT, steady=SUBJECT)
+    _check_mask(args)
     edits = [job.Edit(prompt, region) for prompt, region in zip(args.edit, _regions(args))]
+    found_by = dict(word=args.word or "", mask=None if args.mask is None else torch.ones(1, 1, 1))  # till it is read
     wanted = job.EditJob(args.prompt, edits, _preset(args), args.contrast or (), _softness(args), args.negative_prompt,
-                         _inflation(args))  # fmt: skip
-    job.check_folder(args.output, wanted.files, video=args.video)
+                         _inflation(args), **found_by)  # fmt: skip
+    job.check_folder(args.output, wanted.files, video=args.video, mask=args.mask)
     job.check_unfinished(args.output, args.resume)
     checkpoint = _checkpoint(args, wanted.preset)
     clip = _clip(args, checkpoint, args.video, sound=args.audio)
+    wanted = replace(wanted, mask=_mask(args, clip))
     with job.claimed(args.output), _told_how_to_go_on():
         progress = Progress().stop_at_interrupt()
         summary, _ = job.run_edit(wanted, checkpoint, clip, args.output, resume=args.resume, callback=progress)
@@ -220,8 +248,9 @@ def _tune(args):
 
 
 def _invert(args):
-    check_needs(args, softness="contrast", seed="contrast")
-    job.check_file(args.output, (".safetensors",), video=args.video, tuned=args.tuned)
+    check_needs(args, softness=SUBJECT, seed="contrast")
+    _check_mask(args)
+    job.check_file(args.output, (".safetensors",), video=args.video, tuned=args.tuned, mask=args.mask)
     preset, prompt = _preset(args), _prompt(args, _tuned_info(args))
     if prompt:
         pipeline.check_contrasts(prompt, args.contrast or ())
@@ -230,12 +259,17 @@ def _invert(args):
     args.frames, args.size = args.frames or info.num_frames or FRAMES, args.size or (info.width, info.height)
     _window_if_longer(args, info, args.frames)
     preset, subject = preset_of(args), None
+    if args.word:
+        pipeline.places_of(checkpoint, prompt, args.word, preset)
     clip = _clip(args, checkpoint, args.video, sound=args.audio)
-    source = pipeline.prepare(checkpoint, clip.frames, prompt)
+    mask, source = _mask(args, clip), pipeline.prepare(checkpoint, clip.frames, prompt)
     progress = Progress().stop_at_interrupt()
     noise = pipeline.invert(checkpoint, unet, source, preset, callback=progress)
-    if args.contrast:
-        subject = pipeline.find_subject(checkpoint, unet, source, args.contrast, preset, _softness(args))
+    if mask is not None:
+        subject = pipeline.drawn_subject(mask, clip.frames, _softness(args))
+    elif args.contrast or args.word:
+        given = (args.contrast or (), preset, _softness(args), args.word or "")
+        subject = pipeline.find_subject(checkpoint, unet, source, *given)
     save_noise(args.output, InvertedNoise(noise, prompt, subject, clip.frames, clip.fps, clip.sound), preset)
     tell(args.output)
 

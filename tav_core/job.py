@@ -52,12 +52,15 @@ class EditJob:
 
     Attributes:
         prompt: one sentence that describes it.
-        contrasts: the sentence with other subjects, to find the subject by; none, and it isn't looked for.
+        contrasts: the sentence with other subjects, to find the subject by.
         softness: width of the edge of the subject's mask, in pixels.
         inflation: options of `inflate` that aren't as by default.
+        word: of the sentence that names the subject, to find it by; with contrasts, what either of them finds.
+        mask: of the subject, drawn or found elsewhere, 0 ... 1, `f h w` of pixels: it isn't looked for then.
 
     Raises:
-        TavError: an empty sentence, a region without contrasts, or a contrast that says nothing of another subject.
+        TavError: an empty sentence, a region whose subject nothing tells, or a contrast that says nothing of another
+            subject.
     """
 
     prompt: str
@@ -67,17 +70,24 @@ class EditJob:
     softness: int = SOFTNESS
     negative_prompt: str = ""
     inflation: dict[str, Any] = field(default_factory=dict)
+    word: str = ""
+    mask: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self):
         pipeline.check_prompt(self.prompt)
         pipeline.check_text("negative_prompt", self.negative_prompt)
         check(softness=self.softness)
         for edit in self.edits:
-            if edit.prompt.strip() and edit.region != "everything" and not self.contrasts:
-                remedy = f"give {errors.field('contrast')}, the clip's sentence with another subject"
+            if edit.prompt.strip() and edit.region != "everything" and not self.knows_subject:
+                others = f"{errors.field('word')} or {errors.field('mask')}"
+                remedy = f"give {errors.field('contrast')}, the clip's sentence with another subject, {others}"
                 raise TavError("region", edit.region, "needs to know where the subject is", remedy)
-            pipeline.check_edit(edit.prompt, edit.region, bool(self.contrasts))
+            pipeline.check_edit(edit.prompt, edit.region, self.knows_subject)
         pipeline.check_contrasts(self.prompt, self.contrasts)
+
+    @property
+    def knows_subject(self) -> bool:
+        return bool(self.contrasts or self.word) or self.mask is not None
 
     @property
     def files(self) -> list[str]:
@@ -217,14 +227,16 @@ def run_edit(
         seconds[stage] = round(seconds.get(stage, 0) + time.monotonic() - started, 2)
         return value
 
+    if job.word:  # a wrong one should not surface after the tuning
+        pipeline.places_of(checkpoint, job.prompt, job.word, preset)
     source = timed("encode", pipeline.prepare, checkpoint, clip.frames, job.prompt)
     unet, result = timed("tune", tune_into, folder, checkpoint, [source], preset, inflation=job.inflation,
                          resume=resume, callback=callback)  # fmt: skip
     kept = Kept(folder / UNFINISHED, _depends_on(job, source, result))
     noise = kept("noise", lambda: timed("invert", pipeline.invert, checkpoint, unet, source, preset, callback=callback))
-    subject = None
-    if job.contrasts:
-        args = (checkpoint, unet, source, job.contrasts, preset, job.softness)
+    subject = None if job.mask is None else pipeline.drawn_subject(job.mask, clip.frames, job.softness)
+    if job.knows_subject and subject is None:
+        args = (checkpoint, unet, source, job.contrasts, preset, job.softness, job.word)
         subject = kept("subject", lambda: timed("find the subject", pipeline.find_subject, *args))
     inverted = InvertedNoise(noise, job.prompt, subject, clip.frames, clip.fps, clip.sound)
     save_noise(folder / "noise.safetensors", inverted, preset)
@@ -270,7 +282,8 @@ def _depends_on(job: EditJob, source: pipeline.Source, result: TuneResult) -> di
     return {
         "weights": hash_tensors(result.weights.values()),
         "latents": hash_tensors([source.take.latents, source.frames]),
-        "prompts": [job.prompt, job.negative_prompt, *job.contrasts, job.softness],
+        "prompts": [job.prompt, job.negative_prompt, *job.contrasts, job.softness, job.word],
+        "mask": None if job.mask is None else hash_tensors([job.mask]),
         "settings": settings | {name: tuning[name] for name in ("seed", "dtype", "context_length")},
         "versions": [torch.__version__, str(source.take.latents.device)],
     }

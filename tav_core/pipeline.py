@@ -27,7 +27,7 @@ from .inflation import VideoUNet, inflate
 from .injection import EditPlaces, SourceWalk
 from .memory import offloaded
 from .presets import Preset
-from .subject import SOFTNESS, outlined, pooled, put_back, softened, subject_mask
+from .subject import SOFTNESS, outlined, pooled, put_back, softened, subject_mask, word_mask, word_places
 from .take import Take
 from .trainable import trainable_parameters
 from .tuning import TuneResult, tune
@@ -76,7 +76,8 @@ def check_edit(prompt: str, region: str, subject_known: bool):
         raise TavError("edit", None, "is empty", "describe the edited clip in one sentence")
     if region != "everything" and not subject_known:
         problem = "needs to know where the subject is"
-        raise TavError("region", region, problem, f"invert the clip with {field('contrast')}")
+        remedy = f"invert the clip with {field('contrast')}, {field('word')} or {field('mask')}"
+        raise TavError("region", region, problem, remedy)
 
 
 def check_prompt(prompt: str):
@@ -167,22 +168,58 @@ def find_subject(
     contrasts: Sequence[str],
     preset: Preset,
     softness: int = SOFTNESS,
+    word: str = "",
 ) -> Tensor:
-    """Mask of the clip's subject, 0 ... 1, `1 1 f h w` of pixels (see `subject_mask` and `outlined`).
+    """Mask of the clip's subject, 0 ... 1, `1 1 f h w` of pixels (see `subject_mask`, `word_mask` and `outlined`).
 
     Args:
         contrasts: the clip's sentence with other subjects: for "a red ball on the grass", "a blue star on the grass".
         softness: width of the mask's edge in pixels; 0 for a hard one.
+        word: that names the subject in the clip's sentence; with contrasts, what either of them finds.
 
     Raises:
-        TavError: a contrast that is empty or the sentence itself.
+        TavError: a contrast that is empty or the sentence itself, a word that isn't in it, or neither.
     """
     check_contrasts(source.prompt, contrasts)
-    others = torch.cat([encode_prompt(checkpoint, contrast) for contrast in contrasts])
-    take, seed = source.take, preset.tuning.seed
-    unet = _windowed(unet, preset)
-    mask = subject_mask(unet, take.latents, take.condition, others, checkpoint.scheduler, seed=seed)
+    if not contrasts and not word:
+        raise TavError("contrast", None, "is missing", f"give it, or {field('word')}")
+    take, scheduler, found = source.take, checkpoint.scheduler, []
+    if word:
+        places = places_of(checkpoint, source.prompt, word, preset)
+        found.append(word_mask(unet, take.latents, take.condition, places, scheduler))
+    if contrasts:
+        others = torch.cat([encode_prompt(checkpoint, contrast) for contrast in contrasts])
+        seen, seed = _windowed(unet, preset), preset.tuning.seed
+        found.append(subject_mask(seen, take.latents, take.condition, others, scheduler, seed=seed))
+    mask = torch.stack(found).amax(0)
     return softened(outlined(mask, source.frames), softness)
+
+
+def drawn_subject(mask: Tensor, frames: Tensor, softness: int) -> Tensor:
+    """A mask `f h w` of a clip as `find_subject` gives it, `1 1 f h w`.
+
+    Raises:
+        TavError: another size or length than the clip's, or one that shows nothing.
+    """
+    if mask.shape != frames.shape[:3]:
+        (f, h, w), (g, i, j, _) = mask.shape, frames.shape
+        raise TavError("mask", None, f"is {f} of {w}x{h} for {g} frames of {j}x{i}", "give it in the clip's size")
+    if mask.max() == 0:
+        raise TavError("mask", None, "is black", "make it white where the subject is")
+    return softened(mask[None, None].float(), softness)
+
+
+def places_of(checkpoint: Checkpoint, prompt: str, word: str, preset: Preset) -> list[int]:
+    """Where a word stands among the tokens of a sentence.
+
+    Raises:
+        TavError: nowhere; or a clip that is seen in windows, as a word is looked for in all of it at once.
+    """
+    if preset.tuning.context_length is not None:
+        problem = f"is looked for in the whole clip at once, {field('context_length')} shows parts of it"
+        raise TavError("word", word, problem, f"use {field('contrast')}")
+    tokenizer = checkpoint.tokenizer
+    return word_places(tokenizer(prompt).input_ids, tokenizer(word).input_ids[1:-1], word)
 
 
 def check_contrasts(prompt: str, contrasts: Sequence[str]):

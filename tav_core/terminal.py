@@ -27,7 +27,7 @@ from .tuning import TuneConfig
 STAGES = {"tune": "tuning", "invert": "inversion", "sample": "sampling"}
 # fields of errors that are called otherwise here
 _NAMES = {"count": "frames", "width": "size", "height": "size", "num_steps": "sampling_steps", "state": "state file",
-          "save_minutes": "save_every"}  # fmt: skip
+          "save_minutes": "save_every", "word": "subject"}  # fmt: skip
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a Ctrl-C, and what ends a job of a cluster or a container
 
 
@@ -141,11 +141,13 @@ def preset_of(args: argparse.Namespace) -> Preset:
     return with_settings(PRESETS[args.preset or default_preset(args.checkpoint)], **given)
 
 
-def check_needs(args: argparse.Namespace, **needs: str):
-    """Refuses options that do nothing without another one: by the name of an option, that of the other."""
-    for name, other in needs.items():
-        if getattr(args, name) is not None and getattr(args, other) is None:
-            raise TavError(name, getattr(args, name), f"does nothing without {mentioned(other)}", "leave it out")
+def check_needs(args: argparse.Namespace, **needs: str | tuple[str, ...]):
+    """Refuses options that do nothing without another one: by the name of an option, that of the other, or of some."""
+    for name, others in needs.items():
+        others = (others,) if isinstance(others, str) else others
+        if getattr(args, name) is not None and all(getattr(args, other) is None for other in others):
+            told = " or ".join(map(mentioned, others))
+            raise TavError(name, getattr(args, name), f"does nothing without {told}", "leave it out")
 
 
 # ---------------------------------------------------------------------------------------------- the command

@@ -12,11 +12,13 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from support.checkpoints import make_folder
 from support.commands import environment, tav_process
 from tav_core import load_video, save_video, terminal
 from tav_core.mini import demo, world
+from tav_core.noise import read_noise
 
 FAST = ["--steps", "4", "--sampling-steps", "4"]
 CONTRAST = ["--contrast", "a blue star is sliding on the grass", "--contrast", "a green ring is sliding on the grass"]
@@ -70,6 +72,41 @@ def test_edit_writes_videos_pictures_weights_and_a_summary(edited):
     stage[32:] = False  # the ball is below
     near, far = ((edits[0] - edit)[:, stage].abs().mean() for edit in edits[1:])
     assert near < far / 2  # what a region leaves alone isn't what an edit of everything makes of it
+
+
+@pytest.mark.slow
+def test_the_subject_is_told_by_a_mask_or_a_word(clip, edited, tav, tmp_path):
+    run = ["invert", "--tuned", edited / "tuned.safetensors", "--video", clip, "--start", 1, "--stride", 2]
+    run += ["--frames", 3, "--sampling-steps", 2, "--output", tmp_path / "noise.safetensors"]
+    hints = torch.from_numpy(world.silhouette_clip(world.clip_scenes(world.Scene(), "slide", 8)))
+    save_video(hints, tmp_path / "mask.mp4", 8)
+    Image.fromarray(hints[3].numpy()).save(tmp_path / "mask.png")
+
+    def subject(*more):
+        tav(*run, *more)
+        return read_noise(tmp_path / "noise.safetensors").subject[0, 0]
+
+    drawn, one = subject("--mask", tmp_path / "mask.mp4", "--softness", 0), subject("--mask", tmp_path / "mask.png")
+    wanted = hints[1:7:2, :, :, 0] / 255  # cut as the clip is
+    assert (drawn - wanted).abs().mean() < 0.01 and (one - wanted[1]).abs().mean() < 0.02
+    named = subject("--subject", "ball")
+    assert named.shape == wanted.shape and 0 < named.mean() < 0.9
+    for wrong, told in (
+        (["--subject", "tree"], "--subject tree is not in the sentence"),
+        (["--subject", "ball", "--context-length", 3, "--context-overlap", 2], "is looked for in the whole clip"),
+        (["--mask", tmp_path / "mask.png", "--contrast", "a blue star"], "--contrast does nothing with --mask"),
+        (["--mask", tmp_path / "none.png"], "--mask"), (["--mask", tmp_path / "mask.mp4", "--start", 7], "--start 7"),
+        (["--softness", 3], "--softness 3 does nothing without --contrast or --subject or --mask"),
+    ):  # fmt: skip
+        assert told in tav(*run, *wrong, fails=True)
+    save_video(torch.zeros_like(hints), tmp_path / "black.mp4", 8)
+    assert "--mask is black" in tav(*run, "--mask", tmp_path / "black.mp4", fails=True)
+    edit = ["edit", "--video", clip, "--frames", 2, "--prompt", "a red ball is sliding on the grass", "--steps", 1]
+    edit += ["--edit", "a blue ball is sliding on the grass", "--region", "subject", "--sampling-steps", 2]
+    tav(*edit, "--mask", tmp_path / "mask.mp4", "--output", tmp_path / "o")
+    told = tav("metrics", "--edited", tmp_path / "o")
+    assert float(told.splitlines()[1].split()[1]) > 35  # PSNR of the rest
+    assert "give --contrast" in tav(*edit, "--output", tmp_path / "p", fails=True)
 
 
 @pytest.mark.slow
