@@ -222,7 +222,8 @@ def tune_arguments(parser):
     video_arguments(parser, several=True)
     model_arguments(parser)
     tuning_arguments(parser)
-    names = ("steps", "learning_rate", "seed", "dtype", "memory", "save_minutes", "context_length")
+    # the count of sampling steps is only held against the checkpoint's noise schedule, for what comes after
+    names = ("steps", "learning_rate", "seed", "dtype", "memory", "save_minutes", "sampling_steps", "context_length")
     add_preset_arguments(parser, *names)
 
 

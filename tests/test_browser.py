@@ -31,8 +31,8 @@ MINI = {  # workflow -> columns, rows and size of the tiles of its video
     "10-controlnet-mini": (2, 2, 128),
     "11-lora-mini": (3, 1, 128),
 }  # fmt: skip
-FEW = {"TAVOneShotTune": {"steps": 4, "preview_every": 4}, "TAVDDIMInversion": {"steps": 4},
-       "TAVVideoSampler": {"steps": 4}, "KSamplerAdvanced": {"steps": 4}, "KSampler": {"steps": 4}}  # fmt: skip
+FEW = {"TAVOneShotTune": {"steps": 2, "preview_every": 2}, "TAVDDIMInversion": {"steps": 2},
+       "TAVVideoSampler": {"steps": 2}, "KSamplerAdvanced": {"steps": 2}, "KSampler": {"steps": 2}}  # fmt: skip
 NODES = sorted(path.stem for path in DOCS.glob("*.md"))
 READY = "() => !!(window.app?.canvas && LiteGraph.registered_node_types.TAVOneShotTune)"
 

@@ -462,4 +462,6 @@ def test_names_that_lead_nowhere(tmp_path, path):
 
 def test_a_stride_that_no_video_can_have_is_refused_before_anything_else(tmp_path):
     path = write(tmp_path / "a.mp4", COUNTED[:3])
-    refused("makes 3e-05 frames a second", path, stride=1_000_000, count=1, call=load_video)
+    refused("stride=1000000 is out of range", path, stride=1_000_000, count=1, call=load_video)
+    slow = write(tmp_path / "b.mkv", COUNTED[:3], rate=Fraction(1, 2))
+    refused("makes 0.0005 frames a second", slow, stride=1000, count=1, call=load_video)

@@ -306,7 +306,7 @@ def test_a_schedule_that_ends_in_pure_noise(pack, tmp_path):
     assert torch.isfinite(drawn).all() and drawn.std() > 0.1
     (few, *_, error), (many, *_, less) = (
         pack.nodes.DDIMInversion.execute(model, {"samples": clip(3)}, text, steps, "normal", True).args
-        for steps in (10, 40)
+        for steps in (5, 20)
     )
     assert torch.isfinite(few["samples"]).all() and torch.isfinite(many["samples"]).all()
     assert less < 0.5 * error < 0.2  # it comes back
