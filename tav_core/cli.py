@@ -219,7 +219,8 @@ def _demo(args):
 
 def _report(output: Path, summary: dict[str, Any]):
     loss, seconds = summary["probe_loss"], summary["seconds"]
-    print(f"probe loss {loss['before']:.4f} -> {loss['after']:.4f}, reconstruction {summary['reconstruction_psnr']} dB")
+    reached = f"reconstruction {summary['reconstruction_psnr']} dB (the VAE alone: {summary['vae_psnr']} dB)"
+    print(f"probe loss {loss['before']:.4f} -> {loss['after']:.4f}, {reached}")
     print(", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
     tell(f"{output}: strip.png, comparison.mp4, " + ", ".join(summary["files"].values()))
 

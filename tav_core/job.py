@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import errors, pipeline
 from .atomic import atomic_path, sole_user
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, decode_video
 from .errors import TavError
 from .events import Callback, Note, ignored
 from .inflation import VideoUNet
@@ -261,11 +261,12 @@ def run_edit(
     strip(list(shown.values()), list(shown), folder / "strip.png")
     together = side_by_side(list(videos.values()), list(videos))
     save_video(together, folder / "comparison.mp4", clip.fps, clip.sound)
+    ceiling = psnr(decode_video(checkpoint, source.take.latents), clip.frames)  # what the VAE alone leaves of the clip
     summary = {
         "prompt": job.prompt, "checkpoint": checkpoint.name, "frames": len(clip.frames), "fps": round(clip.fps, 3),
         "size": [clip.frames.shape[2], clip.frames.shape[1]], "settings": asdict(preset), "steps": result.steps,
         "probe_loss": {"before": result.probe_losses[0][1], "after": result.probe_losses[-1][1]},
-        "reconstruction_psnr": round(psnr(videos["reconstruction"], clip.frames), 2),
+        "reconstruction_psnr": round(psnr(videos["reconstruction"], clip.frames), 2), "vae_psnr": round(ceiling, 2),
         "frame_difference": {label: round(frame_difference(video), 4) for label, video in videos.items()},
         "regions": regions, "files": files, "seconds": seconds,
     }  # fmt: skip
