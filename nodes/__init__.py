@@ -11,6 +11,7 @@ from .invert import DDIMInversion
 from .load_checkpoint import LoadCheckpoint
 from .load_controlnet import LoadControlNet
 from .load_video import LoadVideo
+from .measure import Measure
 from .put_back import PutBack
 from .sample import VideoSampler
 from .subject import SubjectMask
@@ -22,7 +23,7 @@ from .word import WordMask
 
 NODES = [LoadVideo, LoadCheckpoint, LoadControlNet, Inflate, Take, OneShotTune, SaveTunedWeights, LoadTunedWeights,
          ApplyTunedWeights, ContextWindows, DDIMInversion, SubjectMask, WordMask, AttentionInjection,
-         VideoSampler, PutBack, Compare]  # fmt: skip
+         VideoSampler, PutBack, Compare, Measure]  # fmt: skip
 
 # for the stock LoRA loaders, behind the user's own folders: a file of the same name there is the one that is taken
 folder_paths.add_model_folder_path("loras", str(MINI.parent / "lora"))

@@ -85,7 +85,9 @@ def _clip(args, checkpoint: Checkpoint, video: Path, sound: bool = False) -> Cli
                       fit=args.fit, sound=sound, callback=Progress())  # fmt: skip
 
 
-def _check_mask(args):
+def _check_subject(args):
+    if args.word is not None and not args.word.strip():
+        raise TavError("word", args.word, "is no word", f"name the subject as {field('prompt')} does")
     for name in ("contrast", "word"):
         if args.mask is not None and getattr(args, name) is not None:
             problem = f"does nothing with {field('mask')}, which says where the subject is"
@@ -178,7 +180,7 @@ def _told_how_to_go_on(how: str = "add --resume") -> Iterator[None]:
 
 def _edit(args):
     check_needs(args, context_overlap="context_length", softness=SUBJECT, steady=SUBJECT)
-    _check_mask(args)
+    _check_subject(args)
     edits = [job.Edit(prompt, region) for prompt, region in zip(args.edit, _regions(args))]
     found_by = dict(word=args.word or "", mask=None if args.mask is None else torch.ones(1, 1, 1))  # till it is read
     wanted = job.EditJob(args.prompt, edits, _preset(args), args.contrast or (), _softness(args), args.negative_prompt,
@@ -250,7 +252,7 @@ def _tune(args):
 
 def _invert(args):
     check_needs(args, softness=SUBJECT, seed="contrast")
-    _check_mask(args)
+    _check_subject(args)
     job.check_file(args.output, (".safetensors",), video=args.video, tuned=args.tuned, mask=args.mask)
     preset, prompt = _preset(args), _prompt(args, _tuned_info(args))
     if prompt:

@@ -19,6 +19,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel
 
 from .errors import TavError
 
+MINI = Path(__file__).parent / "mini" / "clip"
 TGVE_SIZE = 480  # LOVEU-TGVE 2023 brings all frames to 480 x 480 before it looks at them
 
 
@@ -56,11 +57,12 @@ class Look:
 
 
 def load_clip(folder: str | Path, field: str = "clip") -> ClipModel:
-    """A CLIP (or PickScore, which is one) from a folder, float32 on the CPU. Never uses the network.
+    """A CLIP (or PickScore, which is one) from a folder, or "mini", float32 on the CPU. Never uses the network.
 
     Raises:
         TavError: no folder, or one without such a model and its processor.
     """
+    folder = MINI if str(folder) == "mini" else folder
     with _reading(folder, field, "CLIP", "openai/clip-vit-large-patch14 (PickScore: yuvalkirstain/PickScore_v1)"):
         model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         return ClipModel(model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True))

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,14 +177,17 @@ def write_report(rows: Sequence[Measured], videos: Sequence[Tensor], source: Ten
         for row in rows:
             values = [[figures.get(name, "") for name in names] for figures in (row.figures, row.of_source)]
             writer.writerow([row.name, row.prompt, *values[0], *values[1]])
-    finite = [
-        {"video": row.name, "prompt": row.prompt, "figures": _json(row.figures), "source": _json(row.of_source)}
-        for row in rows
-    ]
     with atomic_path(folder / "metrics.json") as path:
-        path.write_text(json.dumps({"figures": FIGURES, "videos": finite}, indent=2) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps({"figures": FIGURES, "videos": [*map(as_json, rows)]}, indent=2) + "\n", encoding="utf-8"
+        )
     with atomic_path(folder / "metrics.html") as path:
         path.write_text(_page(rows, names, videos, source), encoding="utf-8")
+
+
+def as_json(row: Measured) -> dict[str, Any]:
+    """A row for programs."""
+    return {"video": row.name, "prompt": row.prompt, "figures": _json(row.figures), "source": _json(row.of_source)}
 
 
 def _json(figures: dict[str, float]) -> dict[str, float | str]:

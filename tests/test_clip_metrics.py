@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from support.errors import refused
 from tav_core import clip_metrics as metrics
 from tav_core import measure
 from tav_core.checkpoint import MINI
+from tav_core.mini import world
 
 SENTENCES = ["a blue ball is sliding on the grass", "a red ball is sliding on the grass"]
 
@@ -116,6 +119,22 @@ def test_they_stand_in_the_table(clip, videos):
     }  # fmt: skip
     assert found.of_source["tgve_text"] != found.figures["tgve_text"]
     assert "fram_acc" not in measure.measure("a", edit, source, SENTENCES[0], models=models).figures
+
+
+def test_the_one_that_ships_tells_the_world_apart():
+    """Which of the sentences that differ in one thing a picture shows; of the shape it is weak on."""
+    clip, rng, right = metrics.load_clip("mini"), random.Random(5), {}
+    kinds = dict(shape=world.SHAPES, colour=world.COLOURS, background=world.BACKGROUNDS, style=world.STYLES)
+    for _ in range(40):
+        scene = world.random_scene(rng)
+        frame = torch.from_numpy(world.render(scene))[None]
+        for kind, choices in kinds.items():
+            sentences = [world.caption(replace(scene, **{kind: choice}), "slide") for choice in choices]
+            seen = metrics.look(clip, frame, sentences)
+            found = [*choices][(seen.texts @ seen.frames[0]).argmax()]
+            right.setdefault(kind, []).append(found == getattr(scene, kind))
+    shares = {kind: np.mean(found) for kind, found in right.items()}
+    assert shares["shape"] > 0.4 and min(shares[kind] for kind in ("colour", "background", "style")) > 0.9, shares
 
 
 def test_folders_that_hold_no_clip(folder, tmp_path):

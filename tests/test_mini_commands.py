@@ -19,6 +19,7 @@ from tav_core.mini.benchmark import ARMS, METRICS
 from tav_core.mini.judge import JUDGE
 from tav_core.mini.preview import LATENT_COLOURS, load_latent_colours
 from tav_core.mini.train import fit
+from tav_core.mini.train_clip import CLIP
 from tav_core.mini.train_lora import LORA
 
 EDIT = ["--steps", 1, "--sampling-steps", 2]
@@ -121,7 +122,7 @@ def step_of(path) -> int:
 @pytest.mark.slow
 def test_all_stages_are_trained_exported_and_gone_on_with(command, few_colours, tmp_path):
     work, output = tmp_path / "work", tmp_path / "output"
-    stages = ("vae", "unet", "judge", "controlnet", "lora")
+    stages = ("vae", "unet", "judge", "controlnet", "lora", "clip")
     train = ["--work", work, "--output", output, "--renders", 64, "--device", "cpu"]
     steps = [x for stage in stages for x in (f"--{stage}-steps", 2)]
     command("train", "all", *train, *steps)
@@ -136,6 +137,7 @@ def test_all_stages_are_trained_exported_and_gone_on_with(command, few_colours, 
     for ours, theirs in (
         (output / "judge.safetensors", JUDGE),
         (output / "lora" / LORA.name, LORA),
+        (output / "clip" / "model.safetensors", CLIP / "model.safetensors"),
         (output / "checkpoint" / LATENT_COLOURS, MINI / LATENT_COLOURS),
     ):
         ours, theirs = load_file(ours), load_file(theirs)

@@ -31,6 +31,7 @@ NODES = {
     "TAVVideoSampler": "Video Sampler (Tune-A-Video)",
     "TAVPutBack": "Put Back the Clip (Tune-A-Video)",
     "TAVCompare": "Compare (Tune-A-Video)",
+    "TAVMeasure": "Measure (Tune-A-Video)",
 }
 
 

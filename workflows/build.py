@@ -450,6 +450,10 @@ Instead of *Subject Mask*, connect a mask that you drew or that another pack fou
         )
         decoded = w.add("VAEDecode", samples=sample, vae=vae)
         frames.append(w.add("TAVPutBack", images=decoded, clip=clip.images, subject=subject, region=region))
+        if region == "subject":
+            figures = dict(prompt=EDITS["colour"], source_prompt=PROMPT, clip_model="mini", mask=subject)
+            measured = w.add("TAVMeasure", images=frames[0], source=clip.images, **figures)
+            w.add("PreviewAny", title="Figures", source=measured.table)
     result(w, name, clip, [clip.images, mask, *frames], ["source", "subject", EDITS["colour"], EDITS["background"]])
 
 

@@ -22,9 +22,10 @@ from . import world
 from .judge import load_judge
 
 # of the training: how many, and of how many pictures
-STEPS = {"vae": (3600, 16), "unet": (3000, 64), "judge": (1600, 48), "controlnet": (2000, 32), "lora": (450, 32)}
+STEPS = {"vae": (3600, 16), "unet": (3000, 64), "judge": (1600, 48), "controlnet": (2000, 32), "lora": (450, 32),
+         "clip": (4000, 96)}  # fmt: skip
 NEEDED = {"unet": ["vae"], "judge": ["vae"], "export": ["vae", "unet", "judge"]}  # stages before it, in --work
-WRITTEN = ("export", "controlnet", "lora", "all")  # stages that write to --output
+WRITTEN = ("export", "controlnet", "lora", "clip", "all")  # stages that write to --output
 RENDERS = Range(48, 1_000_000)
 FRAMES = Range(2, 1000)  # of a clip of the world
 PICTURES = Range(1, 1000)  # to judge; there are not many more combinations that training never saw
@@ -74,6 +75,12 @@ def _train_stages(args):
         checkpoint, renders = args.output / "checkpoint", min(args.renders, 4000)
         train_lora(args.work, checkpoint, device, renders, args.lora_steps, 32, 2e-3)
         export_lora(args.work, args.output)
+    if args.stage in ("clip", "all"):
+        from .train_clip import export_clip, train_clip
+
+        checkpoint, renders = args.output / "checkpoint", min(args.renders, 12_000)
+        train_clip(args.work, checkpoint, device, renders, args.clip_steps, 96, 1.5e-3)
+        export_clip(args.work, args.output)
 
 
 def _render(args):
@@ -206,13 +213,13 @@ def _regions(args):
 
 
 def _train_arguments(parser):
-    parser.add_argument("stage", choices=["vae", "unet", "judge", "export", "controlnet", "lora", "all"])
+    parser.add_argument("stage", choices=["vae", "unet", "judge", "export", "controlnet", "lora", "clip", "all"])
     parser.add_argument("--work", type=path, required=True, help="folder for renders, latents and states")
     parser.add_argument(
         "--output",
         type=path,
         default=Path(__file__).parent,
-        help="where checkpoint/, the judge, controlnet/ and lora/ go",
+        help="where checkpoint/, the judge, controlnet/, lora/ and clip/ go",
     )
     device_argument(parser)
     parser.add_argument(
