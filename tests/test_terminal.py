@@ -211,7 +211,7 @@ TUNE = ["tune", "--video", "x.mp4", "--prompt", "a", "--output", "o"]
     ([*SAMPLE, "--steps", "7"], "--steps 7 means nothing to sample; leave it out"),
     ([*SAMPLE, "--learning-rate", "1e-3"], "--learning-rate 1e-3 means nothing to sample"),
     ([*INVERT, "--guidance-scale", "7"], "--guidance-scale 7 means nothing to invert"),
-    ([*TUNE, "--sampling-steps", "7"], "--sampling-steps 7 means nothing to tune"),
+    ([*TUNE, "--guidance-scale", "7"], "--guidance-scale 7 means nothing to tune"),
     ([*EDIT, "--nonsense", "y" * 9999], "means nothing to edit"),
     ([*EDIT, "--context-overlap", "3"], "--context-overlap 3 does nothing without --context-length"),
     ([*EDIT, "--softness", "3"], "--softness 3 does nothing without --contrast"),
