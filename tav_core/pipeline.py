@@ -156,6 +156,20 @@ def invert(
     return ddim_invert(unet, latents, condition, checkpoint.scheduler, steps, callback=callback)
 
 
+def reconstruct(
+    checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, preset: Preset, callback: Callback = ignored
+) -> Tensor:
+    """The clip as it is found back from its noise without guidance, uint8 `f h w c`: what an edit starts from.
+
+    Args:
+        prompt: the sentence of the clip, which it was inverted with if `preset` says so.
+    """
+    unet, text = _windowed(unet, preset), _inversion_text(checkpoint, prompt, preset)
+    noise, steps = noise.to(checkpoint.vae.device), preset.sampling_steps
+    latents = ddim_sample(unet, noise, text, checkpoint.scheduler, steps, guidance_scale=1.0, callback=callback)
+    return decode_video(checkpoint, latents)
+
+
 def _windowed(unet: VideoUNet, preset: Preset) -> VideoUNet | WindowedUNet:
     length = preset.tuning.context_length
     return unet if length is None else WindowedUNet(unet, ContextWindows(length, preset.context_overlap))

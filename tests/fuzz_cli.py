@@ -76,12 +76,11 @@ BASES = {
     "mini evaluate": ["--count", "1", "--sampling-steps", "1"],
     "mini controlnet": ["--count", "1", "--sampling-steps", "1"],
     "mini lora": ["--count", "1", "--sampling-steps", "1"],
-    "mini benchmark": ["--clips", "0", "--seeds", "1", "--steps", "1", "--sampling-steps", "1"],
-    "mini regions": ["--clips", "0", "--steps", "1", "--sampling-steps", "1"],
+    "mini benchmark": ["--clips", "0", "--seeds", "1", "--arms", "untuned", "--steps", "1", "--sampling-steps", "1"],
 }  # fmt: skip
 # commands whose base takes seconds: what they accept is not tried
 SLOW = ("demo", "bench", "mini train", "mini previews", "mini evaluate", "mini controlnet", "mini lora",
-        "mini benchmark", "mini regions")  # fmt: skip
+        "mini benchmark")  # fmt: skip
 INPUTS = (
     "video",
     "tuned",
@@ -207,7 +206,6 @@ def idle(commands: dict[str, dict[str, argparse.Action]]) -> Iterator[Case]:
              "demo": [["--context-overlap", "2"], ["--context-length", "9"]],
              "bench": [["--growth"]],
              "mini train": [["--unet-steps", "1"], ["--lora-steps", "1"]],
-             "mini regions": [["--context-overlap", "2"], ["--context-length", "99"]],
              "mini benchmark": [["--context-overlap", "2"], ["--context-length", "99"]]}  # fmt: skip
     for command, lists in alone.items():
         for more in lists:

@@ -11,7 +11,7 @@ from support.led_sampling import led_sample
 from tav_core import PRESETS, TuneConfig, find_subject, inflate, invert, load_checkpoint, prepare, sample
 from tav_core.injection import ANCHORED, REGIONS, STILL, EditPlaces, LedSteps, SourceWalk, steadied
 from tav_core.mini import world
-from tav_core.mini.benchmark import BenchmarkClip
+from tav_core.mini.clips import BenchmarkClip
 from tav_core.subject import grown
 from tav_core.terminal import add_preset_arguments, preset_of
 

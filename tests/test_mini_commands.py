@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from torch import nn
 
 from tav_core import load_video
 from tav_core.checkpoint import MINI, load_checkpoint, load_controlnet
-from tav_core.mini import benchmark, cli, preview, world
-from tav_core.mini.benchmark import ARMS, METRICS
+from tav_core.mini import clips as clips_module
+from tav_core.mini import cli, preview, world
 from tav_core.mini.judge import JUDGE
 from tav_core.mini.preview import LATENT_COLOURS, load_latent_colours
 from tav_core.mini.train import fit
@@ -61,9 +62,9 @@ def short_clips(monkeypatch):
     """The clips of the benchmark with few frames, and edits of two kinds."""
     clips = [
         replace(clip, num_frames=3, edits={kind: clip.edits[kind] for kind in ("subject", "background")})
-        for clip in benchmark.benchmark_clips()
+        for clip in clips_module.benchmark_clips()
     ]
-    monkeypatch.setattr(benchmark, "benchmark_clips", lambda: clips)
+    monkeypatch.setattr(clips_module, "benchmark_clips", lambda: clips)
 
 
 def shares(figures: dict) -> bool:
@@ -93,22 +94,21 @@ def test_lora(command, tmp_path):
 
 @pytest.mark.slow
 def test_benchmark(command, short_clips, tmp_path):
-    figures = json.loads(command("benchmark", "--clips", 4, "--seeds", 1, "--videos", tmp_path, *EDIT))
-    assert figures.keys() == set(ARMS)
-    for arm in ARMS:
-        assert set(figures[arm]["seen"].values()) == {None}  # clip 4 shows what is unseen
-        assert figures[arm]["unseen"].keys() == set(METRICS) and None not in figures[arm]["unseen"].values()
-    videos = {f"clip0-{arm}-{video}.mp4" for arm in ("untuned", "seed0-tuned", "seed0-random_noise")
-              for video in ("again", "subject", "background")}  # fmt: skip
-    assert {path.name for path in tmp_path.iterdir()} == videos
+    options = ["--clips", 4, "--seeds", 2, "--arms", "untuned", "random_noise", "--output", tmp_path, *EDIT]
+    figures = json.loads(command("benchmark", *options))
+    kinds = ("clip", "subject", "background", "all")
+    assert [(row["kind"], row["arm"]) for row in figures] == list(product(kinds, ("untuned", "random_noise")))
+    assert {row["content"] for row in figures} == {"unseen"}  # of clip 4
+    runs = {f"clip4-seed{run}" for run in ("0-untuned", "0-random_noise", "1-random_noise")}
+    videos = {f"{run}-{video}.mp4" for run in runs for video in ("again", "subject", "background")}
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert {path.name for path in files} == videos | {f"{run}.json" for run in runs}
 
-
-@pytest.mark.slow
-def test_regions(command, short_clips):
-    figures = json.loads(command("regions", "--clips", 4, *EDIT))
-    assert figures.keys() == {"subject", "background"}
-    for psnr in figures.values():
-        assert psnr["region"] > psnr["no_mask"] and psnr["least_gain"] > 0
+    table = command("benchmark", *options, "--markdown")  # nothing of it is done again
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
+    assert table.count("| unseen |") == len(figures)
+    told = command("benchmark", *options, "--guidance-scale", 2, fails=True)
+    assert f"--output {tmp_path} holds figures of other settings; choose another --output" in told
 
 
 # --------------------------------------------------------------------------------------------------- training

@@ -248,7 +248,7 @@ def test_what_can_be_seen_before_anything_is_loaded(tav, monkeypatch, tmp_path, 
     (["lora", "--strengths", "nan"], "--strengths nan is out of range"),
     (["benchmark", "--clips", "-1"], "--clips -1 is out of range"),
     (["benchmark", "--save-every", "1"], "--save-every 1 means nothing to benchmark"),
-    (["regions", "--context-overlap", "3"], "--context-overlap 3 does nothing without --context-length"),
+    (["benchmark", "--context-overlap", "3"], "--context-overlap 3 does nothing without --context-length"),
     (["train", "vae", "--work", "w", "--lora-steps", "3"], "--lora-steps 3 does nothing for stage vae"),
     (["train", "judge", "--work", "w"], "--work w holds no vae.safetensors; train vae there first"),
 ])  # fmt: skip

@@ -15,10 +15,10 @@ from ..errors import TavError
 from ..events import Note
 from ..job import check_file, check_folder, claimed
 from ..limits import LIMITS, Range
-from ..presets import Preset
 from ..terminal import SETTINGS, Parser, add_preset_arguments, check_needs, preset_of, run, tell
 from ..windows import check_context_length
 from . import world
+from .clips import ARMS
 from .judge import load_judge
 
 # of the training: how many, and of how many pictures
@@ -164,52 +164,40 @@ def _lora(args):
     print(json.dumps(figures, indent=2))
 
 
-def _preset_and_clips(args) -> tuple[Preset, list]:
-    from .benchmark import benchmark_clips
-
-    check_needs(args, context_overlap="context_length")
-    preset, clips = preset_of(args), benchmark_clips()
-    clips = [clips[i] for i in args.clips] if args.clips else clips
-    if args.context_length is not None:
-        for clip in clips:
-            check_context_length(args.context_length, clip.num_frames)
-    return preset, clips
-
-
 def _noted(note: Note):
     print(note.text, file=sys.stderr, flush=True)
 
 
 def _benchmark(args):
     from ..video import save_video
-    from .benchmark import benchmark
+    from .benchmark import as_markdown, benchmark, means
+    from .clips import benchmark_clips
 
-    preset, clips = _preset_and_clips(args)
+    check_needs(args, context_overlap="context_length")
+    preset, clips = preset_of(args), dict(enumerate(benchmark_clips()))
+    clips = {number: clips[number] for number in args.clips or clips}
+    if args.context_length is not None:
+        for clip in clips.values():
+            check_context_length(args.context_length, clip.num_frames)
 
     def keep(name: str, video: np.ndarray):
-        save_video(torch.from_numpy(video), args.videos / f"{name}.mp4", fps=8)
+        save_video(torch.from_numpy(video), args.output / f"{name}.mp4", fps=8)
 
-    if args.videos is not None:
-        check_folder(args.videos, [], "videos")
-    with nullcontext() if args.videos is None else claimed(args.videos):
-        figures = benchmark(
+    if args.output is not None:
+        check_folder(args.output, [])
+    with nullcontext() if args.output is None else claimed(args.output):
+        rows = benchmark(
             load_checkpoint(args.checkpoint),
             load_judge(),
             preset,
+            arms=args.arms,
             seeds=args.seeds,
             clips=clips,
-            on_video=keep if args.videos else None,
+            folder=args.output,
+            on_video=keep if args.output else None,
             callback=_noted,
         )
-    print(json.dumps(figures, indent=2))
-
-
-def _regions(args):
-    from .benchmark import untouched
-
-    preset, clips = _preset_and_clips(args)
-    figures = untouched(load_checkpoint(args.checkpoint), preset, clips=clips, callback=_noted)
-    print(json.dumps(figures, indent=2))
+    print(as_markdown(means(rows)) if args.markdown else json.dumps(means(rows), indent=1))
 
 
 def _train_arguments(parser):
@@ -281,21 +269,14 @@ def _lora_arguments(parser):
 
 def _benchmark_arguments(parser):
     parser.add_argument("--checkpoint", type=checkpoint, default="mini")
+    parser.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS), help="what is compared")
     parser.add_argument("--seeds", type=Range(1, 100), default=2, help="runs of every clip")
-    _clips_argument(parser)
-    parser.add_argument("--videos", type=path, help="write every video into this folder")
-    add_preset_arguments(parser, *_settings("seed"))
-
-
-def _regions_arguments(parser):
-    _clips_argument(parser)
-    add_preset_arguments(parser, *_settings())
-    parser.set_defaults(checkpoint="mini")
-
-
-def _clips_argument(parser):
     told = "numbers of the clips to run; all without it"
     parser.add_argument("--clips", type=Range(0, 7), nargs="+", help=told)
+    told = "keep every video and every figure in this folder; the same command goes on there"
+    parser.add_argument("--output", type=path, metavar="DIR", help=told)
+    parser.add_argument("--markdown", action="store_true", help="print tables instead of JSON")
+    add_preset_arguments(parser, *_settings("seed"))
 
 
 def _settings(*without: str) -> list[str]:
@@ -311,7 +292,6 @@ COMMANDS = {
     "controlnet": (_controlnet, _controlnet_arguments, "how well the ControlNet obeys silhouettes; prints JSON"),
     "lora": (_lora, _lora_arguments, "how far the LoRA draws in its style, by strength; prints JSON"),
     "benchmark": (_benchmark, _benchmark_arguments, "tune, invert and edit clips of known truth; prints JSON"),
-    "regions": (_regions, _regions_arguments, "how well edits of a region spare the rest (PSNR in dB); prints JSON"),
 }  # fmt: skip
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from . import world
-from .benchmark import KINDS, REGIONS, BenchmarkClip, score_edit
+from .clips import KINDS, REGIONS, BenchmarkClip
 from .judge import load_judge
+from .scores import score_edit
 
 __all__ = ["CLIP", "CONTRASTS", "DEMO", "EDITS", "PROMPT", "REGIONS", "score"]
 
