@@ -9,9 +9,11 @@ videos of the batch; all others take the queries and keys of self- and temporal 
 of cross-attention. Values stay their own.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -51,7 +53,8 @@ class Forward:
         frames: frames per video (the batch is `(b f)`).
         sources: so many videos of the batch, the first ones, lead the attention of the others (which are a
             multiple of them); 0 without attention injection.
-        anchor: where the others take features from the sources as well, 0 ... 1, `(b f) 1 h w` (see `anchored`).
+        anchor: how firmly the sources lead each place, -1 ... 1, `(b f) 1 h w`; None: their attention everywhere.
+            Above 0 the others take features from them as well (see `anchored`), below 0 they attend by themselves.
         patches: asked in every self- and cross-attention; a replaced self-attention stays inside each frame.
         attention_fn: computes every attention of the U-Net, `(q, k, v, mask=None)` on `b heads n d`.
     """
@@ -66,6 +69,21 @@ class Forward:
     def leaders(self) -> int:
         """Entries of the batch `(b f)`, the first ones, that lead the others."""
         return self.sources * self.frames
+
+    def free(self, places: int) -> Tensor | None:
+        """How far each of so many places attends by itself though the others are led, 0 ... 1, `(b f) places 1`."""
+        if self._unled is None:
+            return None
+        height, width = self._unled.shape[-2:]
+        factor = round((height * width / places) ** 0.5)
+        free = F.adaptive_max_pool2d(self._unled, (math.ceil(height / factor), math.ceil(width / factor)))
+        return rearrange(free, "b 1 h w -> b (h w) 1")
+
+    @cached_property
+    def _unled(self) -> Tensor | None:
+        if self.anchor is None or not self.sources or not (self.anchor < 0).any():
+            return None
+        return -self.anchor.clamp(max=0)
 
 
 class FrameContext:
@@ -114,11 +132,12 @@ def _project_out(attn: Attention, x: Tensor) -> Tensor:
     return attn.to_out[1](attn.to_out[0](x))
 
 
-def _led(project: Callable[[Tensor], Tensor], x: Tensor, leaders: int) -> Tensor:
-    """`project(x)`, or with `leaders` that of the first entries of `x`, repeated for all."""
+def _led(project: Callable[[Tensor], Tensor], x: Tensor, leaders: int, free: Tensor | None = None) -> Tensor:
+    """`project(x)`, or with `leaders` that of the first entries of `x`, repeated for all, but where they are `free`."""
     if not leaders:
         return project(x)
-    return project(x[:leaders]).repeat(len(x) // leaders, 1, 1)
+    led = project(x[:leaders]).repeat(len(x) // leaders, 1, 1)
+    return led if free is None else torch.lerp(led, project(x), free.to(led))
 
 
 def anchored(x: Tensor, forward: Forward) -> Tensor:
@@ -126,7 +145,7 @@ def anchored(x: Tensor, forward: Forward) -> Tensor:
     if forward.anchor is None or not forward.sources:
         return x
     led = x[: forward.leaders].repeat(len(x) // forward.leaders, 1, 1, 1)
-    return torch.lerp(x, led, F.adaptive_max_pool2d(forward.anchor.to(x), x.shape[-2:]))
+    return torch.lerp(x, led, F.adaptive_max_pool2d(forward.anchor.clamp(min=0).to(x), x.shape[-2:]))
 
 
 def _same(x: Tensor) -> Tensor:
@@ -169,15 +188,22 @@ def _attend_together(attn: Attention, q: Tensor, k: Tensor, v: Tensor, fn: Calla
 
 
 def temporal_attention(
-    attn: Attention, x: Tensor, causal: bool = False, fn: Callable[..., Tensor] = sdpa, leaders: int = 0
+    attn: Attention,
+    x: Tensor,
+    causal: bool = False,
+    fn: Callable[..., Tensor] = sdpa,
+    leaders: int = 0,
+    free: Tensor | None = None,
 ) -> Tensor:
     """Self-attention over frames, `(b n) f c` to the same; `causal` hides later frames.
 
-    `leaders`: entries of the batch whose queries and keys serve all, 0 for their own.
+    `leaders`: entries of the batch whose queries and keys serve all, 0 for their own; not where they are `free`, 0 ...
+    1, `(b n) f 1`.
     """
     frames = x.shape[1]
     mask = torch.ones(frames, frames, dtype=torch.bool, device=x.device).tril() if causal else None  # f f
-    return attend(attn, _led(attn.to_q, x, leaders), _led(attn.to_k, x, leaders), attn.to_v(x), fn, mask)
+    q, k = (_led(project, x, leaders, free) for project in (attn.to_q, attn.to_k))
+    return attend(attn, q, k, attn.to_v(x), fn, mask)
 
 
 class FrameAttnProcessor:
@@ -206,12 +232,16 @@ class FrameAttnProcessor:
             raise TavError("attention_mask", None, "is not defined over frames", "leave it out")
         x = hidden_states
         keys = values = hidden_states if own else encoder_hidden_states
-        key_leaders = leaders if own else 0
+        key_leaders, free = leaders if own else 0, forward.free(x.shape[1])
         if patches:  # those who are led take part in a patch with what leads them
-            x, keys, values = patches.inputs(_led(_same, x, leaders), _led(_same, keys, key_leaders), values)
+            x, keys, values = patches.inputs(
+                _led(_same, x, leaders, free), _led(_same, keys, key_leaders, free), values
+            )
+            if free is not None:  # what comes back is of either
+                leaders = key_leaders = 0
         tiles = len(x) // batch
-        q = _led(attn.to_q, x, leaders * tiles)
-        k, v = _led(attn.to_k, keys, key_leaders * len(keys) // batch), attn.to_v(values)
+        q = _led(attn.to_q, x, leaders * tiles, free)
+        k, v = _led(attn.to_k, keys, key_leaders * len(keys) // batch, free), attn.to_v(values)
         if patches and (instead := patches.replacement()):
             out = _project_out(attn, instead(q, k, v))
         else:

@@ -49,8 +49,10 @@ class TemporalTail:
     def forward(self, *args, **kwargs) -> Tensor:
         x, now = super().forward(*args, **kwargs), self.frame_context.forward  # (b f) n c
         y = self.norm_temp(rearrange(x, "(b f) n c -> (b n) f c", f=now.frames))
-        leaders = now.sources * x.shape[1]
-        y = temporal_attention(self.attn_temp, y, self.temporal_causal, now.attention_fn, leaders)
+        leaders, free = now.sources * x.shape[1], now.free(x.shape[1])
+        if free is not None:
+            free = rearrange(free, "(b f) n 1 -> (b n) f 1", f=now.frames)
+        y = temporal_attention(self.attn_temp, y, self.temporal_causal, now.attention_fn, leaders, free)
         return x + rearrange(y, "(b n) f c -> (b f) n c", n=x.shape[1])
 
 
@@ -107,7 +109,8 @@ class VideoUNet(UNet2DConditionModel):
             latents: `b c f h w`.
             timesteps: a number, a 0-d or 1-element tensor, or one per video (`b`).
             encoder_hidden_states: text per video `b n d`, for all videos `1 n d`, or per frame `(b f) n d`.
-            anchor: under attention injection, where the sources' features lead as well, 0 ... 1, `(b f) 1 h w`.
+            anchor: under attention injection, how firmly the sources lead each place, -1 ... 1, `(b f) 1 h w` (see
+                `Forward`).
             kwargs: those of `UNet2DConditionModel.forward`, `class_labels` for example; tensors come per video or per
                 frame and residuals (`down_block_additional_residuals` and so on) as `(b f) c h w`.
 

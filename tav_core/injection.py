@@ -4,23 +4,27 @@ change.
 Beyond the paper. In the first steps of a sampling the edit attends as its source clip does, which keeps the clip's
 layout and motion (after Plug-and-Play, arXiv 2211.12572, section 4.1, and FateZero, arXiv 2303.09535, section 3.2); the
 U-Net's part of it is in `attention`. Where the subject is known, the clip's features hold it in its place, an edit of a
-region leaves the rest as the noise reconstructs it, and a background that is drawn anew stands as still as the clip's.
+region leaves the rest as the noise reconstructs it, a background that is drawn anew stands as still as the clip's, and
+a subject of another shape is the same one in all frames.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from .ddim import ddim_step, to_latents
 from .errors import TavError
-from .subject import grown
+from .subject import filled_out, grown
 
-REGIONS = ("everything", "subject", "background")
+REGIONS = ("everything", "subject", "shape", "background")
 ANCHORED = 2 / 3  # of the led steps, the first, in which an anchor holds; longer, and an edit may lose its subject
 STILL = 0.1  # root mean square over the channels, of latents with a standard deviation of about 1
+ALIKE = 0.7  # the same, of a subject brought from one frame to another
+AGREED = 4 / 5  # of the steps, the first, in which the frames of a new shape agree; the others draw crisply
 
 
 @dataclass(frozen=True)
@@ -30,31 +34,39 @@ class EditPlaces:
     Attributes:
         changeable: what the edit may change. A step goes towards the blend of the clean latents that the two walks
             predict, `lerp(x0_source, x0, changeable)`; where it is 0, the source's walk is taken as it is. None: all.
-        anchor: where the clip's features lead as well, which keeps the subject in its place. None: nowhere.
+        anchor: how firmly the clip leads, -1 ... 1: 1 with its features as well, which keeps the subject in its place,
+            -1 not at all. None: with its attention alone, everywhere.
         still: where the edit stands still if the clip does (see `steadied`). None: nowhere.
+        moving: where a subject is that all frames agree about (see `agreed`). None: nowhere.
     """
 
     changeable: Tensor | None = None
     anchor: Tensor | None = None
     still: Tensor | None = None
+    moving: Tensor | None = None
 
     @classmethod
     def of(cls, region: str, subject: Tensor, margin: int, steady: bool = True) -> "EditPlaces":
         """Those of an edit of a region, given the subject's mask, `1 1 f h w`.
 
         An edit of everything is anchored at the subject. One of the subject may go beyond it by `margin` pixels of the
-        mask, for one of another shape, and is anchored there: it would lose the subject in some frames if the clip led
-        it no farther than the old outline. One of the background needs no anchor: its subject is held already.
+        mask, and is anchored there: it would lose the subject in some frames if the clip led it no farther than the
+        old outline. One of its shape has room around the old one, is not led there, where it would be led to the old
+        shape, and has one content that moves as the subject does. One of the background needs no anchor: its subject is
+        held already.
 
         Args:
             region: one of `REGIONS`.
-            steady: whether the background stands still, as far as the edit draws it anew.
+            steady: whether the background stands still, as far as the edit draws it anew, and a new shape keeps.
 
         Raises:
             TavError: an unknown region.
         """
         if region not in REGIONS:
             raise TavError("region", region, "is unknown", f"choose one of {', '.join(REGIONS)}")
+        if region == "shape":
+            room = grown(filled_out(subject), margin)
+            return cls(room, -room, None, subject if steady else None)
         wide, rest = grown(subject, margin), 1 - subject
         if region == "everything":
             return cls(None, subject, 1 - wide if steady else None)
@@ -146,16 +158,19 @@ class SourceWalk:
             anchor = rearrange(_for_all(anchor, x[:b], prompts + 1), "b 1 f h w -> (b f) 1 h w")
         out = ask(torch.cat([source, x]), Led(b if leads else 0, anchor))
         self.advance(source, out[:b], sigma)
-        return self.kept(out[b:], prompts)
+        return self.kept(out[b:], prompts, sigmas)
 
     def walks(self, sigma: Tensor, sigmas: Tensor) -> bool:
         """Whether the source is needed at a level of a sampling."""
         return self.holds or self.leading(sigma, sigmas)[0]
 
     def leading(self, sigma: Tensor, sigmas: Tensor) -> tuple[bool, Tensor | None]:
-        """Whether the source leads at a level, and where its features do as well, as in `EditPlaces`."""
-        steps = LedSteps(sigmas, self.share)
-        return steps.leads(sigma), self.places.anchor if steps.anchors(sigma) else None
+        """Whether the source leads at a level, and its anchor there, as in `EditPlaces`."""
+        steps, anchor = LedSteps(sigmas, self.share), self.places.anchor
+        leads = steps.leads(sigma)
+        if anchor is not None and not steps.anchors(sigma):
+            anchor = anchor.clamp(max=0) if leads and (anchor < 0).any() else None
+        return leads, anchor
 
     def source(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The source at a level, `b c f h w`: the edit itself, `x`, where both begin."""
@@ -170,12 +185,16 @@ class SourceWalk:
         if self.is_new(sigma):
             self.x, self.x0, self.sigma = source, x0, sigma
 
-    def kept(self, x0: Tensor, prompts: int) -> Tensor:
+    def kept(self, x0: Tensor, prompts: int, sigmas: Tensor) -> Tensor:
         """Clean latents of the edit under each prompt, `(prompts b) c f h w`, where the source's may not change.
 
         It is the same for all prompts, so that guidance keeps to it.
         """
         videos, clip = self.x0, self.x0.repeat(prompts, 1, 1, 1, 1)
+        if self.places.moving is not None and LedSteps(sigmas, AGREED).leads(self.sigma):
+            x0 = agreed(
+                x0, clip, *(_for_all(of, videos, prompts) for of in (self.places.moving, self.places.changeable))
+            )
         if self.places.still is not None:
             x0 = steadied(x0, clip, _for_all(self.places.still, videos, prompts))
         if self.places.changeable is not None:
@@ -222,4 +241,43 @@ def steadied(x0: Tensor, clip: Tensor, places: Tensor) -> Tensor:
         weights = torch.exp(distance / (-2 * STILL**2)) * places
         mean = (weights * x0).sum(2) / weights.sum(2).clamp(min=1e-6)
         frames.append(torch.lerp(x0[:, :, f], mean, places[:, :, f]))
+    return torch.stack(frames, 2)
+
+
+def agreed(x0: Tensor, clip: Tensor, subject: Tensor, places: Tensor) -> Tensor:
+    """Latents of an edit that shows one content in all frames, which moves and grows as the clip's subject does.
+
+    Each frame is drawn from noise of its own, and a shape that the clip doesn't have comes out differently in each. In
+    frame f it is the mean of all frames g, brought to where the subject is in f and to its size there (the centre and
+    the square root of the area of its mask); g counts at each place as exp(-|clip_f - clip_g|^2 / 2 ALIKE^2) with the
+    clip brought there likewise, as in `steadied`: where a subject bends, turns or is hidden, its frames agree less.
+
+    Args:
+        x0: clean latents of the edit, `b c f h w`.
+        clip: those of the clip, `b c f h w`.
+        subject: its mask, `b 1 f h w`; a frame without any of it keeps its own.
+        places: where, 0 ... 1, `b 1 f h w`; elsewhere `x0` neither changes nor counts.
+    """
+    f, h, w = x0.shape[2:]
+    y, x = ((torch.arange(n, device=x0.device) + 0.5) / n * 2 - 1 for n in (h, w))  # -1 ... 1
+    area = subject.sum((1, 3, 4))  # b f
+    centre = torch.stack([(subject * at).sum((1, 3, 4)) for at in (x, y[:, None])], -1) / area[..., None].clamp(
+        min=1e-6
+    )
+    square, size = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1), area.sqrt()  # h w (x y); b f
+    content = rearrange(torch.cat([x0, clip, places * (area > 0)[:, None, :, None, None]], 1), "b c f h w -> b f c h w")
+    frames = []
+    for here in range(f):
+        scale = size / size[:, here : here + 1].clamp(min=1e-6)
+        grid = (square - centre[:, here, None, None, None]) * scale[..., None, None, None] + centre[:, :, None, None]
+        brought = F.grid_sample(
+            content.flatten(0, 1), grid.flatten(0, 1), "bicubic", padding_mode="zeros", align_corners=False
+        ).unflatten(0, (-1, f))  # b g c h w
+        edit, source, share = brought.split([x0.shape[1], clip.shape[1], 1], 2)
+        distance = (source - clip[:, None, :, here]).square().mean(2, keepdim=True)
+        weights = torch.exp(distance / (-2 * ALIKE**2)) * share.clamp(0, 1)
+        mean = (weights * edit).sum(1) / weights.sum(1).clamp(min=1e-6)
+        # beyond what any frame shows of the subject's surroundings there is no mean
+        known = places[:, :, here] * (weights.sum(1) > 0.5) * (area[:, here] > 0)[:, None, None, None]
+        frames.append(torch.lerp(x0[:, :, here], mean, known))
     return torch.stack(frames, 2)

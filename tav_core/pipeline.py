@@ -269,8 +269,8 @@ def sample(
             to take attention or a caption from.
         subject: mask of the clip's subject, `1 1 f h w` of pixels (see `find_subject`): attention injection keeps it in
             its place.
-        region: what the edit may change: "everything", the "subject" or the "background". The last two need `subject`
-            and `source_prompt`.
+        region: what the edit may change: "everything"; with `subject` and `source_prompt` also the "subject", its
+            "shape" (another one takes its place) or the "background".
         source_frames: the clip, uint8 `f h w c`, whose own pixels are put back outside of the region; without it what
             the noise reconstructs of them.
         class_labels: of the edit, `1` or `f`, for a U-Net with classes; those beside the negative prompt (the label for

@@ -222,6 +222,18 @@ def grown(mask: Tensor, margin: int) -> Tensor:
     return rearrange(_grown(rearrange(mask, "1 1 f h w -> f 1 h w"), margin), "f 1 h w -> 1 1 f h w")
 
 
+def filled_out(mask: Tensor) -> Tensor:
+    """A mask `1 1 f h w` with all that lies between its parts: the convex hull of what it covers by half or more."""
+    import cv2
+
+    hulls = np.zeros(mask.shape[2:], np.uint8)
+    for hull, frame in zip(hulls, mask[0, 0].cpu().numpy()):
+        places = np.argwhere(frame >= 0.5)[:, ::-1].astype(np.int32)
+        if len(places):
+            cv2.fillConvexPoly(hull, cv2.convexHull(places), 1)
+    return torch.maximum(mask, torch.from_numpy(hulls).to(mask)[None, None])
+
+
 def _grown(mask: Tensor, margin: int) -> Tensor:  # f 1 h w
     return F.max_pool2d(mask, 2 * margin + 1, 1, margin)
 

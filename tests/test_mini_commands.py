@@ -15,8 +15,8 @@ from torch import nn
 
 from tav_core import load_video
 from tav_core.checkpoint import MINI, load_checkpoint, load_controlnet
-from tav_core.mini import clips as clips_module
 from tav_core.mini import cli, preview, world
+from tav_core.mini import clips as clips_module
 from tav_core.mini.judge import JUDGE
 from tav_core.mini.preview import LATENT_COLOURS, load_latent_colours
 from tav_core.mini.train import fit

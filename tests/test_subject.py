@@ -1,7 +1,5 @@
 """Where the subject is found, and that edits of a region leave the rest to the noise."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +13,6 @@ from tav_core import (
     PRESETS,
     EditPlaces,
     TavError,
-    TuneConfig,
     ddim_invert,
     ddim_sample,
     encode_prompt,

@@ -9,8 +9,8 @@ import torch
 
 from tav_core.mini import world
 from tav_core.mini.clips import benchmark_clips
-from tav_core.mini.scores import trajectory_agreement
 from tav_core.mini.judge import locate
+from tav_core.mini.scores import trajectory_agreement
 from tav_core.mini.train import make_tokenizer, training_scenes
 
 

@@ -154,7 +154,7 @@ class _Runs:
 
 
 def means(rows: list[dict]) -> list[dict]:
-    """Means of rows over clips and seeds: by content ("seen" or "unseen"), kind (that of all edits is "all") and arm."""
+    """Means of rows over clips and seeds, by content ("seen" or "unseen"), kind ("all": of all edits) and arm."""
     table = []
     for content, kind in product(("seen", "unseen"), ("clip", *KINDS, "all")):
         for arm in ARMS:

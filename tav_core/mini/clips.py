@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from . import world
 
 KINDS = {"subject": "shape", "colour": "colour", "background": "background", "style": "style"}
-REGIONS = {"subject": "subject", "colour": "subject", "background": "background", "style": "everything"}  # of a kind
+REGIONS = {"subject": "shape", "colour": "subject", "background": "background", "style": "everything"}  # of a kind
 ARMS = {
     "tuned": "the preset; the region that an edit may change is known",
     "no_region": "the same, but nobody knows where the subject is",

@@ -15,6 +15,7 @@ from .judge import Judge, Verdict, locate, verdict
 SCORES = ("edited", "kept", "subject_error", "rest_error", "rest_psnr", "trajectory_corr", "trajectory_px", "stability",
           "outline_flicker", "texture_flicker")  # fmt: skip
 PATCH, REACH = 64, 1.4  # pixels of a patch's side, and half of it over the subject's radius
+ROOM = 8  # pixels around the subject that count neither as it nor as the rest: a latent
 EQUAL = 60.0  # dB that equal pictures count for
 
 
@@ -100,7 +101,8 @@ def score_edit(judge: Judge, video: np.ndarray, clip: BenchmarkClip, kind: str) 
     wide = np.stack([cv2.dilate(m, np.ones((13, 13))) for m in drawn]) > 0.05
     stage = ~(wide[1:] | wide[:-1])
     steps = np.abs(video[1:].astype(np.float32) - video[:-1]).mean(-1) / 255
-    untouched = {"subject": either == 0, "colour": either == 0, "background": truth > 0.99, "style": None}[kind]
+    around = np.stack([cv2.dilate(m, np.ones((2 * ROOM + 1, 2 * ROOM + 1))) for m in either]) == 0
+    untouched = {"subject": around, "colour": around, "background": truth > 0.99, "style": None}[kind]
     rest_psnr = None
     if untouched is not None:
         rest_psnr = min(EQUAL, psnr(*(torch.from_numpy(x[untouched]) for x in (video, source))))
