@@ -28,8 +28,8 @@ class PutBack(io.ComfyNode):
                 io.Image.Input("clip", tooltip="The clip, from Load Video: the frames that were encoded."),
                 io.Mask.Input("subject", tooltip="The mask that Attention Injection has: one, or one for each frame."),
                 io.Combo.Input("region", options=PARTS, default=PARTS[0],
-                               tooltip="What the edit may change, as in Attention Injection: the subject (all else is "
-                                       "put back) or the background (the subject is put back)."),
+                               tooltip="What the edit may change, as in Attention Injection: the subject or its shape "
+                                       "(all else is put back) or the background (the subject is put back)."),
                 io.Int.Input("margin", default=8, min=0, max=512,
                              tooltip="Pixels around the subject that an edit of it may change, for one of another "
                                      "shape. 8 is what Attention Injection leaves it."),

@@ -11,7 +11,7 @@ from .injection import REGIONS, EditPlaces, SourceWalk
 from .job import Edit, EditJob, run_edit
 from .memory import Device
 from .noise import InvertedNoise, read_noise, save_noise
-from .pipeline import Source, find_subject, invert, prepare, sample, tune_on
+from .pipeline import Source, find_subject, invert, prepare, reconstruct, sample, tune_on
 from .presets import PRESETS, Preset, with_settings
 from .sound import Sound
 from .subject import subject_mask, word_mask, word_places

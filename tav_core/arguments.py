@@ -167,8 +167,8 @@ def edits_arguments(parser):
         "--region",
         action="append",
         choices=REGIONS,
-        help="what an edit may change, once for all or once for each --edit (everything); needs --contrast, "
-        "--subject or --mask",
+        help="what an edit may change, once for all or once for each --edit (everything): the subject's colour or "
+        "material (subject), the thing itself (shape), or the background; needs --contrast, --subject or --mask",
     )
     told = "what guidance steers away from"
     group.add_argument("--negative-prompt", type=sentence, default="", metavar="TEXT", help=told)

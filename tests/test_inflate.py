@@ -146,6 +146,15 @@ def test_the_source_leads_the_attention(layout, mode):
     assert difference(led[0], alone[0]) < 1e-5  # the source is as ever
     assert difference(led[2], alone[0]) < 1e-5  # who is like it, too
     assert difference(led[1], alone[1]) > 1e-4  # the other one isn't
+    anchor = torch.zeros(3 * source.shape[2], 1, *source.shape[-2:])
+    both, texts = torch.cat([source, other, source]), torch.cat([text, wish, text])
+    with unet.frame_context.running(sources=1):
+        nowhere, half = (
+            unet(both, 10, texts, anchor=anchor - 1, **labels),
+            unet(both, 10, texts, anchor=anchor - 0.5, **labels),
+        )
+    assert difference(nowhere[1:2], alone[1]) < 1e-5 and difference(nowhere[:1], alone[0]) < 1e-5
+    assert min(difference(half[1:2], alone[1]), difference(half[1:2], led[1])) > 1e-5
     assert difference(unet(other, 10, wish, **labels), alone[1]) == 0  # and nothing of it stays
 
 
@@ -162,6 +171,26 @@ def test_led_attention_is_the_formula():
     weights = (heads[0] @ heads[1].mT / 8**0.5).softmax(-1)
     wanted = attn.to_out[0](rearrange(weights @ heads[2], "b heads n d -> b n (heads d)"))
     assert difference(led[3:], wanted) < 1e-6
+
+
+@torch.no_grad()
+def test_places_that_attend_by_themselves_are_those_of_the_anchor():
+    unet, (source, _, text) = stir(inflate(make_unet())), inputs()
+    block, seen = unet.down_blocks[0].attentions[0].transformer_blocks[0], []
+    block.attn1.to_q.register_forward_hook(lambda module, args, out: seen.append(out))
+    anchor = torch.zeros(2 * source.shape[2], 1, *source.shape[-2:])
+    anchor[..., : source.shape[-1] // 2] = -1
+    with unet.frame_context.running(sources=1):
+        unet(torch.cat([source, source.flip(2)]), 10, torch.cat([text, text]), anchor=anchor)
+    led, own = seen  # projections of the source alone, and of all
+    assert (len(led), len(own)) == (source.shape[2], 2 * source.shape[2])
+    (frames, places), (height, width) = led.shape[:2], source.shape[-2:]
+    assert frames == source.shape[2] and places == height * width
+    free = unet.frame_context
+    with free.running(2, sources=1, anchor=anchor):
+        assert torch.equal(free.forward.free(places)[..., 0], -anchor.flatten(1))
+        small = free.forward.free(places // 4)[..., 0]
+    assert small.shape == (len(anchor), places // 4) and set(small.flatten().tolist()) == {0, 1}
 
 
 def test_attention_injection_in_sampling():

@@ -9,10 +9,12 @@ import torch
 from support.errors import refused
 from support.led_sampling import led_sample
 from tav_core import PRESETS, TuneConfig, find_subject, inflate, invert, load_checkpoint, prepare, sample
-from tav_core.injection import ANCHORED, REGIONS, STILL, EditPlaces, LedSteps, SourceWalk, steadied
+from tav_core.injection import ALIKE, ANCHORED, REGIONS, STILL, EditPlaces, LedSteps, SourceWalk, agreed, steadied
 from tav_core.mini import world
 from tav_core.mini.clips import BenchmarkClip
-from tav_core.subject import grown
+from tav_core.mini.judge import load_judge
+from tav_core.mini.scores import look, subject_flicker
+from tav_core.subject import filled_out, grown
 from tav_core.terminal import add_preset_arguments, preset_of
 
 CLIP = BenchmarkClip(world.Scene("cross", "green", "snow", layout=5), "bounce", {}, num_frames=4)
@@ -54,7 +56,7 @@ def test_only_places_that_may_stand_still_do_and_count():
 def test_places_of_each_region():
     mask = torch.zeros(1, 1, 2, 8, 8)
     mask[:, :, :, 3:5, 3:5] = 1
-    everything, subject, background = (EditPlaces.of(region, mask, margin=1) for region in REGIONS)
+    everything, subject, shape, background = (EditPlaces.of(region, mask, margin=1) for region in REGIONS)
     assert everything.changeable is None and torch.equal(everything.anchor, mask)
     assert everything.still.sum() == 2 * (64 - 16)
     assert subject.changeable.sum() == 2 * 16 and torch.equal(subject.anchor, subject.changeable)
@@ -62,7 +64,93 @@ def test_places_of_each_region():
     assert torch.equal(EditPlaces.of("subject", mask, margin=2).changeable, grown(mask, 2))
     assert torch.equal(background.changeable, 1 - mask) and torch.equal(background.still, 1 - mask)
     assert background.anchor is None
+    mask[:, :, 0, 3, 3] = mask[:, :, 1, 4, 4] = 0  # with a corner cut off
+    shape = EditPlaces.of("shape", mask, margin=1)
+    assert torch.equal(shape.changeable, grown(filled_out(mask), 1)) and torch.equal(shape.anchor, -shape.changeable)
+    assert torch.equal(shape.moving, mask) and shape.still is None
+    assert EditPlaces.of("shape", mask, margin=1, steady=False).moving is None
+    assert everything.moving is subject.moving is background.moving is None
     assert all(EditPlaces.of(region, mask, margin=1, steady=False).still is None for region in REGIONS)
+
+
+def test_a_mask_is_filled_out_to_its_convex_hull():
+    mask = torch.zeros(1, 1, 2, 9, 9)
+    mask[0, 0, 0, 1:8, 4] = mask[0, 0, 0, 4, 1:8] = 1  # a cross
+    full = filled_out(mask)
+    assert full[0, 0, 0].sum() == 25 and full[0, 0, 0, 2, 3] == 1 and full[0, 0, 0, 1, 1] == 0
+    assert torch.equal(full[0, 0, 1], mask[0, 0, 1])
+    assert torch.equal(filled_out(0.3 * mask), 0.3 * mask)  # by less than half nothing is covered
+
+
+def moving_subject() -> tuple[torch.Tensor, torch.Tensor]:
+    """A thing of latents that moves by a pixel a frame, and its mask: `1 4 4 8 12` and `1 1 4 8 12`."""
+    thing, video, mask = 3 * some(1, 4, 3, 3), torch.zeros(1, 4, 4, 8, 12), torch.zeros(1, 1, 4, 8, 12)
+    for frame in range(4):
+        video[:, :, frame, 2:5, 3 + frame : 6 + frame], mask[:, :, frame, 2:5, 3 + frame : 6 + frame] = thing, 1
+    return video, mask
+
+
+def test_a_new_shape_is_the_mean_of_all_frames_along_the_motion():
+    clip, mask = moving_subject()
+    edit = some(1, 4, 4, 8, 12, seed=1)
+    together = agreed(edit, clip, mask, mask)
+    parts = torch.stack([edit[:, :, f, 2:5, 3 + f : 6 + f] for f in range(4)])
+    for frame in range(4):
+        found = together[:, :, frame, 2:5, 3 + frame : 6 + frame]
+        assert (found - parts.mean(0)).abs().max() < 1e-5
+    outside = (mask == 0).expand_as(edit)
+    assert torch.equal(together[outside], edit[outside])
+
+
+def test_frames_agree_less_where_the_subject_is_another():
+    clip, mask = moving_subject()
+    edit = some(1, 4, 4, 8, 12, seed=1)
+    clip[:, :, 3] += ALIKE * mask[:, :, 3]  # a standard deviation apart from all others
+    weight = torch.tensor(-0.5).exp()
+    parts = torch.stack([edit[:, :, f, 2:5, 3 + f : 6 + f] for f in range(4)])
+    found = agreed(edit, clip, mask, mask)[:, :, 3, 2:5, 6:9]
+    assert (found - (weight * parts[:3].sum(0) + parts[3]) / (3 * weight + 1)).abs().max() < 1e-5
+
+
+def test_a_frame_without_the_subject_keeps_its_own():
+    clip, mask = moving_subject()
+    edit = some(1, 4, 4, 8, 12, seed=1)
+    mask[:, :, 1] = 0
+    places = grown(mask, 1)
+    places[:, :, 1] = 1  # free to change though nothing is there
+    together = agreed(edit, clip, mask, places)
+    assert torch.equal(together[:, :, 1], edit[:, :, 1]) and together.isfinite().all()
+    parts = torch.stack([edit[:, :, f, 2:5, 3 + f : 6 + f] for f in (0, 2, 3)])
+    assert (together[:, :, 0, 2:5, 3:6] - parts.mean(0)).abs().max() < 1e-5
+
+
+def test_a_subject_that_grows_keeps_one_content():
+    y, x = torch.meshgrid(*[torch.arange(24.0) - 11.5] * 2, indexing="ij")
+    radii = (4, 6, 8)
+    mask = torch.stack([((x**2 + y**2).sqrt() < radius).float() for radius in radii])[None, None]
+    edit = torch.stack([(x / radius + k).expand(4, -1, -1) for k, radius in enumerate(radii)], 1)[None]  # a slope
+    together = agreed(edit, torch.zeros_like(edit), mask, mask)
+    for frame, radius in enumerate(radii):
+        inside = (x**2 + y**2).sqrt() < radius / 2
+        assert (together[0, :, frame] - (x / radius + 1))[:, inside].abs().max() < 0.06
+
+
+@pytest.mark.slow
+def test_a_new_shape_is_one_in_all_frames():
+    mini, judge = load_checkpoint("mini"), load_judge()
+    source = prepare(mini, torch.from_numpy(world.render_clip(CLIP.scenes())), CLIP.caption())
+    unet = inflate(mini.unet)
+    noise, subject = invert(mini, unet, source, PRESET), find_subject(mini, unet, source, CLIP.contrasts(), PRESET)
+    hearts, changes = CLIP.scenes(shape="heart"), {}
+    for region in ("subject", "shape"):
+        video = sample(mini, unet, noise, CLIP.caption(shape="heart"), PRESET, source_prompt=source.prompt,
+                       subject=subject, region=region, source_frames=source.frames)  # fmt: skip
+        outside = EditPlaces.of(region, subject, margin=mini.downscale).changeable[0, 0] == 0
+        assert torch.equal(video[outside], source.frames[outside])
+        seen = look(judge, video.numpy())
+        changes[region], _ = subject_flicker(video.numpy(), seen.mask.numpy(), hearts)
+    assert seen.shape.count("heart") >= 3, seen.shape
+    assert changes["shape"] < 0.8 * changes["subject"], changes
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.6, 1.0])
@@ -140,7 +228,11 @@ def test_refusals():
     arguments = (inflate(mini.unet), noise, text, mini.scheduler, 2)
     refused("source_walk needs source_hidden_states", *arguments, guidance_scale=1, still=still, call=led_sample)
     refused(
-        "region='sky' is unknown; choose one of everything, subject, background", "sky", still, 1, call=EditPlaces.of
+        "region='sky' is unknown; choose one of everything, subject, shape, background",
+        "sky",
+        still,
+        1,
+        call=EditPlaces.of,
     )
     refused("attention_injection=1.5 is out of range", 1.5, call=SourceWalk)
 

@@ -102,7 +102,7 @@ def test_attention_injection_is_that_of_the_core(pack, mini, monkeypatch, split)
     assert (outs[0] - wanted).abs().max() < 1e-3 < 0.1 < (wanted - without).abs().max()
 
 
-@pytest.mark.parametrize("region", ["subject", "background", "everything"])
+@pytest.mark.parametrize("region", ["subject", "shape", "background", "everything"])
 def test_subject_and_region_are_those_of_the_core(pack, mini, region):
     nodes, caption, edit = pack.nodes, "a red ball is sliding on the grass", "a blue star is sliding on the snow"
     others = ["a green heart is sliding on the grass", "a purple ring is sliding on the grass"]

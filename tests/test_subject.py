@@ -162,7 +162,11 @@ def test_refusals(mini, found):
     refused("contrasts can't be told from the clip's sentence", [torch.zeros(2, 4, 1, 4, 4)], 0.15, call=mask_of)
     refused("threshold=1.5 is out of range", [torch.zeros(2, 4, 1, 4, 4)], 1.5, call=mask_of)
     refused(
-        "region='sky' is unknown; choose one of everything, subject, background", "sky", subject, 1, call=EditPlaces.of
+        "region='sky' is unknown; choose one of everything, subject, shape, background",
+        "sky",
+        subject,
+        1,
+        call=EditPlaces.of,
     )
     for contrast in ("", source.prompt):
         with pytest.raises(TavError, match="says nothing of another subject"):
