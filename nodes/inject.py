@@ -386,9 +386,9 @@ class AttentionInjection(io.ComfyNode):
                                tooltip="Share of the sampling steps, from the first on. More keeps more of the clip's "
                                        "layout and motion; less lets the edit go further. 0: as in the paper."),
                 io.Combo.Input("region", options=list(REGIONS), default="everything",
-                               tooltip="What the edit may change; all but everything needs the mask. subject: its colour or "
-                                       "material. shape: another thing in its place, the same in all frames. The rest "
-                                       "is what the noise reconstructs of the clip."),
+                               tooltip="What the edit may change; all but everything needs the mask. subject: its "
+                                       "colour or material. shape: another thing in its place, the same in all "
+                                       "frames. The rest is what the noise reconstructs of the clip."),
                 io.Boolean.Input("steady", default=True,
                                  tooltip="With the mask: a background that the edit draws anew stands still where the "
                                          "clip's does. Turn it off for one that should move, such as a fire or a "
