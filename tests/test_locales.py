@@ -14,6 +14,7 @@ from support import ROOT
 LANGUAGES = ("zh", "ja", "ko", "de", "fr", "es")
 DOCS = ROOT / "nodes" / "web" / "docs"
 PAGES = sorted(path.stem for path in DOCS.glob("*.md"))
+SENTENCES = ("description", "tooltip")
 SYNTAX = set("{}@|\\<>")  # what vue-i18n, which reads names and descriptions, takes for more than text
 
 
@@ -33,8 +34,7 @@ def spoken_of(node) -> dict:
     """What a page shows of a node, in the form of nodeDefs.json. An output without a name shows its type instead."""
 
     def texts(slot) -> dict:
-        name = slot.display_name if slot.display_name != slot.get_io_type() else None
-        return {key: text for key, text in (("name", name), ("tooltip", slot.tooltip)) if text}
+        return {key: text for key, text in (("name", slot.display_name), ("tooltip", slot.tooltip)) if text}
 
     schema = node.GET_SCHEMA()
     return {"display_name": schema.display_name, "description": schema.description,
@@ -72,8 +72,7 @@ def test_texts_are_plain_text(language):
 def test_texts_are_translated(english, language):
     """Names may be the same in two languages, sentences can't."""
     for path, text in flat(translated(language)).items():
-        if path.endswith(("description", "tooltip")):
-            assert text != english.get(path), f"{language} {path}"
+        assert text != english.get(path) or not path.endswith(SENTENCES), f"{language} {path}"
 
 
 def test_what_is_typed_and_chosen_keeps_its_name(pack, english, language):
@@ -83,6 +82,8 @@ def test_what_is_typed_and_chosen_keeps_its_name(pack, english, language):
              for node in pack.nodes.NODES for each in node.GET_SCHEMA().inputs
              if each.get_io_type() == "COMBO" and each.id not in ("file", "scheduler")}  # fmt: skip
     for path, text in english.items():
+        if not path.endswith(SENTENCES):
+            continue
         node = path.partition(".")[0]
         names = [*re.findall(r"\d+(?:\.\d+)?", text), *re.findall(r"[\w./]*[a-z][_/][a-z]\w*", text)]
         names += [choice for choice in fixed.get(path, ()) if re.search(rf"\b{choice}\b", text)]
@@ -100,7 +101,7 @@ def test_nodes_have_one_name(english, language):
         name, addition = re.fullmatch(r"(.*) (\(.*\))", told[path]).groups()
         assert english[path] == f"{title} {addition}"
         for other, text in english.items():
-            if re.search(rf"(?<!stock ){title}\b(?! Model)", text):
+            if other.endswith(SENTENCES) and re.search(rf"(?<!stock ){title}\b(?! Model)", text):
                 assert name in told[other], f"{language} {other}: where is {name}, which is {title}?"
 
 
