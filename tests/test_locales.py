@@ -77,7 +77,7 @@ def test_texts_are_translated(english, language):
 
 def test_what_is_typed_and_chosen_keeps_its_name(pack, english, language):
     """Numbers, file names, choices and inputs of other nodes, which no page translates."""
-    told = flat(translated(language))
+    told = english | flat(translated(language))
     fixed = {f"{node.GET_SCHEMA().node_id}.inputs.{each.id}.tooltip": each.options
              for node in pack.nodes.NODES for each in node.GET_SCHEMA().inputs
              if each.get_io_type() == "COMBO" and each.id not in ("file", "scheduler")}  # fmt: skip
@@ -94,7 +94,7 @@ def test_what_is_typed_and_chosen_keeps_its_name(pack, english, language):
 
 def test_nodes_have_one_name(english, language):
     """Each its own, with the English addition, and the others call it so."""
-    told = flat(translated(language))
+    told = english | flat(translated(language))
     titles = {path: re.sub(r" \(.*", "", text) for path, text in english.items() if path.endswith("display_name")}
     assert len({told[path] for path in titles}) == len(titles)
     for path, title in titles.items():
@@ -131,6 +131,7 @@ def test_chinese_help_page_is_the_english_one(node):
     here, there = (DOCS / file for file in (f"{node}.md", f"{node}/zh.md"))
     text, chinese = (path.read_text(encoding="utf-8") for path in (here, there))
     assert shape(chinese) == shape(text)
+    assert not re.search(r"[）)]\*\w", chinese), "Markdown sees no end of an emphasis there: it needs a space behind it"
     words = translated("zh")[node]
     assert chinese.startswith(f"# {words['display_name'].removesuffix(' (Tune-A-Video)')}\n")
     outputs = [output.get("name") for output in words["outputs"].values()] if "outputs" in words else []
