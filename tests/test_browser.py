@@ -277,7 +277,7 @@ def test_help(page, server, node):
     if PICTURES:
         draw_wiring(page, node)
     text = (DOCS / f"{node}.md").read_text()
-    for file in [f"{node}.md", *re.findall(r"!\[.*?\]\((.*?)\)", text)]:
+    for file in [f"{node}.md", f"{node}/zh.md", *re.findall(r"!\[.*?\]\((.*?)\)", text)]:
         served = page.request.get(f"{server.url}/extensions/tune-a-video/docs/{file}")
         assert served.body() == (DOCS / file).read_bytes()
     (definition,) = server.get(f"/object_info/{node}").values()
@@ -291,19 +291,58 @@ def test_each_node_has_help(server):
     assert sorted(node for node in server.get("/object_info") if node.startswith("TAV")) == NODES
 
 
-def test_help_opens_in_the_page(page):
+def open_help(page: Page, kind: str):
     page.evaluate("graph => app.loadGraphData(graph)", saved(FIRST))
     page.evaluate(
-        """() => {
-            const node = app.graph.nodes.find(node => node.type == 'TAVInflate')
+        """kind => {
+            const node = app.graph.nodes.find(node => node.type == kind)
             app.canvas.selectNode(node)
             app.canvas.centerOnNode(node)
-        }"""
+        }""",
+        kind,
     )
     page.get_by_test_id("info-button").click()
+
+
+def test_help_opens_in_the_page(page):
+    open_help(page, "TAVInflate")
     shown = page.locator(".node-help-content")
     expect(shown.get_by_role("heading", name="Inflate")).to_be_visible()
     page.wait_for_function("() => document.querySelector('.node-help-content img')?.naturalWidth > 100")
+
+
+def test_other_languages(browser, server):
+    """Texts of `locales/`, and a help page, in Chinese with its picture too.
+
+    Older frontends lose what a pack says in the languages that they know themselves; newer ones offer no German.
+    """
+    language = "zh" if is_newer(server) else "de"
+    server.post("/settings", {"Comfy.Locale": language})
+    try:
+        page = visit(browser, server)
+        shown = page.evaluate(
+            """kinds => Object.fromEntries(kinds.map(kind => {
+                const node = LiteGraph.createNode(kind), slots = [...node.inputs, ...(node.widgets ?? [])]
+                return [kind, {
+                    title: node.title, description: node.constructor.nodeData.description,
+                    inputs: Object.fromEntries(slots.map(slot => [slot.name, slot.localized_name ?? slot.label])),
+                    outputs: node.outputs.map(slot => slot.localized_name),
+                }]
+            }))""",
+            NODES,
+        )
+        for kind, texts in json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text()).items():
+            assert [texts["display_name"], texts["description"]] == [shown[kind]["title"], shown[kind]["description"]]
+            names = {name: text["name"] for name, text in texts["inputs"].items()}
+            assert names.items() <= shown[kind]["inputs"].items()
+            for i, text in texts.get("outputs", {}).items():
+                assert text.get("name") in (None, shown[kind]["outputs"][int(i)])
+        open_help(page, "TAVInflate")
+        heading = "膨胀" if language == "zh" else "Inflate"
+        expect(page.locator(".node-help-content").get_by_role("heading", name=heading)).to_be_visible()
+        page.wait_for_function("() => document.querySelector('.node-help-content img')?.naturalWidth > 100")
+    finally:
+        server.post("/settings", {"Comfy.Locale": "en"})
 
 
 # ------------------------------------------------------------------------------------------------- pictures

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = (".github", "nodes", "tav_core", "tests", "workflows")  # and not what was installed beside them
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))])
 DOCUMENTS = [path for path in DOCUMENTS if ".pytest_cache" not in path.parts]
+HELP = ROOT / "nodes" / "web" / "docs"
 
 
 def names(paths) -> list[str]:
@@ -35,11 +36,12 @@ def anchors(path: Path) -> set[str]:
 @pytest.mark.parametrize("document", names(DOCUMENTS))
 def test_links_lead_to_files_and_headings(document):
     path = ROOT / document
+    folder = HELP if HELP in path.parents else path.parent  # in ComfyUI those of translated pages lead from there
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(path.read_text())):
         if re.match(r"[a-z]+:", target):
             continue
         file, _, anchor = unquote(target).partition("#")
-        found = (path.parent / file).resolve() if file else path
+        found = (folder / file).resolve() if file else path
         assert found.exists(), target
         assert found.is_relative_to(ROOT), f"{target} leads out of the repository"
         assert not anchor or anchor in anchors(found), target
