@@ -330,7 +330,7 @@ def _sample(args):
         if args.noise is not None and getattr(args, name) is not None:
             problem = f"does nothing with {field('noise')}: it is of random noise"
             raise TavError(name, None, problem, "leave it out")
-    edits, preset, project = _edits(args), _preset(args), Project.at(args.output)
+    edits, preset = _edits(args), _preset(args)
     _tuned_info(args)  # a damaged file should not surface after the checkpoint is loaded
     inverted = None if args.noise is None else read_noise(args.noise, preset)
     subject = inverted and inverted.subject
@@ -339,7 +339,10 @@ def _sample(args):
         raise TavError("steady", args.steady, problem, f"leave it out, or invert with {field('contrast')}")
     for edit in edits:
         pipeline.check_edit(edit.prompt, edit.region, subject is not None)
-    files = [f"{file_name(number, edit.prompt)}.mp4" for number, edit in enumerate(edits, project.next_number)]
+    files = [
+        f"{file_name(number, edit.prompt)}.mp4"
+        for number, edit in enumerate(edits, Project.at(args.output).next_number)
+    ]
     job.check_folder(args.output, [*files, *SHOWN, SUMMARY], noise=args.noise, tuned=args.tuned)
     checkpoint = _checkpoint(args, preset)
     unet, info, weights = _load_tuned_unet(args, checkpoint)
@@ -351,9 +354,9 @@ def _sample(args):
         _check_noise(args.noise, inverted, checkpoint, weights)
         starts = {None: replace(inverted, fps=rate, sound=sound)}
     _window_if_longer(args, info, next(iter(starts.values())).latents.shape[2])
-    _share(args, project, info, checkpoint, weights, next(iter(starts.values())))
     preset, drawn = preset_of(args), []
     with job.claimed(args.output):
+        project = _shared(args, info, checkpoint, weights, next(iter(starts.values())))
         progress = Progress().stop_at_interrupt()
         if inverted is not None and inverted.frames is not None and "source" not in project.summary:
             project.put("source", inverted.frames, rate, sound)
@@ -366,22 +369,24 @@ def _sample(args):
         tell(args.output / edit["file"])
 
 
-def _share(args, project: Project, info: TunedInfo, checkpoint: Checkpoint, weights: str, start: InvertedNoise):
-    """Notes in the project what its edits share.
+def _shared(args, info: TunedInfo, checkpoint: Checkpoint, weights: str, start: InvertedNoise) -> Project:
+    """The project in --output, which knows what its edits share.
 
     Raises:
         TavError: it has other weights, another clip or another size.
     """
+    project, remedy = Project.at(args.output), f"choose another {field('output')}"
     (_, _, count, height, width), factor = start.latents.shape, checkpoint.downscale
-    clip = {} if start.frames is None else {"clip": hash_tensors([start.frames])}
     facts = {"prompt": start.prompt or info.prompt, "checkpoint": checkpoint.name, "frames": count,
              "fps": round(start.fps, 3), "size": [width * factor, height * factor], "weights": weights}  # fmt: skip
-    remedy = f"choose another {field('output')}"
-    project.check_same("tuned", args.tuned, project.summary, "weights", weights, remedy)
-    for name, value in clip.items():
-        project.check_same("noise", args.noise, project.summary, name, value, remedy)
-    project.check_same("size", facts["size"], project.summary, "size", facts["size"], remedy)
-    project.summary = facts | clip | project.summary
+    if start.frames is not None:
+        facts["clip"] = hash_tensors([start.frames])
+    for of, shown, name in (("tuned", args.tuned, "weights"), ("noise", args.noise, "clip"),
+                            ("size", facts["size"], "size")):  # fmt: skip
+        if name in facts:
+            project.check_same(of, shown, project.summary, name, facts[name], remedy)
+    project.summary = facts | project.summary
+    return project
 
 
 def _metrics(args):

@@ -179,7 +179,10 @@ class Project:
         )
 
     def show_grid(self, edits: Sequence[dict[str, Any]], fps: float):
-        """Edits of a sweep side by side, as a video and a picture: the last setting that varies along the columns."""
+        """The edits of a sweep, every combination of some settings, as a table: a video, and a picture of its middle.
+
+        The last setting that varies goes along the columns. Of what is no whole table nothing is written.
+        """
         axes = [name for name in SWEPT if len({edit[name] for edit in edits}) > 1]
         if not axes:
             return
@@ -187,7 +190,9 @@ class Project:
         told = labels([{**edit, column: None} for edit in edits], axes[:-1])
         rows, columns = list(dict.fromkeys(told)), sorted({edit[column] for edit in edits})
         cells = {(row, edit[column]): self.video(edit["file"]) for row, edit in zip(told, edits)}
-        names = [f"{column.replace('_', ' ')} {value:g}" for value in columns]
+        if len(cells) < len(rows) * len(columns):
+            return
+        names = [_told(column, value) for value in columns]
         video = grid([[cells[row, value] for value in columns] for row in rows], rows, names)
         numbers = [edit["number"] for edit in edits]
         name, title = f"grid-{min(numbers)}", " and ".join(axis.replace("_", " ") for axis in axes)
@@ -213,12 +218,16 @@ class Project:
 
 
 def labels(edits: Sequence[dict[str, Any]], always: Sequence[str] = ()) -> list[str]:
-    """What an edit is called beside others: its sentence, and what tells it apart from others of that sentence."""
+    """What an edit is called beside others: its sentence, behind what tells it apart from others of that sentence.
+
+    So it is seen where a long sentence has to be cut.
+    """
     told = []
     for edit in edits:
         alike = [other for other in edits if other["prompt"] == edit["prompt"]]
         apart = [name for name in TOLD_APART if name in always or len({repr(each.get(name)) for each in alike}) > 1]
-        told.append(", ".join([edit["prompt"], *(_told(name, edit.get(name)) for name in apart)]))
+        settings = ", ".join(_told(name, edit.get(name)) for name in apart)
+        told.append(f"{settings}: {edit['prompt']}" if settings else edit["prompt"])
     return told
 
 
