@@ -56,6 +56,8 @@ def draw(
     found, of_clip = [], {}
     if seed is None:
         of_clip = dict(source_prompt=noise.prompt, subject=noise.subject, source_frames=noise.frames)
+        if noise.frames is not None:  # figures are of these, not of what a codec has left of them
+            project.videos["source.mp4"] = noise.frames
     for edit in edits:
         settings = settings_of(edit, preset, noise, negative_prompt, seed)
         if (known := project.find(settings)) is not None:

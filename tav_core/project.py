@@ -59,7 +59,7 @@ class Project:
         """
         if not (folder / SUMMARY).exists():
             return cls(folder, {"edits": []})
-        summary = read_summary(folder, "output", f"choose another {errors.field('output')}")
+        summary = read_summary(folder, "output", f"choose another {errors.field('output')}, or delete it")
         summary["edits"] = [edit for edit in summary["edits"] if (folder / edit["file"]).is_file()]
         for name in NAMED:
             if name in summary and not (folder / summary[name]["file"]).is_file():
@@ -144,7 +144,8 @@ class Project:
 
     def show(self, fps: float, sound: Sound | None):
         """Strip, comparison and page of all edits."""
-        videos, told = [self.video(edit["file"]) for edit in self.edits], labels(self.edits)
+        videos = [self.video(edit["file"]) for edit in self.edits]
+        told = [f"{edit['number']}. {label}" for edit, label in zip(self.edits, labels(self.edits))]
 
         def with_named(names: Sequence[str]) -> tuple[list[Tensor], list[str]]:
             there = [name for name in names if name in self.summary]
