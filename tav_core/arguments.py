@@ -19,6 +19,7 @@ from .terminal import add_preset_arguments
 from .video import FITS
 
 FRAMES = 8  # where nothing else says how many
+SWEEPS = dict.fromkeys(("guidance_scale", "attention_injection"), "several for a grid of edits")
 
 
 # ------------------------------------------------------------------------------------------------ kinds of values
@@ -191,6 +192,11 @@ def contrast_arguments(parser):
     _number(parser, "--softness", "softness", metavar="PIXELS", help=told)
 
 
+def overwrite_argument(parser):
+    told = "begin the project in --output anew, instead of adding to it"
+    parser.add_argument("--overwrite", action="store_true", help=told)
+
+
 def tuned_argument(parser):
     told = "tuned.safetensors of `tune` or `edit`; not needed with a Tune-A-Video model"
     parser.add_argument("--tuned", type=path, metavar="FILE", help=told)
@@ -198,6 +204,7 @@ def tuned_argument(parser):
 
 def demo_arguments(parser):
     parser.add_argument("--output", type=path, default=Path("tav-demo"), metavar="DIR", help="(tav-demo)")
+    overwrite_argument(parser)
     device_argument(parser)
     add_preset_arguments(parser)
     parser.set_defaults(checkpoint="mini", prediction_type=None)
@@ -208,11 +215,13 @@ def edit_arguments(parser):
     parser.add_argument("--prompt", required=True, type=sentence, metavar="TEXT", help=told)
     edits_arguments(parser)
     contrast_arguments(parser)
-    parser.add_argument("--output", required=True, type=path, metavar="DIR")
+    told = "of the project: edits of its clip are added, nothing is tuned or drawn twice"
+    parser.add_argument("--output", required=True, type=path, metavar="DIR", help=told)
+    overwrite_argument(parser)
     video_arguments(parser)
     model_arguments(parser)
     tuning_arguments(parser)
-    add_preset_arguments(parser)
+    add_preset_arguments(parser, several=SWEEPS | {"seed": "a project has one, that of its tuning"})
 
 
 def tune_arguments(parser):
@@ -248,11 +257,12 @@ def sample_arguments(parser):
     told = "frame rate of the written videos (that of the clip in --noise; else 8)"
     _number(parser, "--fps", "fps", metavar="X", help=told)
     audio_argument(parser)
-    parser.add_argument("--output", required=True, type=path, metavar="DIR")
+    told = "edits are added to what is there, also to a project of `edit`"
+    parser.add_argument("--output", required=True, type=path, metavar="DIR", help=told)
     model_arguments(parser)
     names = ("seed", "dtype", "sampling_steps", "guidance_scale", "attention_injection", "caption_as_negative",
              "steady", "context_length", "context_overlap")  # fmt: skip
-    add_preset_arguments(parser, *names)
+    add_preset_arguments(parser, *names, several=SWEEPS | {"seed": "of random noise; several for a grid of edits"})
 
 
 def metrics_arguments(parser):

@@ -5,6 +5,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .arguments import (
 from .checkpoint import Checkpoint, load_checkpoint
 from .clip_metrics import load_clip, load_dino
 from .ddim import ddim_timesteps
+from .drawing import Edit, draw
 from .errors import Cancelled, TavError, field
 from .inflation import VideoUNet
 from .limits import LIMITS, check_pixels
@@ -35,11 +37,14 @@ from .noise import InvertedNoise, read_noise, save_noise
 from .pictures import IMAGES, is_animated
 from .precision import DTYPES
 from .presets import Preset
+from .project import SHOWN, SUMMARY, Project, file_name, write_json
 from .sound import Sound
 from .subject import SOFTNESS
 from .terminal import Parser, Progress, check_needs, preset_of, run, tell
-from .tuned_weights import TunedInfo, load_tuned, read_tuned
-from .video import Clip, load_video, save_video
+from .trainable import trainable_parameters
+from .tuned_weights import TunedInfo, load_tuned, read_tuned, weights_fingerprint
+from .tuning_state import hash_tensors
+from .video import Clip, load_video
 from .windows import check_context_length
 
 FPS = 8.0  # where nothing else says how fast
@@ -113,8 +118,8 @@ def _tuned_info(args) -> TunedInfo | None:
     return None if args.tuned is None else read_tuned(args.tuned)
 
 
-def _load_tuned_unet(args, checkpoint: Checkpoint):
-    """The inflated U-Net with the weights of --tuned, in the --dtype, and what the file says of them.
+def _load_tuned_unet(args, checkpoint: Checkpoint) -> tuple[VideoUNet, TunedInfo, str]:
+    """The inflated U-Net with the weights of --tuned, in the --dtype, what the file says of them, their fingerprint.
 
     Without --tuned, that of a Tune-A-Video --checkpoint, which doesn't say its sentence ("") or its frames (0).
     """
@@ -123,7 +128,7 @@ def _load_tuned_unet(args, checkpoint: Checkpoint):
         if not isinstance(checkpoint.unet, VideoUNet):
             remedy = f"give a file of `tune` or `edit`, or a {field('checkpoint')} that is a Tune-A-Video model"
             raise TavError("tuned", None, "is missing", remedy)
-        return nn.Module.to(checkpoint.unet, args.device, DTYPES[args.dtype]), TunedInfo(
+        info = TunedInfo(
             base="",
             base_name=checkpoint.name,
             prompt="",
@@ -134,9 +139,12 @@ def _load_tuned_unet(args, checkpoint: Checkpoint):
             config={},
             versions={},
         )
-    unet = pipeline.video_unet(checkpoint, **info.inflation)
-    load_tuned(args.tuned, unet)
-    return nn.Module.to(unet, DTYPES[args.dtype]), info
+        unet = nn.Module.to(checkpoint.unet, args.device)
+    else:
+        unet = pipeline.video_unet(checkpoint, **info.inflation)
+        load_tuned(args.tuned, unet)
+    weights = weights_fingerprint(trainable_parameters(unet))
+    return nn.Module.to(unet, DTYPES[args.dtype]), info, weights
 
 
 def _window_if_longer(args, info: TunedInfo, frames: int):
@@ -157,6 +165,14 @@ def _regions(args) -> list[str]:
         problem = f"has {len(regions)} values for {len(args.edit)} {field('edit')}"
         raise TavError("region", None, problem, "give one for all, or one for each in the same order")
     return regions * len(args.edit) if len(regions) == 1 else regions
+
+
+def _edits(args) -> list[Edit]:
+    """Every sentence with its region, under each combination of the settings of which there are several values."""
+    swept = [values if values and len(values) > 1 else [None] for values in (args.guidance_scale,
+                                                                            args.attention_injection)]  # fmt: skip
+    sentences = zip(args.edit, _regions(args))
+    return [Edit(prompt, region, *own) for (prompt, region), *own in product(sentences, *swept)]
 
 
 def _softness(args) -> int:
@@ -181,38 +197,52 @@ def _told_how_to_go_on(how: str = "add --resume") -> Iterator[None]:
 def _edit(args):
     check_needs(args, context_overlap="context_length", softness=SUBJECT, steady=SUBJECT)
     _check_subject(args)
-    edits = [job.Edit(prompt, region) for prompt, region in zip(args.edit, _regions(args))]
+    if args.seed is not None and len(args.seed) > 1:
+        problem = "has several values, and is that of the tuning: a project is tuned once"
+        raise TavError("seed", None, problem, f"give one for each {field('output')}")
+    edits = _edits(args)
     found_by = dict(word=args.word or "", mask=None if args.mask is None else torch.ones(1, 1, 1))  # till it is read
     wanted = job.EditJob(args.prompt, edits, _preset(args), args.contrast or (), _softness(args), args.negative_prompt,
                          _inflation(args), **found_by)  # fmt: skip
-    job.check_folder(args.output, wanted.files, video=args.video, mask=args.mask)
-    job.check_unfinished(args.output, args.resume)
+    if args.overwrite and args.resume:
+        raise TavError("resume", None, f"has nothing to go on with after {field('overwrite')}", "leave one of them out")
+    _check_project(args, wanted, args.resume, video=args.video, mask=args.mask)
     checkpoint = _checkpoint(args, wanted.preset)
     clip = _clip(args, checkpoint, args.video, sound=args.audio)
     wanted = replace(wanted, mask=_mask(args, clip))
     with job.claimed(args.output), _told_how_to_go_on():
         progress = Progress().stop_at_interrupt()
-        summary, _ = job.run_edit(wanted, checkpoint, clip, args.output, resume=args.resume, callback=progress)
+        summary, _ = job.run_edit(wanted, checkpoint, clip, args.output, resume=args.resume, overwrite=args.overwrite,
+                                  callback=progress)  # fmt: skip
     _report(args.output, summary)
+
+
+def _check_project(args, wanted: job.EditJob, resume: bool, **inputs: Path | None):
+    """Says before any work what is in the way of a project in --output."""
+    first = 1 if args.overwrite else Project.at(args.output).next_number
+    job.check_folder(args.output, wanted.files(first), **inputs)
+    if not args.overwrite:
+        job.check_free(args.output, resume)
 
 
 def _demo(args):
     from .mini import demo  # the world is needed here alone
 
     check_needs(args, context_overlap="context_length")
-    edits = [job.Edit(prompt, demo.REGIONS[kind]) for kind, prompt in demo.EDITS.items()]
+    edits = [Edit(prompt, demo.REGIONS[kind]) for kind, prompt in demo.EDITS.items()]
     wanted = job.EditJob(demo.PROMPT, edits, _preset(args), demo.CONTRASTS)
     if args.context_length is not None:
         check_context_length(args.context_length, FRAMES)
-    job.check_folder(args.output, wanted.files)
+    _check_project(args, wanted, resume=True)
     checkpoint = _checkpoint(args, wanted.preset)
     clip = load_video(demo.CLIP, count=FRAMES, width=checkpoint.size, height=checkpoint.size)
     with job.claimed(args.output):
         with _told_how_to_go_on("run the command again"):
             progress = Progress().stop_at_interrupt()
-            summary, videos = job.run_edit(wanted, checkpoint, clip, args.output, callback=progress)
-        summary["judged"] = {kind: demo.score(kind, videos[prompt].numpy()) for kind, prompt in demo.EDITS.items()}
-        job.write_json(args.output / "summary.json", summary)
+            summary, videos = job.run_edit(wanted, checkpoint, clip, args.output, overwrite=args.overwrite,
+                                           callback=progress)  # fmt: skip
+        summary["judged"] = {kind: demo.score(kind, video.numpy()) for kind, video in zip(demo.EDITS, videos)}
+        write_json(args.output / SUMMARY, summary)
     _report(args.output, summary)
     print("judged by the classifier that ships with the mini checkpoint (1 is best):")
     for kind, figures in summary["judged"].items():
@@ -224,7 +254,8 @@ def _report(output: Path, summary: dict[str, Any]):
     reached = f"reconstruction {summary['reconstruction_psnr']} dB (the VAE alone: {summary['vae_psnr']} dB)"
     print(f"probe loss {loss['before']:.4f} -> {loss['after']:.4f}, {reached}")
     print(", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
-    tell(f"{output}: strip.png, comparison.mp4, " + ", ".join(summary["files"].values()))
+    files = [each["file"] for each in (summary["reconstruction"], *summary["edits"])]
+    tell(f"{output}: {', '.join([*SHOWN, *files])}")
 
 
 def _tune(args):
@@ -238,6 +269,8 @@ def _tune(args):
     for video in args.video:
         job.check_folder(args.output, job.TUNED_FILES, video=video)
     job.check_unfinished(args.output, args.resume)
+    if (args.output / SUMMARY).exists():
+        raise TavError("output", args.output, "holds a project, which has its tuned weights", "choose another one")
     checkpoint = _checkpoint(args, preset)
     clips = [_clip(args, checkpoint, video) for video in args.video]
     sources = [pipeline.prepare(checkpoint, clip.frames, prompt) for clip, prompt in zip(clips, args.prompt)]
@@ -258,7 +291,7 @@ def _invert(args):
     if prompt:
         pipeline.check_contrasts(prompt, args.contrast or ())
     checkpoint = _checkpoint(args, preset)
-    unet, info = _load_tuned_unet(args, checkpoint)
+    unet, info, weights = _load_tuned_unet(args, checkpoint)
     args.frames, args.size = args.frames or info.num_frames or FRAMES, args.size or (info.width, info.height)
     _window_if_longer(args, info, args.frames)
     preset, subject = preset_of(args), None
@@ -273,7 +306,8 @@ def _invert(args):
     elif args.contrast or args.word:
         given = (args.contrast or (), preset, _softness(args), args.word or "")
         subject = pipeline.find_subject(checkpoint, unet, source, *given)
-    save_noise(args.output, InvertedNoise(noise, prompt, subject, clip.frames, clip.fps, clip.sound), preset)
+    inverted = InvertedNoise(noise, prompt, subject, clip.frames, clip.fps, clip.sound, weights)
+    save_noise(args.output, inverted, preset)
     tell(args.output)
 
 
@@ -295,35 +329,64 @@ def _sample(args):
     for name in ("frames", "seed"):
         if args.noise is not None and getattr(args, name) is not None:
             problem = f"does nothing with {field('noise')}: it is of random noise"
-            raise TavError(name, getattr(args, name), problem, "leave it out")
-    regions, preset = _regions(args), _preset(args)
+            raise TavError(name, None, problem, "leave it out")
+    edits, preset = _edits(args), _preset(args)
     _tuned_info(args)  # a damaged file should not surface after the checkpoint is loaded
     inverted = None if args.noise is None else read_noise(args.noise, preset)
     subject = inverted and inverted.subject
     if args.steady is not None and subject is None:
         problem = f"does nothing: {args.noise} knows no subject"
         raise TavError("steady", args.steady, problem, f"leave it out, or invert with {field('contrast')}")
-    for prompt, region in zip(args.edit, regions):
-        pipeline.check_edit(prompt, region, subject is not None)
-    files = [f"{job.file_name(number, prompt)}.mp4" for number, prompt in enumerate(args.edit, 1)]
-    job.check_folder(args.output, files, noise=args.noise, tuned=args.tuned)
+    for edit in edits:
+        pipeline.check_edit(edit.prompt, edit.region, subject is not None)
+    files = [
+        f"{file_name(number, edit.prompt)}.mp4"
+        for number, edit in enumerate(edits, Project.at(args.output).next_number)
+    ]
+    job.check_folder(args.output, [*files, *SHOWN, SUMMARY], noise=args.noise, tuned=args.tuned)
     checkpoint = _checkpoint(args, preset)
-    unet, info = _load_tuned_unet(args, checkpoint)
+    unet, info, weights = _load_tuned_unet(args, checkpoint)
+    rate, sound = _pace(args, inverted)
     if inverted is None:
-        latents, of_clip = _random_noise(args, checkpoint, info, preset.tuning.seed), {}
+        starts = {seed: InvertedNoise(_random_noise(args, checkpoint, info, seed), "", fps=rate)
+                  for seed in args.seed or [preset.tuning.seed]}  # fmt: skip
     else:
-        _check_noise(args.noise, inverted, checkpoint)
-        latents = inverted.latents
-        of_clip = dict(source_prompt=inverted.prompt, subject=subject, source_frames=inverted.frames)
-    _window_if_longer(args, info, latents.shape[2])
-    preset, (rate, sound) = preset_of(args), _pace(args, inverted)
+        _check_noise(args.noise, inverted, checkpoint, weights)
+        starts = {None: replace(inverted, fps=rate, sound=sound)}
+    _window_if_longer(args, info, next(iter(starts.values())).latents.shape[2])
+    preset, drawn = preset_of(args), []
     with job.claimed(args.output):
+        project = _shared(args, info, checkpoint, weights, next(iter(starts.values())))
         progress = Progress().stop_at_interrupt()
-        for file, prompt, region in zip(files, args.edit, regions):
-            video = pipeline.sample(checkpoint, unet, latents, prompt, preset, **of_clip, region=region,
-                                    negative_prompt=args.negative_prompt, callback=progress)  # fmt: skip
-            save_video(video, args.output / file, rate, sound)
-            tell(args.output / file)
+        if inverted is not None and inverted.frames is not None and "source" not in project.summary:
+            project.put("source", inverted.frames, rate, sound)
+        for seed, start in starts.items():
+            drawn += draw(project, edits, checkpoint, unet, preset, start, negative_prompt=args.negative_prompt,
+                          seed=seed, callback=progress)  # fmt: skip
+        project.show_grid(drawn, rate)
+        project.show(rate, sound)
+    for edit in drawn:
+        tell(args.output / edit["file"])
+
+
+def _shared(args, info: TunedInfo, checkpoint: Checkpoint, weights: str, start: InvertedNoise) -> Project:
+    """The project in --output, which knows what its edits share.
+
+    Raises:
+        TavError: it has other weights, another clip or another size.
+    """
+    project, remedy = Project.at(args.output), f"choose another {field('output')}"
+    (_, _, count, height, width), factor = start.latents.shape, checkpoint.downscale
+    facts = {"prompt": start.prompt or info.prompt, "checkpoint": checkpoint.name, "frames": count,
+             "fps": round(start.fps, 3), "size": [width * factor, height * factor], "weights": weights}  # fmt: skip
+    if start.frames is not None:
+        facts["clip"] = hash_tensors([start.frames])
+    for of, shown, name in (("tuned", args.tuned, "weights"), ("noise", args.noise, "clip"),
+                            ("size", facts["size"], "size")):  # fmt: skip
+        if name in facts:
+            project.check_same(of, shown, project.summary, name, facts[name], remedy)
+    project.summary = facts | project.summary
+    return project
 
 
 def _metrics(args):
@@ -385,8 +448,8 @@ def _pace(args, inverted: InvertedNoise | None) -> tuple[float, Sound | None]:
     return rate, sound if args.audio and math.isclose(rate, fps or 0, rel_tol=1e-3) else None
 
 
-def _check_noise(path: Path, noise: InvertedNoise, checkpoint: Checkpoint):
-    """Raises a TavError for noise of another kind of checkpoint."""
+def _check_noise(path: Path, noise: InvertedNoise, checkpoint: Checkpoint, weights: str):
+    """Raises a TavError for noise of another kind of checkpoint, or that was inverted with other weights."""
     shape, channels = noise.latents.shape, checkpoint.unet.config.in_channels
     heights = {shape[3] * checkpoint.downscale}
     heights |= set() if noise.subject is None else {noise.subject.shape[3]}
@@ -394,6 +457,9 @@ def _check_noise(path: Path, noise: InvertedNoise, checkpoint: Checkpoint):
     if shape[1] != channels or len(heights) > 1:
         problem = f"is of a checkpoint with other latents: {tuple(shape)}, with {channels} channels here"
         raise TavError("noise", path, problem, f"give the {field('checkpoint')} that it was inverted with")
+    if noise.weights not in (None, weights):  # earlier versions noted none
+        problem = f"was inverted with other weights than those of {field('tuned')}"
+        raise TavError("noise", path, problem, "give the file that it was inverted with, or invert the clip again")
 
 
 def _bench_arguments(parser):

@@ -1,13 +1,12 @@
 """A whole edit with its files: a clip in, tuned weights, noise, edited videos, pictures and a summary out."""
 
+import functools
 import json
 import os
-import re
 import stat
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +14,31 @@ import torch
 from torch import Tensor
 
 from . import errors, pipeline
-from .atomic import atomic_path, sole_user
+from .atomic import sole_user
 from .checkpoint import Checkpoint, decode_video
+from .drawing import Edit, draw, settings_of
 from .errors import TavError
 from .events import Callback, Note, ignored
 from .inflation import VideoUNet
-from .kept import Kept
 from .limits import check
-from .metrics import frame_difference, psnr
-from .noise import InvertedNoise, save_noise
+from .metrics import psnr
+from .noise import InvertedNoise, read_noise, save_noise
 from .precision import DTYPES
 from .presets import Preset
+from .project import NAMED, NOISE, SHOWN, SUMMARY, Project, file_name
 from .subject import SOFTNESS
-from .tuned_weights import save_tuned
+from .trainable import trainable_parameters
+from .tuned_weights import base_fingerprint, load_tuned, save_tuned, weights_fingerprint
 from .tuning import TuneResult
 from .tuning_state import hash_tensors
-from .video import Clip, save_video
-from .visuals import loss_curve, side_by_side, spotlight, strip
+from .video import Clip
+from .visuals import loss_curve, spotlight
 
-# in the output folder, until all that they are for is written
-STATE, UNFINISHED = "tuning-state.safetensors", "unfinished"
+STATE = "tuning-state.safetensors"  # in the output folder, until the tuning is done
 TUNED_FILES = ["tuned.safetensors", "loss.png", STATE]
-
-
-@dataclass(frozen=True)
-class Edit:
-    """An edited sentence, and what of the clip it may change (see `EditPlaces.of`)."""
-
-    prompt: str
-    region: str = "everything"
+# settings of a tuning that change none of its weights
+ANY_TUNING = ("memory", "probe_every", "save_every", "save_minutes")
+INFLATION = {"attention": "sparse-causal", "temporal_causal": False, "norm": "video"}  # as by default
 
 
 @dataclass(frozen=True)
@@ -83,18 +78,17 @@ class EditJob:
                 remedy = f"give {errors.field('contrast')}, the clip's sentence with another subject, {others}"
                 raise TavError("region", edit.region, "needs to know where the subject is", remedy)
             pipeline.check_edit(edit.prompt, edit.region, self.knows_subject)
+            edit.preset_of(self.preset)
         pipeline.check_contrasts(self.prompt, self.contrasts)
 
     @property
     def knows_subject(self) -> bool:
         return bool(self.contrasts or self.word) or self.mask is not None
 
-    @property
-    def files(self) -> list[str]:
-        """Names of all files that `run_edit` writes."""
-        edits = [f"{file_name(number, edit.prompt)}.mp4" for number, edit in enumerate(self.edits, 1)]
-        others = ["noise.safetensors", "source.mp4", "reconstruction.mp4", "comparison.mp4", "strip.png"]
-        return [*TUNED_FILES, *others, *edits, "summary.json"]
+    def files(self, first: int = 1) -> list[str]:
+        """Names of the files that `run_edit` writes, if the first edit has that number."""
+        edits = [f"{file_name(number, edit.prompt)}.mp4" for number, edit in enumerate(self.edits, first)]
+        return [*TUNED_FILES, NOISE, *(f"{name}.mp4" for name in NAMED), *SHOWN, *edits, SUMMARY]
 
 
 def check_folder(folder: Path, files: Sequence[str], of: str = "output", **inputs: Path | None):
@@ -148,6 +142,14 @@ def check_unfinished(folder: Path, resume: bool):
     if (folder / STATE).exists() and not resume:
         go_on, start_over = f"add {errors.field('resume')} to go on with it", f"delete {STATE} to start over"
         raise TavError("output", folder, "holds an unfinished tuning", f"{go_on}, or {start_over}")
+
+
+def check_free(folder: Path, resume: bool):
+    """Raises a TavError for a folder that is neither free for a project nor holds one (see `check_unfinished`)."""
+    check_unfinished(folder, resume)
+    if (folder / "tuned.safetensors").exists() and not ((folder / STATE).exists() or (folder / SUMMARY).exists()):
+        remedy = f"choose another {errors.field('output')}, or {errors.field('overwrite')} them"
+        raise TavError("output", folder, "holds tuned weights of no project", remedy)
 
 
 @contextmanager
@@ -209,92 +211,176 @@ def tune_into(
 
 
 def run_edit(
-    job: EditJob, checkpoint: Checkpoint, clip: Clip, folder: Path, *, resume: bool = True, callback: Callback = ignored
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    job: EditJob,
+    checkpoint: Checkpoint,
+    clip: Clip,
+    folder: Path,
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+    callback: Callback = ignored,
+) -> tuple[dict[str, Any], list[Tensor]]:
     """Tune, invert, reconstruct, edit; writes everything into the folder.
 
-    Returns: the summary, and the videos by label (uint8 `f h w c`).
+    The folder is a project: what it has of the clip already, tuned weights, noise and edits, is used again, and edits
+    are added.
+
+    Args:
+        overwrite: what the folder has of a project is removed first.
+
+    Returns: the summary, and the videos of the job's edits (uint8 `f h w c`).
 
     Raises:
-        TavError, Cancelled: see `tune_into`; settings that the checkpoint can't follow.
+        TavError, Cancelled: see `tune_into`; settings that the checkpoint can't follow; a project of another clip,
+            checkpoint or tuning.
     """
-    preset, seconds = job.preset, {}
     check(fps=clip.fps)
-
-    def timed(stage: str, function: Callable, *args, **kwargs):
-        started = time.monotonic()
-        value = function(*args, **kwargs)
-        seconds[stage] = round(seconds.get(stage, 0) + time.monotonic() - started, 2)
-        return value
-
+    if overwrite:
+        _remove(folder)
+    check_free(folder, resume)
+    run = _Run(Project.at(folder), job, checkpoint, clip, callback)
+    run.check_same()
     if job.word:  # a wrong one should not surface after the tuning
-        pipeline.places_of(checkpoint, job.prompt, job.word, preset)
-    source = timed("encode", pipeline.prepare, checkpoint, clip.frames, job.prompt)
-    unet, result = timed("tune", tune_into, folder, checkpoint, [source], preset, inflation=job.inflation,
-                         resume=resume, callback=callback)  # fmt: skip
-    kept = Kept(folder / UNFINISHED, _depends_on(job, source, result))
-    noise = kept("noise", lambda: timed("invert", pipeline.invert, checkpoint, unet, source, preset, callback=callback))
-    subject = None if job.mask is None else pipeline.drawn_subject(job.mask, clip.frames, job.softness)
-    if job.knows_subject and subject is None:
-        args = (checkpoint, unet, source, job.contrasts, preset, job.softness, job.word)
-        subject = kept("subject", lambda: timed("find the subject", pipeline.find_subject, *args))
-    inverted = InvertedNoise(noise, job.prompt, subject, clip.frames, clip.fps, clip.sound)
-    save_noise(folder / "noise.safetensors", inverted, preset)
-    save_video(clip.frames, folder / "source.mp4", clip.fps, clip.sound)
-    videos, files, regions = {"source": clip.frames}, {}, {}
-    for number, edit in enumerate([Edit(job.prompt), *job.edits]):
-        label = edit.prompt if number else "reconstruction"
-        if number and label in ("subject", "reconstruction", *videos):
-            label = f"{label} ({number})"
-
-        def draw(edit=edit, label=label) -> Tensor:
-            callback(Note(f"{label} ..."))
-            return timed("sample", pipeline.sample, checkpoint, unet, noise, edit.prompt, preset,
-                         source_prompt=job.prompt, negative_prompt=job.negative_prompt, subject=subject,
-                         region=edit.region, source_frames=clip.frames, callback=callback)  # fmt: skip
-
-        videos[label] = kept(str(number), draw, prompt=edit.prompt, region=edit.region)
-        files[label] = f"{file_name(number, edit.prompt) if number else label}.mp4"
-        save_video(videos[label], folder / files[label], clip.fps, clip.sound)
-        regions |= {label: edit.region} if number else {}
-    shown = videos if subject is None else {"source": clip.frames, "subject": spotlight(clip.frames, subject), **videos}
-    strip(list(shown.values()), list(shown), folder / "strip.png")
-    together = side_by_side(list(videos.values()), list(videos))
-    save_video(together, folder / "comparison.mp4", clip.fps, clip.sound)
-    ceiling = psnr(decode_video(checkpoint, source.take.latents), clip.frames)  # what the VAE alone leaves of the clip
-    summary = {
-        "prompt": job.prompt, "checkpoint": checkpoint.name, "frames": len(clip.frames), "fps": round(clip.fps, 3),
-        "size": [clip.frames.shape[2], clip.frames.shape[1]], "settings": asdict(preset), "steps": result.steps,
-        "probe_loss": {"before": result.probe_losses[0][1], "after": result.probe_losses[-1][1]},
-        "reconstruction_psnr": round(psnr(videos["reconstruction"], clip.frames), 2), "vae_psnr": round(ceiling, 2),
-        "frame_difference": {label: round(frame_difference(video), 4) for label, video in videos.items()},
-        "regions": regions, "files": files, "seconds": seconds,
-    }  # fmt: skip
-    write_json(folder / "summary.json", summary)
-    kept.remove()
-    (folder / STATE).unlink(missing_ok=True)
-    return summary, videos
+        pipeline.places_of(checkpoint, job.prompt, job.word, job.preset)
+    unet, project = run.tuned(resume), run.project
+    if "source" not in project.summary:
+        project.put("source", clip.frames, clip.fps, clip.sound)
+    noise = run.inverted(unet)
+    if "reconstruction" not in project.summary:
+        run.reconstruct(unet, noise)
+    edits = draw(project, job.edits, checkpoint, unet, job.preset, noise, negative_prompt=job.negative_prompt,
+                 callback=callback)  # fmt: skip
+    project.show_grid(edits, clip.fps)
+    project.show(clip.fps, clip.sound)
+    return project.summary, [project.video(edit["file"]) for edit in edits]
 
 
-def _depends_on(job: EditJob, source: pipeline.Source, result: TuneResult) -> dict[str, Any]:
-    """What decides on noise, subject and edits, but for an edit's own sentence and region."""
-    settings = asdict(job.preset)
-    tuning = settings.pop("tuning")  # its weights tell of the rest
-    return {
-        "weights": hash_tensors(result.weights.values()),
-        "latents": hash_tensors([source.take.latents, source.frames]),
-        "prompts": [job.prompt, job.negative_prompt, *job.contrasts, job.softness, job.word],
-        "mask": None if job.mask is None else hash_tensors([job.mask]),
-        "settings": settings | {name: tuning[name] for name in ("seed", "dtype", "context_length")},
-        "versions": [torch.__version__, str(source.take.latents.device)],
-    }
+def _remove(folder: Path):
+    """Removes a project, also one that can't be read any more."""
+    try:
+        project = Project.at(folder)
+    except TavError:
+        project = Project(folder, {"edits": []})
+    project.remove()
+    for name in (*TUNED_FILES, NOISE):
+        (folder / name).unlink(missing_ok=True)
 
 
-def file_name(number: int, prompt: str) -> str:
-    """Of an edit, without suffix."""
-    return f"edit-{number}-{re.sub('[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60]}"
+@dataclass
+class _Run:
+    """The stages of a job, as far as its project lacks what they make."""
 
+    project: Project
+    job: EditJob
+    checkpoint: Checkpoint
+    clip: Clip
+    callback: Callback
 
-def write_json(path: Path, content: dict):
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+    @functools.cached_property
+    def source(self) -> pipeline.Source:
+        return self.project.timed("encode", pipeline.prepare, self.checkpoint, self.clip.frames, self.job.prompt)
+
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """What all edits of the project share, as its summary has it."""
+        job, checkpoint, (f, h, w, _) = self.job, self.checkpoint, self.clip.frames.shape
+        base = base_fingerprint(checkpoint.unet)
+        if isinstance(checkpoint.unet, VideoUNet):  # which is tuned further
+            base += weights_fingerprint(trainable_parameters(checkpoint.unet))
+        prediction_type = checkpoint.scheduler.config.prediction_type
+        return {
+            "prompt": job.prompt, "checkpoint": checkpoint.name, "frames": f, "fps": round(self.clip.fps, 3),
+            "size": [w, h], "clip": hash_tensors([self.clip.frames]),
+            "model": {"base": base, "prediction_type": prediction_type, **INFLATION, **job.inflation},
+            "settings": json.loads(json.dumps(asdict(job.preset))),
+        }  # fmt: skip
+
+    def check_same(self):
+        """Raises a TavError for another clip, checkpoint or tuning than those of the project."""
+        project, known, facts, output = self.project, self.project.summary, self.facts, errors.field("output")
+        if "weights" in known and not {"model", "settings"} <= known.keys():
+            raise TavError("output", project.folder, "holds samples, and no tuning", f"choose another {output}")
+        remedy = f"choose another {output}, or {errors.field('overwrite')} the project"
+        project.check_same("prompt", facts["prompt"], known, "prompt", facts["prompt"], remedy)
+        project.check_same("video", None, known, "clip", facts["clip"], remedy)
+        of_model, of_tuning = known.get("model", {}), known.get("settings", {}).get("tuning", {})
+        for name, value in facts["model"].items():
+            of, shown = ("checkpoint", facts["checkpoint"]) if name == "base" else (name, value)
+            project.check_same(of, shown, of_model, name, value, remedy)
+        for name, value in facts["settings"]["tuning"].items():
+            if name not in ANY_TUNING:
+                project.check_same(name, value, of_tuning, name, value, remedy)
+
+    def tuned(self, resume: bool) -> VideoUNet:
+        """The U-Net with the weights of the project, which are tuned if it has none."""
+        project, preset, path = self.project, self.job.preset, self.project.folder / "tuned.safetensors"
+        if "weights" in project.summary:
+            unet = pipeline.video_unet(self.checkpoint, **self.job.inflation)
+            load_tuned(path, unet)
+            remedy = f"bring back those, or {errors.field('overwrite')} the project"
+            weights = weights_fingerprint(trainable_parameters(unet))
+            project.check_same("tuned", path, project.summary, "weights", weights, remedy)
+            self.callback(Note(f"{path} is tuned on this clip already"))
+            unet = torch.nn.Module.to(unet, DTYPES[preset.tuning.dtype])
+        else:
+            sources, options = [self.source], dict(inflation=self.job.inflation, resume=resume, callback=self.callback)
+            unet, result = project.timed("tune", tune_into, project.folder, self.checkpoint, sources, preset, **options)
+            before, after = result.probe_losses[0][1], result.probe_losses[-1][1]
+            project.summary |= self.facts | {"weights": weights_fingerprint(result.weights), "steps": result.steps,
+                                             "probe_loss": {"before": before, "after": after}}  # fmt: skip
+            project.write()
+        (project.folder / STATE).unlink(missing_ok=True)
+        return unet
+
+    def inverted(self, unet: VideoUNet) -> InvertedNoise:
+        """The noise of the project, which is inverted if it has none, with the subject as soon as a job tells it."""
+        project, preset, clip, path = self.project, self.job.preset, self.clip, self.project.folder / NOISE
+        if path.exists():
+            noise = read_noise(path, preset)
+            remedy = "delete it to invert the clip again"
+            project.check_same("noise", path, project.summary, "weights", noise.weights, remedy)
+        else:
+            latents = project.timed("invert", pipeline.invert, self.checkpoint, unet, self.source, preset,
+                                    callback=self.callback)  # fmt: skip
+            weights = project.summary["weights"]
+            noise = InvertedNoise(latents, self.job.prompt, None, clip.frames, clip.fps, clip.sound, weights)
+            save_noise(path, noise, preset)
+        if self.job.knows_subject:
+            told = self.check_subject()
+            if noise.subject is None:
+                noise = replace(noise, subject=self.subject(unet))
+                save_noise(path, noise, preset)
+            if "subject" not in project.summary:
+                project.put("subject", spotlight(clip.frames, noise.subject), clip.fps, clip.sound, told)
+        return replace(noise, frames=clip.frames, fps=clip.fps, sound=clip.sound)
+
+    def check_subject(self) -> dict[str, Any]:
+        """How the job tells the subject; a TavError if the project's was told otherwise."""
+        job, known = self.job, self.project.summary.get("subject", {})
+        mask = None if job.mask is None else hash_tensors([job.mask])
+        told = {"contrast": list(job.contrasts), "word": job.word, "softness": job.softness, "mask": mask}
+        remedy = f"give what it was, or choose another {errors.field('output')}"
+        for name, value in told.items():
+            self.project.check_same(name, None if name == "mask" else value, known, name, value, remedy)
+        return told
+
+    def subject(self, unet: VideoUNet) -> Tensor:
+        """The mask of the clip's subject, drawn or found."""
+        job = self.job
+        if job.mask is not None:
+            return pipeline.drawn_subject(job.mask, self.clip.frames, job.softness)
+        args = (self.checkpoint, unet, self.source, job.contrasts, job.preset, job.softness, job.word)
+        return self.project.timed("find the subject", pipeline.find_subject, *args)
+
+    def reconstruct(self, unet: VideoUNet, noise: InvertedNoise):
+        """The clip drawn again from its noise with its own sentence, and how near to it that comes."""
+        project, job = self.project, self.job
+        self.callback(Note("reconstruction ..."))
+        settings = settings_of(Edit(job.prompt), job.preset, noise, job.negative_prompt)
+        video = project.timed("sample", pipeline.sample, self.checkpoint, unet, noise.latents, job.prompt, job.preset,
+                              source_prompt=job.prompt, negative_prompt=job.negative_prompt, subject=noise.subject,
+                              callback=self.callback)  # fmt: skip
+        by_vae = decode_video(self.checkpoint, self.source.take.latents)  # what the VAE alone leaves of the clip
+        for name, of in (("reconstruction_psnr", video), ("vae_psnr", by_vae)):
+            project.summary[name] = round(psnr(of, self.clip.frames), 2)
+        project.put("reconstruction", video, noise.fps, noise.sound, settings)

@@ -2,7 +2,6 @@
 
 import base64
 import csv
-import html
 import io
 import json
 import math
@@ -29,8 +28,9 @@ from .clip_metrics import (
     text_alignment,
 )
 from .errors import TavError
-from .injection import EditPlaces
 from .noise import read_noise
+from .page import page
+from .project import NOISE, changeable, labels, read_summary
 from .video import load_video
 from .visuals import strip
 
@@ -199,20 +199,8 @@ def _page(rows: Sequence[Measured], names: list[str], videos: Sequence[Tensor], 
     picture = io.BytesIO()
     strip([source, *videos], ["source", *(row.name for row in rows)]).save(picture, "PNG")
     shown = base64.b64encode(picture.getvalue()).decode()
-    head = "".join(f"<th>{html.escape(row.name)}<br><small>{html.escape(row.prompt)}</small></th>" for row in rows)
-    lines = "".join(
-        f"<tr><td><b>{name}</b><br><small>{html.escape(FIGURES[name])}</small></td>"
-        + "".join(f"<td>{html.escape(_cell(row, name))}</td>" for row in rows)
-        + "</tr>"
-        for name in names
-    )
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Metrics</title>'
-        "<style>body{font:15px system-ui;margin:2em;max-width:80em}td,th{padding:.4em .8em;text-align:left;"
-        "border-bottom:1px solid #ddd;vertical-align:top}img{max-width:100%}small{color:#666}</style>"
-        f'<h1>Metrics</h1><img alt="source and edits" src="data:image/png;base64,{shown}">'
-        f"<p>In brackets: the source's own.</p><table><tr><th></th>{head}</tr>{lines}</table></html>\n"
-    )
+    lines = [(name, FIGURES[name], [_cell(row, name) for row in rows]) for name in names]
+    return page("metrics.html", strip=shown, rows=rows, lines=lines)
 
 
 def measure_job(folder: Path, models: Models | None = None) -> tuple[list[Measured], list[Tensor], Tensor]:
@@ -221,23 +209,15 @@ def measure_job(folder: Path, models: Models | None = None) -> tuple[list[Measur
     Raises:
         TavError: another folder, or one that lacks something.
     """
-    try:
-        summary = json.loads((folder / "summary.json").read_text("utf-8"))
-        files, regions, prompt = dict(summary["files"]), dict(summary["regions"]), str(summary["prompt"])
-        names = {label: folder / Path(name).name for label, name in files.items() if label != "reconstruction"}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        problem = f"is no output folder of an edit ({type(error).__name__}: {error})"
-        raise TavError("edited", folder, problem, "give a video, or the folder that tune-a-video edit wrote") from error
-    noise, rows, videos = read_noise(folder / "noise.safetensors"), [], []
+    summary = read_summary(folder, "edited", "give a video, or the folder that tune-a-video edit wrote")
+    noise, rows, videos = read_noise(folder / NOISE), [], []
     if noise.frames is None:
         raise TavError("edited", folder, "was written by an earlier version", "give the videos in it")
-    for label, path in names.items():
-        mask, region = None, regions.get(label, "everything")
-        if region != "everything" and noise.subject is not None:
-            margin = noise.frames.shape[1] // noise.latents.shape[3]
-            mask = EditPlaces.of(region, noise.subject, margin).changeable[0, 0]
-        videos.append(load_video(path, sound=False).frames)
-        rows.append(measure(label, videos[-1], noise.frames, label, prompt, mask, models))
+    of_clip = [edit for edit in summary["edits"] if edit["seed"] is None]  # those of random noise have no source
+    for label, edit in zip(labels(of_clip), of_clip):
+        mask = changeable(edit["region"], noise)
+        videos.append(load_video(folder / edit["file"], sound=False).frames)
+        rows.append(measure(label, videos[-1], noise.frames, edit["prompt"], noise.prompt, mask, models))
     return rows, videos, noise.frames
 
 

@@ -27,6 +27,7 @@ class InvertedNoise:
         subject: mask of its subject, `1 1 f h w` of pixels, if one was looked for.
         frames: the clip, uint8 `f h w c`: its own pixels stay where an edit may change nothing.
         fps, sound: its rate and its sound.
+        weights: fingerprint of the tuned weights that it was inverted with (see `weights_fingerprint`).
     """
 
     latents: Tensor
@@ -35,6 +36,7 @@ class InvertedNoise:
     frames: Tensor | None = None
     fps: float | None = None
     sound: Sound | None = None
+    weights: str | None = None
 
 
 def save_noise(path: Path, noise: InvertedNoise, preset: Preset):
@@ -42,6 +44,8 @@ def save_noise(path: Path, noise: InvertedNoise, preset: Preset):
     metadata = {"format": FORMAT, "prompt": noise.prompt, "steps": str(preset.sampling_steps),
                 "inverted_with": "caption" if preset.caption_as_negative else "empty prompt"}  # fmt: skip
     tensors = {"latents": noise.latents, "subject": noise.subject, "frames": noise.frames}
+    if noise.weights is not None:
+        metadata["weights"] = noise.weights
     if noise.fps is not None:
         metadata["fps"] = repr(noise.fps)
     if noise.sound is not None:
@@ -53,7 +57,7 @@ def save_noise(path: Path, noise: InvertedNoise, preset: Preset):
 
 
 def read_noise(path: Path, preset: Preset | None = None) -> InvertedNoise:
-    """Reads it, with what the file has: earlier versions kept neither frames nor rate.
+    """Reads it, with what the file has: earlier versions kept neither frames nor rate nor weights.
 
     Raises:
         TavError: a file that isn't noise, or noise that was inverted in another way than `preset` samples.
@@ -65,7 +69,7 @@ def read_noise(path: Path, preset: Preset | None = None) -> InvertedNoise:
         if "sound_rate" in metadata and "sound" in tensors:
             sound = _sound(tensors["sound"], int(metadata["sound_rate"]))
         noise = InvertedNoise(tensors["latents"], metadata["prompt"], tensors.get("subject"), tensors.get("frames"),
-                              fps, sound)  # fmt: skip
+                              fps, sound, metadata.get("weights"))  # fmt: skip
         steps, inverted_with = int(metadata["steps"]), metadata.get("inverted_with", "empty prompt")
         _check(noise, steps, inverted_with)
     if preset is None:

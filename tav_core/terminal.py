@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, TextIO
@@ -123,11 +123,18 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def add_preset_arguments(parser: argparse.ArgumentParser, *settings: str):
-    """--preset and what overrides it: all settings, or those alone that the command has a use for."""
+def add_preset_arguments(parser: argparse.ArgumentParser, *settings: str, several: Mapping[str, str] | None = None):
+    """--preset and what overrides it: all settings, or those alone that the command has a use for.
+
+    Args:
+        several: settings that take several values, and what these are for.
+    """
     group = parser.add_argument_group("method", "a preset, and single settings that replace the preset's")
     for name in dict.fromkeys(("preset", *settings)) if settings else SETTINGS:
-        group.add_argument(_option(name), dest=name, **SETTINGS[name])
+        of, more = SETTINGS[name], {}
+        if several and name in several:
+            more = {"nargs": "+", "help": f"{of['help']}; {several[name]}"}
+        group.add_argument(_option(name), dest=name, **of | more)
 
 
 def _option(name: str) -> str:
@@ -135,9 +142,13 @@ def _option(name: str) -> str:
 
 
 def preset_of(args: argparse.Namespace) -> Preset:
-    """The preset that the arguments of `add_preset_arguments` describe."""
+    """The preset that the arguments of `add_preset_arguments` describe.
+
+    Of several values of a setting it has none: each is that of some edits.
+    """
     settings = {each.name for of in (Preset, TuneConfig) for each in fields(of)}
     given = {name: value for name, value in vars(args).items() if name in settings}
+    given |= {name: value[0] if len(value) == 1 else None for name, value in given.items() if isinstance(value, list)}
     return with_settings(PRESETS[args.preset or default_preset(args.checkpoint)], **given)
 
 

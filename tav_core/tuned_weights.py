@@ -18,6 +18,7 @@ from .errors import TavError
 from .inflation import NORMS, VideoUNet
 from .stored import Damaged, check_finite, parsed, reading
 from .trainable import is_tuned, trainable_parameters
+from .tuning_state import hash_tensors
 
 FORMAT = "tune-a-video-1"
 _SAMPLES = 1024  # values of each parameter that go into the fingerprint
@@ -63,6 +64,11 @@ def base_fingerprint(unet: nn.Module | Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(parameter.shape)};".encode())
         digest.update(values.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) of tuned weights in the order of their names, as float32: it tells one tuning from another."""
+    return hash_tensors(weights[name].float() for name in sorted(weights))
 
 
 def save_tuned(

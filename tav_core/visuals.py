@@ -72,6 +72,26 @@ def side_by_side(videos: list[Tensor], labels: list[str]) -> Tensor:
     return rearrange(torch.stack(tiles), "(r k) f h w c -> f (r h) (k w) c", k=columns).contiguous()
 
 
+def grid(cells: list[list[Tensor]], rows: list[str], columns: list[str]) -> Tensor:
+    """One video of a table of videos, columns named above and each row over it. Shorter ones hold their last frame.
+
+    Args:
+        cells: uint8 `f h w c` each, of one size, row by row.
+
+    Returns: uint8 `f h w c`.
+    """
+    length, drawn = max(len(video) for row in cells for video in row), []
+    for videos in cells:
+        held = [torch.cat([video, video[-1:].expand(length - len(video), -1, -1, -1)]) for video in videos]
+        drawn.append(torch.cat([_framed(_enlarged(video)) for video in held], 2))
+    _, height, width, _ = drawn[0].shape
+    head = np.concatenate([_label(name, width // len(columns), height) for name in columns], 1)
+    parts = [torch.from_numpy(head).expand(length, -1, -1, -1)]
+    for name, row in zip(rows, drawn):
+        parts += [torch.from_numpy(_label(name, width, height)).expand(length, -1, -1, -1), row]
+    return torch.cat(parts, 1).contiguous()
+
+
 def loss_curve(
     losses: list[float], probe_losses: list[tuple[int, float]], path: str | Path | None = None
 ) -> Image.Image:

@@ -198,7 +198,9 @@ def idle(commands: dict[str, dict[str, argparse.Action]]) -> Iterator[Case]:
                 values = [] if action.nargs == 0 else [example(action)]
                 yield Case(f"{command} --{name}", [*command.split(), *BASES[command], f"--{name}", *values], "no")
     alone = {"edit": [["--softness", "3"], ["--steady"], ["--no-steady"], ["--context-overlap", "2"],
-                      ["--region", "subject"], ["--region", "everything", "--region", "everything"]],
+                      ["--region", "subject"], ["--region", "everything", "--region", "everything"],
+                      ["--seed", "1", "2"], ["--guidance-scale"], ["--guidance-scale", "5", "x"],
+                      ["--resume", "--overwrite"]],
              "tune": [["--prompt", PROMPT], ["--video", "{work}/clip.mp4"]],
              "invert": [["--softness", "3"], ["--seed", "1"], ["--context-overlap", "2"]],
              "sample": [["--seed", "1"], ["--frames", "2"], ["--steady"], ["--context-overlap", "2"],
@@ -241,6 +243,10 @@ def of_files() -> Iterator[Case]:
         changed("edit", "output", "{work}/copy", "--video", "{work}/copy/source.mp4"),
         changed("edit", "output", "{work}/copy", "--video", "{work}/copy/comparison.mp4"),
         changed("edit", "output", "{work}/taken"),
+        changed("edit", "output", "{work}/other"),
+        changed("edit", "output", "{work}"),
+        changed("sample", "output", "{work}/other"),
+        changed("tune", "output", "{work}/other"),
         changed("tune", "output", "{work}/taken"),
         changed("invert", "output", "{work}/tuned.safetensors"),
         changed("invert", "output", "{work}/clip.mp4"),
@@ -356,6 +362,8 @@ def make_files(work: Path, run):
     (work / "loop").symlink_to(work / "loop")
     (work / "taken" / "tuned.safetensors").mkdir(parents=True)
     (work / "copy").mkdir()
+    (work / "other").mkdir()
+    (work / "other" / "summary.json").write_text("[" * 100_000)
     for name in ("source.mp4", "comparison.mp4"):
         shutil.copy(work / "clip.mp4", work / "copy" / name)
 

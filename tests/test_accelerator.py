@@ -43,8 +43,9 @@ def edited(output: Path, *arguments) -> tuple[torch.Tensor, dict[str, torch.Tens
     save_video(torch.from_numpy(world.render_clip(world.clip_scenes(world.Scene(), "slide", 5))), clip, 8)
     done = python(*arguments, "--video", clip, "--output", output)
     assert done.returncode == 0, done.stderr
-    files = json.loads((output / "summary.json").read_text())["files"]
-    return torch.stack([load_video(output / name).frames.float() for name in files.values()]), load_file(
+    summary = json.loads((output / "summary.json").read_text())
+    files = [each["file"] for each in (summary["reconstruction"], *summary["edits"])]
+    return torch.stack([load_video(output / name).frames.float() for name in files]), load_file(
         output / "noise.safetensors"
     )
 

@@ -11,12 +11,14 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from support import ROOT
 from support.browser_install import chromium
 from tav_core import load_video
+from tav_core.project import Project
 from workflows import build
 from workflows.build import WORKFLOWS
 from workflows.graph import SHOWS
@@ -395,3 +397,27 @@ def draw_wiring(page: Page, kind: str):
     page.wait_for_timeout(1000)
     height = max(height, *(node["pos"][1] for node in graph["nodes"]))
     picture(page, f"nodes/web/docs/{kind}.jpg", clip={"x": 370, "y": 240, "width": 1020, "height": height + 80})
+
+
+def test_the_page_of_a_project_opens_from_disk(browser, tmp_path):
+    """Its videos play, what is told of them is text, and nothing comes from elsewhere."""
+    shown = "a <b>ball</b> & '100%'"
+    facts = {"prompt": shown, "checkpoint": "tiny", "frames": 4, "fps": 8.0, "size": [64, 64]}
+    project, video = Project(tmp_path / "50% #1?", {"edits": []}), torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8)
+    project.summary |= facts
+    project.put("source", video, 8.0, None)
+    for scale in (2.0, 5.0):
+        settings = {"prompt": shown, "region": "everything", "fps": 8.0, "seed": None, "attention_injection": 0.5}
+        project.add({**settings, "guidance_scale": scale}, 255 - video, None, None)
+    project.show_grid(project.edits, 8.0)
+    project.show(8.0, None)
+    page, asked = browser.new_context().new_page(), []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto((project.folder / "index.html").as_uri())
+    page.wait_for_function("() => [...document.querySelectorAll('video')].every(video => video.readyState >= 2)")
+    assert page.locator("video").count() == 5  # source, two edits, their grid, all of them
+    assert page.locator("img").evaluate_all("all => all.map(image => image.naturalWidth > 0)") == [True]
+    assert page.locator("h1").inner_text() == shown and page.locator("b").count() == 0
+    expect(page.locator("figcaption").nth(1)).to_have_text(f"1. guidance scale 2: {shown}")
+    folder = project.folder.as_uri()
+    assert len({url.rsplit("/", 1)[1] for url in asked}) == 7 and all(url.startswith(folder) for url in asked)

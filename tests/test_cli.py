@@ -16,7 +16,8 @@ from PIL import Image
 
 from support.checkpoints import make_folder
 from support.commands import environment, tav_process
-from tav_core import load_video, save_video, terminal
+from tav_core import PRESETS, load_video, prepare, save_video, terminal, with_settings
+from tav_core.job import tune_into
 from tav_core.mini import demo, world
 from tav_core.noise import read_noise
 
@@ -47,11 +48,13 @@ def test_edit_writes_videos_pictures_weights_and_a_summary(edited):
     names = {p.name for p in edited.iterdir()}
     assert names == {
         "source.mp4",
+        "subject.mp4",
         "reconstruction.mp4",
         "edit-1-a-blue-ball-is-sliding-on-the-grass.mp4",
         "edit-2-a-red-star-on-the-snow.mp4",
         "comparison.mp4",
         "strip.png",
+        "index.html",
         "loss.png",
         "tuned.safetensors",
         "noise.safetensors",
@@ -66,8 +69,9 @@ def test_edit_writes_videos_pictures_weights_and_a_summary(edited):
     summary = json.loads((edited / "summary.json").read_text())
     assert summary["steps"] == 4 and summary["frames"] == 4 and summary["size"] == [128, 128]
     assert summary["vae_psnr"] > 15 and summary["vae_psnr"] > summary["reconstruction_psnr"] > 5
-    assert list(summary["regions"].values()) == ["subject", "everything"]
-    edits = [load_video(edited / name).frames.float() for name in summary["files"].values()]
+    assert [edit["region"] for edit in summary["edits"]] == ["subject", "everything"]
+    drawn = [summary["reconstruction"], *summary["edits"]]
+    edits = [load_video(edited / each["file"]).frames.float() for each in drawn]
     stage = torch.ones(128, 128, dtype=torch.bool)
     stage[32:] = False  # the ball is below
     near, far = ((edits[0] - edit)[:, stage].abs().mean() for edit in edits[1:])
@@ -117,8 +121,7 @@ def test_metrics_of_an_edit_and_of_single_videos(edited, tav, tmp_path):
     assert [each["video"] for each in figures] == ["a blue ball is sliding on the grass", "a red star, on the snow!"]
     held, free = (each["figures"]["psnr_rest"] for each in figures)
     assert held > 35 > free  # the clip's own pixels outside of the subject
-    files = json.loads((edited / "summary.json").read_text())["files"]
-    one = ["--edited", edited / files["a red star, on the snow!"], "--source", edited / "source.mp4"]
+    one = ["--edited", edited / "edit-2-a-red-star-on-the-snow.mp4", "--source", edited / "source.mp4"]
     tav("metrics", *one, "--prompt", "a red star, on the snow!", "--output", tmp_path / "one")
     (alone,) = json.loads((tmp_path / "one" / "metrics.json").read_text())["videos"]
     assert alone["figures"]["psnr_rest"] == pytest.approx(free, abs=1)  # of a source that a codec has seen
@@ -137,10 +140,11 @@ def test_metrics_of_an_edit_and_of_single_videos(edited, tav, tmp_path):
 def test_demo_writes_its_files_and_judges_its_edits(tav, tmp_path):
     told = tav("demo", "--output", tmp_path, "--steps", 1, "--sampling-steps", 2)
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert list(summary["files"]) == ["reconstruction", *demo.EDITS.values()]
-    files = {"source.mp4", "comparison.mp4", *summary["files"].values()}
+    assert [edit["prompt"] for edit in summary["edits"]] == [*demo.EDITS.values()]
+    files = {"source.mp4", "subject.mp4", "reconstruction.mp4", "comparison.mp4"}
+    files |= {edit["file"] for edit in summary["edits"]}
     assert all(len(load_video(tmp_path / name).frames) == 8 for name in files)
-    files |= {"strip.png", "loss.png", "tuned.safetensors", "noise.safetensors", "summary.json"}
+    files |= {"strip.png", "index.html", "loss.png", "tuned.safetensors", "noise.safetensors", "summary.json"}
     assert {path.name for path in tmp_path.iterdir()} == files
     assert summary["judged"].keys() == demo.EDITS.keys()
     for kind, figures in summary["judged"].items():
@@ -157,6 +161,65 @@ def test_invert_and_sample_alone_give_the_edit_again(clip, edited, tav, tmp_path
     name = "edit-1-a-blue-ball-is-sliding-on-the-grass.mp4"
     again, before = load_video(tmp_path / name).frames.float(), load_video(edited / name).frames.float()
     assert (again - before).abs().mean() < 0.5
+
+
+@pytest.fixture(scope="module")
+def tuned(clip, folder, checkpoint, tmp_path_factory) -> list:
+    """Options for a tiny checkpoint and its weights, tuned for a step."""
+    output, preset = tmp_path_factory.mktemp("tuned"), with_settings(PRESETS["paper"], steps=1, memory="fast")
+    source = prepare(checkpoint, load_video(clip, count=2, width=32, height=32).frames, "a red ball")
+    tune_into(output, checkpoint, [source], preset)
+    return ["--checkpoint", folder, "--tuned", output / "tuned.safetensors", "--sampling-steps", 1]
+
+
+def test_samples_are_added_to_a_folder(tuned, tav, tmp_path):
+    sample = ["sample", *tuned, "--edit", "a star", "--output", tmp_path / "o"]
+    tav(*sample, "--seed", 1)
+    first = (tmp_path / "o" / "edit-1-a-star.mp4").read_bytes()
+    assert "edit-2-a-star.mp4" in tav(*sample, "--seed", 2)
+    told = tav(*sample, "--seed", 1, 3, "--guidance-scale", 2, 5)  # two seeds in two strengths, one of which is there
+    preset = "edit-1-a-star.mp4 is there already"
+    assert preset not in told and (tmp_path / "o" / "edit-1-a-star.mp4").read_bytes() == first
+    assert preset in tav(*sample, "--seed", 1, "--guidance-scale", 12.5)  # as the preset has it
+    summary = json.loads((tmp_path / "o" / "summary.json").read_text())
+    settings = [(edit["seed"], edit["guidance_scale"]) for edit in summary["edits"]]
+    assert settings == [(1, 12.5), (2, 12.5), (1, 2), (1, 5), (3, 2), (3, 5)]
+    assert [each["edits"] for each in summary["grids"]] == [[3, 4, 5, 6]]
+    table = load_video(tmp_path / "o" / "grid-3.mp4").frames
+    assert len(table) == 2 and table.shape[2] == 2 * (4 * 32 + 8)  # two columns of enlarged frames with margins
+    assert Image.open(tmp_path / "o" / "grid-3.png").size == (table.shape[2], table.shape[1])
+    page = (tmp_path / "o" / "index.html").read_text()
+    assert all(edit["file"] in page for edit in summary["edits"])
+
+
+def test_a_seed_is_of_the_tuning_or_of_random_noise(clip, tav, tmp_path):
+    edit = ["edit", "--video", clip, "--prompt", "a red ball", "--edit", "a star", "--output", tmp_path / "o"]
+    told = tav(*edit, "--seed", 1, 2, fails=True)
+    assert "--seed has several values, and is that of the tuning: a project is tuned once; give one for each" in told
+    assert "--resume has nothing to go on with after --overwrite" in tav(*edit, "--resume", "--overwrite", fails=True)
+
+
+def test_noise_knows_its_weights_and_a_folder_its_clip(tuned, clip, tav, tmp_path):
+    def invert(name, *more):
+        tav("invert", *tuned, "--video", clip, "--frames", 2, *more, "--output", tmp_path / name)
+        return ["--noise", tmp_path / name]
+
+    mine, other = invert("n.safetensors"), invert("other.safetensors", "--start", 3)
+    sample = ["sample", *tuned, "--edit", "a star", "--output", tmp_path / "o"]
+    tav(*sample, *mine)
+    assert (tmp_path / "o" / "source.mp4").exists()
+    told = tav(*sample, *other, fails=True)
+    assert "other.safetensors is another one than that of the project in" in told
+    checkpoint, weights = tuned[1], tmp_path / "again" / "tuned.safetensors"
+    tune = ["tune", "--checkpoint", checkpoint, "--video", clip, "--frames", 2, "--size", 32, "--prompt", "a ball"]
+    tav(*tune, "--steps", 1, "--memory", "fast", "--output", tmp_path / "again")
+    again = ["sample", *tuned, "--tuned", weights, "--edit", "a star", "--output", tmp_path / "p", *mine]
+    told = tav(*again, fails=True)
+    assert "n.safetensors was inverted with other weights than those of --tuned; give the file that" in told
+    assert not (tmp_path / "p").exists()
+    told = tav(*sample, "--tuned", weights, fails=True)  # random noise, in a folder of other weights
+    assert "--tuned" in told and "is another one than that of the project in" in told
+    assert "holds a project, which has its tuned weights" in tav(*tune, "--output", tmp_path / "o", fails=True)
 
 
 @pytest.mark.slow

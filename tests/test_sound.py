@@ -181,7 +181,7 @@ def test_sound_and_rate_go_through_all_commands(tav, tmp_path):
     tav("sample", *tuned, *noise, "--no-audio", "--output", tmp_path / "silent")
     for folder, fps, heard in (("edit", 8, True), ("sampled", 8, True), ("slower", 12, False), ("silent", 8, False)):
         videos = list((tmp_path / folder).glob("*.mp4"))
-        assert len(videos) == (4 if folder == "edit" else 1)
+        assert len(videos) == (4 if folder == "edit" else 3)
         for video in videos:
             clip = load_video(video)
             assert clip.fps == fps and len(clip.frames) == 4

@@ -54,7 +54,7 @@ def test_damaged_noise(files, checkpoint, name):
     path = files / f"noise-{name}.safetensors"
 
     def read():
-        _check_noise(path, read_noise(path, PRESET), checkpoint)
+        _check_noise(path, read_noise(path, PRESET), checkpoint, "")
 
     refused(f"path='.*noise-{name}.safetensors'", call=read)
 

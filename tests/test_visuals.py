@@ -7,7 +7,7 @@ import torch
 from PIL import ImageFont
 
 from tav_core import visuals
-from tav_core.visuals import side_by_side, strip
+from tav_core.visuals import BACKGROUND, grid, side_by_side, strip
 
 CLIP = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
 LONG = {
@@ -33,6 +33,20 @@ def test_labels_of_any_length_take_no_time(kind):
 @pytest.mark.parametrize("label", ODD)
 def test_labels_of_any_characters(label):
     assert strip([CLIP], [label]).size == strip([CLIP], ["source"]).size
+
+
+def test_a_grid_has_its_cells_in_rows_and_columns():
+    def still(value, frames):
+        return torch.full((frames, 128, 128, 3), value, dtype=torch.uint8)
+
+    table = grid([[still(50, 1), still(100, 3)], [still(150, 2), still(200, 3)]], ["a row", "another"], ["x 1", "x 2"])
+    f, h, w, _ = table.shape
+    assert (f, w) == (3, 2 * 136) and table.dtype == torch.uint8
+    columns = table[-1, :, [64, 200], 0]  # h, of the middle of each column
+    found = [[value for value in (50, 100, 150, 200) if (columns[:, k] == value).sum() == 128] for k in range(2)]
+    assert found == [[50, 150], [100, 200]]  # shorter ones hold their last frame
+    heads = (table[0, :, :, 0] != BACKGROUND[0]).any(1)
+    assert heads[: h - 2 * 136].any()  # the names of the columns
 
 
 def test_a_label_ends_in_an_ellipsis_where_it_does_not_fit():

@@ -291,10 +291,10 @@ def test_commands_on_long_clips(tav, tmp_path):
     tuned = ["--tuned", out / "tuned.safetensors", "--context-overlap", 2, "--sampling-steps", 2]
     tav("invert", "--video", tmp_path / "long.mp4", "--frames", 13, "--output", noise, *tuned)
     assert load_file(noise)["latents"].shape == (1, 4, 13, 8, 8)
-    sample = ["sample", "--edit", "a star", "--output", out, *tuned]
-    for more, frames in ((["--noise", noise], 13), (["--frames", 9], 9)):
+    sample = ["sample", "--edit", "a star", "--output", tmp_path / "sampled", *tuned]
+    for number, more, frames in ((1, ["--noise", noise], 13), (2, ["--frames", 9], 9)):
         tav(*sample, *more)
-        assert len(load_video(out / "edit-1-a-star.mp4").frames) == frames
+        assert len(load_video(tmp_path / "sampled" / f"edit-{number}-a-star.mp4").frames) == frames
     assert "--frames 0 is out of range" in tav(*sample, "--frames", 0, fails=True)
 
 
