@@ -96,11 +96,12 @@ def model_arguments(parser):
     group.add_argument(
         "--checkpoint",
         type=checkpoint,
-        default="mini",
-        metavar="PATH",
-        help="a diffusers folder (also of a published Tune-A-Video model), a .safetensors file of SD 1.x or 2.x, "
-        'or "mini" (the default)',
+        metavar="NAME",
+        help="a .safetensors file of SD 1.x or 2.x, a diffusers folder (also of a published Tune-A-Video model), a "
+        'name in the lists of --comfyui or in the Hugging Face cache, or "mini", which knows its small world alone',
     )
+    told = "a ComfyUI, whose checkpoints can be given by name (that of the environment variable COMFYUI_PATH)"
+    group.add_argument("--comfyui", type=path, metavar="DIR", help=told)
     told = "what the checkpoint predicts, where neither its folder nor its file tells right"
     group.add_argument("--prediction-type", choices=SD_PREDICTION_TYPES, help=told)
     device_argument(group)
@@ -110,6 +111,15 @@ def device_argument(group):
     default = "cuda" if torch.cuda.is_available() else "cpu"
     group.add_argument("--device", type=device, default=default, help="cpu, cuda, cuda:1, mps ... (cuda where there is "
                                                                       "one)")  # fmt: skip
+
+
+def run_arguments(parser, config: bool = False):
+    group = parser.add_argument_group("run")
+    if config:
+        told = "options from a file, YAML or JSON: that of a summary.json makes its run again; options given here win"
+        group.add_argument("--config", type=path, metavar="FILE", help=told)
+    group.add_argument("--quiet", action="store_true", help="no progress, no notes: results and errors alone")
+    _number(group, "--threads", "threads", help="threads of the CPU (all)")
 
 
 def video_arguments(parser, frames: int | None = FRAMES, several: bool = False):
@@ -200,7 +210,8 @@ def demo_arguments(parser):
     parser.add_argument("--output", type=path, default=Path("tav-demo"), metavar="DIR", help="(tav-demo)")
     device_argument(parser)
     add_preset_arguments(parser)
-    parser.set_defaults(checkpoint="mini", prediction_type=None)
+    run_arguments(parser)
+    parser.set_defaults(checkpoint="mini", comfyui=None, prediction_type=None)
 
 
 def edit_arguments(parser):
@@ -210,9 +221,12 @@ def edit_arguments(parser):
     contrast_arguments(parser)
     parser.add_argument("--output", required=True, type=path, metavar="DIR")
     video_arguments(parser)
+    told = "check everything, tell what fits and how long it takes, and write nothing"
+    parser.add_argument("--dry-run", action="store_true", help=told)
     model_arguments(parser)
     tuning_arguments(parser)
     add_preset_arguments(parser)
+    run_arguments(parser, config=True)
 
 
 def tune_arguments(parser):
@@ -225,6 +239,7 @@ def tune_arguments(parser):
     # the count of sampling steps is only held against the checkpoint's noise schedule, for what comes after
     names = ("steps", "learning_rate", "seed", "dtype", "memory", "save_minutes", "sampling_steps", "context_length")
     add_preset_arguments(parser, *names)
+    run_arguments(parser, config=True)
 
 
 def invert_arguments(parser):
@@ -237,6 +252,7 @@ def invert_arguments(parser):
     model_arguments(parser)
     names = ("seed", "dtype", "sampling_steps", "caption_as_negative", "context_length", "context_overlap")
     add_preset_arguments(parser, *names)
+    run_arguments(parser, config=True)
 
 
 def sample_arguments(parser):
@@ -253,6 +269,16 @@ def sample_arguments(parser):
     names = ("seed", "dtype", "sampling_steps", "guidance_scale", "attention_injection", "caption_as_negative",
              "steady", "context_length", "context_overlap")  # fmt: skip
     add_preset_arguments(parser, *names)
+    run_arguments(parser, config=True)
+
+
+def doctor_arguments(parser):
+    _number(parser, "--frames", "count", default=FRAMES, help=f"of the clip ({FRAMES})")
+    parser.add_argument("--size", type=size, metavar="WxH", help="to work at (the size of the checkpoint)")
+    model_arguments(parser)
+    names = ("steps", "dtype", "memory", "sampling_steps", "guidance_scale", "attention_injection", "context_length")
+    add_preset_arguments(parser, *names)
+    run_arguments(parser)
 
 
 def metrics_arguments(parser):
@@ -274,3 +300,18 @@ def metrics_arguments(parser):
     group.add_argument("--dino", type=path, metavar="DIR", help="facebook/dino-vitb16")
     told = "where metrics.csv, .json and .html go (the folder of the edit, or the present one)"
     parser.add_argument("--output", type=path, metavar="DIR", help=told)
+
+
+_SD15 = "--checkpoint v1-5-pruned-emaonly-fp16.safetensors"
+_CLIP = f'{_SD15} --video skiing.mp4 --prompt "a man is skiing"'
+EXAMPLES = {
+    "demo": "--output tav-demo",
+    "edit": f'{_CLIP} --edit "spider man is skiing" --frames 24 --stride 2 --output skiing',
+    "tune": f"{_CLIP} --frames 24 --stride 2 --output tuned",
+    "invert": f"{_SD15} --tuned tuned/tuned.safetensors --video skiing.mp4 --stride 2 --output noise.safetensors",
+    "sample": f"{_SD15} --tuned tuned/tuned.safetensors --noise noise.safetensors "
+    '--edit "a cat is skiing" --output sampled',
+    "doctor": f"{_SD15} --frames 24",
+    "metrics": "--edited skiing",
+    "bench": "--layout small --stages tune --no-memory",
+}

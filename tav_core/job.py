@@ -18,7 +18,7 @@ from . import errors, pipeline
 from .atomic import atomic_path, sole_user
 from .checkpoint import Checkpoint, decode_video
 from .errors import TavError
-from .events import Callback, Note, ignored
+from .events import Callback, Note, Step, ignored
 from .inflation import VideoUNet
 from .kept import Kept
 from .limits import check
@@ -26,6 +26,7 @@ from .metrics import frame_difference, psnr
 from .noise import InvertedNoise, save_noise
 from .precision import DTYPES
 from .presets import Preset
+from .remaining import plan_of
 from .subject import SOFTNESS
 from .tuned_weights import save_tuned
 from .tuning import TuneResult
@@ -220,6 +221,7 @@ def run_edit(
     """
     preset, seconds = job.preset, {}
     check(fps=clip.fps)
+    callback(plan_of(job))
 
     def timed(stage: str, function: Callable, *args, **kwargs):
         started = time.monotonic()
@@ -230,6 +232,7 @@ def run_edit(
     if job.word:  # a wrong one should not surface after the tuning
         pipeline.places_of(checkpoint, job.prompt, job.word, preset)
     source = timed("encode", pipeline.prepare, checkpoint, clip.frames, job.prompt)
+    callback(Step("encode", 1, 1))
     unet, result = timed("tune", tune_into, folder, checkpoint, [source], preset, inflation=job.inflation,
                          resume=resume, callback=callback)  # fmt: skip
     kept = Kept(folder / UNFINISHED, _depends_on(job, source, result))
@@ -237,7 +240,7 @@ def run_edit(
     subject = None if job.mask is None else pipeline.drawn_subject(job.mask, clip.frames, job.softness)
     if job.knows_subject and subject is None:
         args = (checkpoint, unet, source, job.contrasts, preset, job.softness, job.word)
-        subject = kept("subject", lambda: timed("find the subject", pipeline.find_subject, *args))
+        subject = kept("subject", lambda: timed("find the subject", pipeline.find_subject, *args, callback=callback))
     inverted = InvertedNoise(noise, job.prompt, subject, clip.frames, clip.fps, clip.sound)
     save_noise(folder / "noise.safetensors", inverted, preset)
     save_video(clip.frames, folder / "source.mp4", clip.fps, clip.sound)
