@@ -92,14 +92,14 @@ def _number(of: argparse._ActionsContainer, option: str, limits: str, metavar: s
 
 
 def model_arguments(parser):
-    group = parser.add_argument_group("model")
-    group.add_argument(
+    parser.add_argument(
         "--checkpoint",
         type=checkpoint,
         metavar="NAME",
         help="a .safetensors file of SD 1.x or 2.x, a diffusers folder (also of a published Tune-A-Video model), a "
         'name in the lists of --comfyui or in the Hugging Face cache, or "mini", which knows its small world alone',
     )
+    group = parser.add_argument_group("model")
     told = "a ComfyUI, whose checkpoints can be given by name (that of the environment variable COMFYUI_PATH)"
     group.add_argument("--comfyui", type=path, metavar="DIR", help=told)
     told = "what the checkpoint predicts, where neither its folder nor its file tells right"
@@ -123,9 +123,8 @@ def run_arguments(parser, config: bool = False):
 
 
 def video_arguments(parser, frames: int | None = FRAMES, several: bool = False):
-    group = parser.add_argument_group("video")
     takes = "; several times, each with its --prompt, to learn from several takes" if several else ""
-    group.add_argument(
+    parser.add_argument(
         "--video",
         required=True,
         type=path,
@@ -133,6 +132,7 @@ def video_arguments(parser, frames: int | None = FRAMES, several: bool = False):
         action="append" if several else "store",
         help=f"mp4, webm or gif, or a folder of images{takes}",
     )
+    group = parser.add_argument_group("video")
     _number(group, "--start", "start", default=0, help="first frame to take (0)")
     _number(group, "--stride", "stride", default=1, help="take every N-th frame (1)")
     told = f"how many frames ({frames or 'as tuned'}; 8 to 32 are usual)"
@@ -164,8 +164,7 @@ def tuning_arguments(parser):
 
 
 def edits_arguments(parser):
-    group = parser.add_argument_group("edits")
-    group.add_argument(
+    parser.add_argument(
         "--edit",
         action="append",
         required=True,
@@ -173,6 +172,7 @@ def edits_arguments(parser):
         metavar="TEXT",
         help="an edited sentence; give the option several times for several edits",
     )
+    group = parser.add_argument_group("edits")
     group.add_argument(
         "--region",
         action="append",
@@ -185,6 +185,7 @@ def edits_arguments(parser):
 
 
 def contrast_arguments(parser):
+    parser = parser.add_argument_group("subject", "what tells where it is")
     parser.add_argument(
         "--contrast",
         action="append",
@@ -215,26 +216,26 @@ def demo_arguments(parser):
 
 
 def edit_arguments(parser):
+    model_arguments(parser)
+    video_arguments(parser)
     told = "one sentence that describes the clip"
     parser.add_argument("--prompt", required=True, type=sentence, metavar="TEXT", help=told)
     edits_arguments(parser)
-    contrast_arguments(parser)
     parser.add_argument("--output", required=True, type=path, metavar="DIR")
-    video_arguments(parser)
     told = "check everything, tell what fits and how long it takes, and write nothing"
     parser.add_argument("--dry-run", action="store_true", help=told)
-    model_arguments(parser)
+    contrast_arguments(parser)
     tuning_arguments(parser)
     add_preset_arguments(parser)
     run_arguments(parser, config=True)
 
 
 def tune_arguments(parser):
+    model_arguments(parser)
+    video_arguments(parser, several=True)
     told = "one sentence that describes the clip; one for each --video, in the same order"
     parser.add_argument("--prompt", required=True, action="append", type=sentence, metavar="TEXT", help=told)
     parser.add_argument("--output", required=True, type=path, metavar="DIR")
-    video_arguments(parser, several=True)
-    model_arguments(parser)
     tuning_arguments(parser)
     # the count of sampling steps is only held against the checkpoint's noise schedule, for what comes after
     names = ("steps", "learning_rate", "seed", "dtype", "memory", "save_minutes", "sampling_steps", "context_length")
@@ -243,29 +244,29 @@ def tune_arguments(parser):
 
 
 def invert_arguments(parser):
+    model_arguments(parser)
     tuned_argument(parser)
+    video_arguments(parser, frames=None)
     parser.add_argument("--output", required=True, type=path, metavar="FILE", help="a .safetensors file for the noise")
     told = "one sentence that describes the clip (that of the tuning)"
     parser.add_argument("--prompt", type=sentence, metavar="TEXT", help=told)
     contrast_arguments(parser)
-    video_arguments(parser, frames=None)
-    model_arguments(parser)
     names = ("seed", "dtype", "sampling_steps", "caption_as_negative", "context_length", "context_overlap")
     add_preset_arguments(parser, *names)
     run_arguments(parser, config=True)
 
 
 def sample_arguments(parser):
-    edits_arguments(parser)
+    model_arguments(parser)
     tuned_argument(parser)
     told = "noise of `invert` or `edit`; random without it"
     parser.add_argument("--noise", type=path, metavar="FILE", help=told)
+    edits_arguments(parser)
+    parser.add_argument("--output", required=True, type=path, metavar="DIR")
     _number(parser, "--frames", "count", help="length of clips from random noise (as tuned)")
     told = "frame rate of the written videos (that of the clip in --noise; else 8)"
     _number(parser, "--fps", "fps", metavar="X", help=told)
     audio_argument(parser)
-    parser.add_argument("--output", required=True, type=path, metavar="DIR")
-    model_arguments(parser)
     names = ("seed", "dtype", "sampling_steps", "guidance_scale", "attention_injection", "caption_as_negative",
              "steady", "context_length", "context_overlap")  # fmt: skip
     add_preset_arguments(parser, *names)

@@ -37,7 +37,7 @@ from .noise import InvertedNoise, read_noise, save_noise
 from .pictures import IMAGES, is_animated
 from .precision import DTYPES
 from .presets import Preset
-from .record import FAIR, GOOD, MEANINGS, record_of, verdict
+from .record import FAIR, GOOD, explained, record_of
 from .sound import Sound
 from .subject import SOFTNESS, subject_steps
 from .terminal import Parser, Progress, check_needs, preset_of, run, tell
@@ -214,7 +214,7 @@ def _edit(args):
         progress = Progress(args.quiet).stop_at_interrupt()
         summary, _ = job.run_edit(wanted, checkpoint, clip, args.output, resume=args.resume, callback=progress)
         run = record_of(args, sys.argv, wanted.preset, checkpoint, clip)
-        summary |= {"reconstruction": _verdict(summary), "meanings": MEANINGS, "run": run}
+        summary |= {**explained(summary), "run": run}
         job.write_json(args.output / "summary.json", summary)
     _report(args.output, summary)
 
@@ -239,10 +239,6 @@ def _examine(args, checkpoint: Checkpoint, wanted: job.EditJob, frames: int, wid
         tell(line)
 
 
-def _verdict(summary: dict[str, Any]) -> str:
-    return verdict(summary["reconstruction_psnr"], summary["vae_psnr"])
-
-
 def _demo(args):
     from .mini import demo  # the world is needed here alone
 
@@ -258,6 +254,7 @@ def _demo(args):
         with _told_how_to_go_on("run the command again"):
             progress = Progress(args.quiet).stop_at_interrupt()
             summary, videos = job.run_edit(wanted, checkpoint, clip, args.output, callback=progress)
+        summary |= explained(summary)
         summary["judged"] = {kind: demo.score(kind, videos[prompt].numpy()) for kind, prompt in demo.EDITS.items()}
         job.write_json(args.output / "summary.json", summary)
     _report(args.output, summary)
@@ -270,8 +267,10 @@ def _report(output: Path, summary: dict[str, Any]):
     loss, seconds = summary["probe_loss"], summary["seconds"]
     print(f"probe loss {loss['before']:.4f} -> {loss['after']:.4f}: error of the predicted noise, before and after the "
           "tuning; it says that the clip was learned, not that edits are good")  # fmt: skip
-    print(f"reconstruction {summary['reconstruction_psnr']} dB: {_verdict(summary)} (good from {GOOD[0]} dB on, fair "
-          f"from {FAIR[0]}; the VAE alone reaches {summary['vae_psnr']} dB)")  # fmt: skip
+    reached, limits = summary["reconstruction_psnr"], f"good from {GOOD[0]} dB on, fair from {FAIR[0]}"
+    print(
+        f"reconstruction {reached} dB: {summary['reconstruction']} ({limits}; the VAE alone: {summary['vae_psnr']} dB)"
+    )
     print(", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
     tell(f"{output}: strip.png, comparison.mp4, " + ", ".join(summary["files"].values()))
 

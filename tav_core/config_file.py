@@ -17,7 +17,7 @@ def with_config(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
         TavError: a file that can't be read, or something in it that is no option of the command.
     """
     known = parser._option_string_actions
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder = argparse.ArgumentParser(add_help=False)
     finder.add_argument("--config", nargs="?")
     if "--config" not in known or (path := finder.parse_known_args(argv)[0].config) is None:
         return argv

@@ -43,6 +43,11 @@ def verdict(psnr: float, ceiling: float) -> str:
     return "poor"
 
 
+def explained(summary: dict[str, Any]) -> dict[str, Any]:
+    """What a summary says beside its figures: how good the reconstruction is, and what each figure means."""
+    return {"reconstruction": verdict(summary["reconstruction_psnr"], summary["vae_psnr"]), "meanings": MEANINGS}
+
+
 def record_of(args: argparse.Namespace, argv: list[str], preset: Preset, checkpoint: Checkpoint, clip: Clip) -> dict:
     """What a summary says of the run: the command, its options, versions and fingerprints.
 
@@ -51,7 +56,7 @@ def record_of(args: argparse.Namespace, argv: list[str], preset: Preset, checkpo
         argv: as they were given.
     """
     return {
-        "command": shlex.join([args.parser.prog, *argv[1:]]),
+        "command": f"{args.parser.prog.rsplit(' ', 1)[0]} {shlex.join(argv[1:])}",
         "options": _options(args, preset),
         "versions": versions(),
         "fingerprints": {"checkpoint": base_fingerprint(checkpoint.unet), "clip": hash_tensors([clip.frames])},

@@ -234,7 +234,7 @@ TUNE = ["tune", "--video", "x.mp4", "--prompt", "a", "--output", "o", *MINI]
     (SAMPLE[:-2], "--checkpoint is missing"), (TUNE[:-2], "--checkpoint is missing"),
     (INVERT[:-2], 'or "mini", which knows a rendered world of 6 shapes'),
     ([*EDIT[:-1], "v1-5.safetensors"], "--checkpoint v1-5.safetensors is no path that exists"),
-    (["edit"], "are required: --prompt, --edit, --output, --video; see tune-a-video edit --help"),
+    (["edit"], "are required: --video, --prompt, --edit, --output; see tune-a-video edit --help"),
 ])  # fmt: skip
 def test_what_can_be_seen_before_anything_is_loaded(tav, monkeypatch, tmp_path, arguments, told):
     monkeypatch.chdir(tmp_path)
