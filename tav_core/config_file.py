@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def with_config(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     """The options in a file of YAML or JSON, or in a summary."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise TavError("config", path, "is no file", "give a summary.json of `edit`, or a file of options")
     try:
         text = path.read_text("utf-8")

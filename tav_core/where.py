@@ -36,7 +36,8 @@ def find_checkpoint(name: str | Path | None, comfyui: str | Path | None = None) 
     Raises:
         TavError: no name, or none that is found; a ComfyUI that is none.
     """
-    comfyui = comfyui or os.environ.get("COMFYUI_PATH") or None
+    if comfyui is not None:
+        _check_comfyui(Path(comfyui))
     if name is None:
         here = list(known_checkpoints(comfyui))[:3]
         told = f"; on this machine: {', '.join(here)}" if here else ""
@@ -50,7 +51,7 @@ def find_checkpoint(name: str | Path | None, comfyui: str | Path | None = None) 
     behind = [path for each, path in known.items() if each.rsplit("/", 1)[-1] == str(name)]
     found = known.get(str(name)) or (behind[0] if len(behind) == 1 else None) or _in_cache(str(name))
     if found is None:
-        raise _not_found(str(name), comfyui, known)
+        raise _not_found(str(name), comfyui or _of_environment(), known)
     return found
 
 
@@ -60,7 +61,7 @@ def known_checkpoints(comfyui: str | Path | None = None) -> dict[str, Path | Non
     Raises:
         TavError: a ComfyUI that is none.
     """
-    comfyui = comfyui or os.environ.get("COMFYUI_PATH") or None
+    comfyui = comfyui or _of_environment()
     found: dict[str, Path | None] = {}
     for kind in ("checkpoints", "diffusers") if comfyui is not None else ():
         for root in _roots(Path(comfyui), kind):
@@ -80,9 +81,7 @@ def _roots(comfyui: Path, kind: str) -> list[Path]:
     Raises:
         TavError: no ComfyUI, or a file of paths that can't be read.
     """
-    if not (comfyui / "models").is_dir():
-        remedy = "give the folder that its main.py and models are in"
-        raise TavError("comfyui", comfyui, "is no ComfyUI (it has no folder models)", remedy)
+    _check_comfyui(comfyui)
     roots, extra = [comfyui / "models" / kind], comfyui / "extra_model_paths.yaml"
     if extra.is_file():
         try:
@@ -94,6 +93,16 @@ def _roots(comfyui: Path, kind: str) -> list[Path]:
             told = f"can't be read ({type(error).__name__})"
             raise TavError("comfyui", extra, told, "correct that file") from error
     return roots
+
+
+def _check_comfyui(folder: Path):
+    if not os.path.isdir(folder / "models"):
+        remedy = "give the folder that its main.py and models are in"
+        raise TavError("comfyui", folder, "is no ComfyUI (it has no folder models)", remedy)
+
+
+def _of_environment() -> str | None:
+    return os.environ.get("COMFYUI_PATH") or None
 
 
 def _in_cache(name: str) -> Path | None:

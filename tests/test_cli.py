@@ -19,6 +19,7 @@ from support.commands import environment, tav_process
 from tav_core import load_video, save_video, terminal
 from tav_core.mini import demo, world
 from tav_core.noise import read_noise
+from tav_core.record import verdict
 
 MINI = ["--checkpoint", "mini"]
 FAST = ["--steps", "4", "--sampling-steps", "4"]
@@ -68,6 +69,11 @@ def test_edit_writes_videos_pictures_weights_and_a_summary(edited):
     assert summary["steps"] == 4 and summary["frames"] == 4 and summary["size"] == [128, 128]
     assert summary["vae_psnr"] > 15 and summary["vae_psnr"] > summary["reconstruction_psnr"] > 5
     assert list(summary["regions"].values()) == ["subject", "everything"]
+    assert summary["reconstruction"] == verdict(summary["reconstruction_psnr"], summary["vae_psnr"])
+    assert "dB" in summary["meanings"]["vae_psnr"]
+    run = summary["run"]
+    assert " edit --video " in run["command"] and run["options"]["steps"] == 4 and len(run["options"]["edit"]) == 2
+    assert run["versions"]["torch"] == torch.__version__ and run["fingerprints"].keys() == {"checkpoint", "clip"}
     edits = [load_video(edited / name).frames.float() for name in summary["files"].values()]
     stage = torch.ones(128, 128, dtype=torch.bool)
     stage[32:] = False  # the ball is below
