@@ -65,8 +65,14 @@ def test_a_plan_has_the_steps_that_an_edit_takes():
 def test_finding_the_subject_tells_its_steps(checkpoint):
     latents, events = torch.randn(1, 4, 2, 8, 8), []
     texts = torch.randn(3, 77, checkpoint.unet.config.cross_attention_dim)
-    unet = lambda sample, *args, **kwargs: sample * kwargs["encoder_hidden_states"].mean()  # noqa: E731
-    subject_mask(unet, latents, texts[:1], texts[1:], checkpoint.scheduler, callback=events.append)
+
+    class Unet:
+        dtype = torch.float32
+
+        def __call__(self, latents, timestep, text):
+            return latents * text.mean()
+
+    subject_mask(Unet(), latents, texts[:1], texts[1:], checkpoint.scheduler, callback=events.append)
     assert events == [Step("subject", step, 12) for step in range(1, 13)] and subject_steps(2) == 12
 
 
@@ -77,9 +83,10 @@ def test_times(seconds, told):
 
 def test_a_file_gets_a_plain_line_now_and_then(monkeypatch, capsys):
     clock = Clock()
-    monkeypatch.setattr("time.monotonic", clock)
+    monkeypatch.setattr(terminal.time, "monotonic", clock)
     progress = terminal.Progress()
     progress(PLAN)
+    progress.remaining = Remaining(PLAN, clock)
     for step in range(1, 101):
         clock.after(2)
         progress(Step("tune", step, 100))
