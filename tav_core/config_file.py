@@ -43,7 +43,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text("utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-        content = content["run"]["options"] if "run" in content else content
+        if isinstance(content, dict) and "run" in content:
+            content = content["run"]["options"]
         if isinstance(content, dict):
             return content
     except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError) as error:
