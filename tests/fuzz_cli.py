@@ -513,7 +513,7 @@ class Runner:
             call = self.terminal.Progress.__call__
 
             def noted(progress, event):
-                if hasattr(event, "step"):
+                if getattr(event, "stage", "encode") != "encode":
                     self.flag[0] = 1
                 return call(progress, event)
 

@@ -38,7 +38,7 @@ def test_a_summary_makes_its_run_again(parsed, checkpoint, tmp_path):
     given = [*BASE, "--steps", "7", "--no-audio", "--contrast", "c", "--no-steady", "--size", "64x32", "--region",
              "subject", "--temporal-causal", "--dtype", "fp32"]  # fmt: skip
     first, path = parsed(*given), tmp_path / "summary.json"
-    clip = Clip(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), 8.0)
+    clip = Clip(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), 8.0, "x.mp4")
     run = record_of(first, ["tav", "edit", *given], preset_of(first), checkpoint, clip)
     assert run["command"].startswith("tune-a-video edit --video 'x y.mp4' --prompt 'a ball'")
     assert run["options"]["edit"] == ["one", "-two"] and run["options"]["size"] == "64x32"
