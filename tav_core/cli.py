@@ -267,10 +267,9 @@ def _report(output: Path, summary: dict[str, Any]):
     loss, seconds = summary["probe_loss"], summary["seconds"]
     print(f"probe loss {loss['before']:.4f} -> {loss['after']:.4f}: error of the predicted noise, before and after the "
           "tuning; it says that the clip was learned, not that edits are good")  # fmt: skip
-    reached, limits = summary["reconstruction_psnr"], f"good from {GOOD[0]} dB on, fair from {FAIR[0]}"
-    print(
-        f"reconstruction {reached} dB: {summary['reconstruction']} ({limits}; the VAE alone: {summary['vae_psnr']} dB)"
-    )
+    reached, ceiling = summary["reconstruction_psnr"], summary["vae_psnr"]
+    quality, limits = summary["reconstruction_quality"], f"good from {GOOD[0]} dB on, fair from {FAIR[0]}"
+    print(f"reconstruction {reached} dB: {quality} ({limits}; the VAE alone reaches {ceiling} dB)")
     print(", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
     tell(f"{output}: strip.png, comparison.mp4, " + ", ".join(summary["files"].values()))
 

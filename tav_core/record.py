@@ -45,7 +45,10 @@ def verdict(psnr: float, ceiling: float) -> str:
 
 def explained(summary: dict[str, Any]) -> dict[str, Any]:
     """What a summary says beside its figures: how good the reconstruction is, and what each figure means."""
-    return {"reconstruction": verdict(summary["reconstruction_psnr"], summary["vae_psnr"]), "meanings": MEANINGS}
+    return {
+        "reconstruction_quality": verdict(summary["reconstruction_psnr"], summary["vae_psnr"]),
+        "meanings": MEANINGS,
+    }
 
 
 def record_of(args: argparse.Namespace, argv: list[str], preset: Preset, checkpoint: Checkpoint, clip: Clip) -> dict:

@@ -69,7 +69,7 @@ def test_edit_writes_videos_pictures_weights_and_a_summary(edited):
     assert summary["steps"] == 4 and summary["frames"] == 4 and summary["size"] == [128, 128]
     assert summary["vae_psnr"] > 15 and summary["vae_psnr"] > summary["reconstruction_psnr"] > 5
     assert list(summary["regions"].values()) == ["subject", "everything"]
-    assert summary["reconstruction"] == verdict(summary["reconstruction_psnr"], summary["vae_psnr"])
+    assert summary["reconstruction_quality"] == verdict(summary["reconstruction_psnr"], summary["vae_psnr"])
     assert "dB" in summary["meanings"]["vae_psnr"]
     run = summary["run"]
     assert " edit --video " in run["command"] and run["options"]["steps"] == 4 and len(run["options"]["edit"]) == 2

@@ -57,12 +57,13 @@ def test_a_clip_that_does_not_fit(checkpoint, memory):
 
 
 @pytest.mark.slow
-def test_the_commands(tav, tmp_path, monkeypatch):
+def test_the_commands(tav, tmp_path, monkeypatch, request):
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
     assert "checkpoints by name: " in (out := tav("doctor")) and "device: cpu" in out and "GB free of" in out
     small = ["--checkpoint", "mini", "--frames", 2, "--size", 32]
     out = tav("doctor", *small)
     assert "mini knows a rendered world" in out and "1 edit and the reconstruction take about" in out
+    request.getfixturevalue("memory")(50)  # which takes a second for each estimate
     edit = ["edit", *small, "--video", CLIP, "--prompt", "a red ball", "--edit", "a star", "--output", tmp_path / "o"]
     assert "clip: 2 frames of 32 x 32" in tav(*edit, "--dry-run")
     assert "--region subject needs to know" in tav(*edit, "--dry-run", "--region", "subject", fails=True)
