@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 # ruff: noqa: F405
 
 __all__ = [
-    "PRESETS", "REGIONS", "Callback", "Cancelled", "Checkpoint", "Clip", "Condition", "ContextWindows",
-    "DDIMStep", "Device", "Edit", "EditJob", "EditPlaces", "InvertedNoise", "Note", "OutOfMemory", "Preset", "Reading",
-    "Sound", "Source", "SourceWalk", "Step", "Take", "TavError", "TuneConfig", "TuneResult", "TunedInfo", "TuningStep",
-    "VideoModel", "VideoUNet", "WindowedUNet", "base_fingerprint", "ddim_invert", "ddim_sample",
+    "PRESETS", "REGIONS", "Callback", "Cancelled", "Checkpoint", "Clip", "Condition", "ContextWindows", "DDIMStep",
+    "Device", "Edit", "EditJob", "EditPlaces", "InvertedNoise", "Note", "OutOfMemory", "Plan", "Preset", "Reading",
+    "Sound", "Source", "SourceWalk", "Stage", "Step", "Take", "TavError", "TuneConfig", "TuneResult", "TunedInfo",
+    "TuningStep", "VideoModel", "VideoUNet", "WindowedUNet", "base_fingerprint", "ddim_invert", "ddim_sample",
     "ddim_timesteps", "decode_video", "encode_prompt", "encode_video", "find_subject", "inflate", "invert",
     "load_checkpoint", "load_controlnet", "load_tuned", "load_video", "loss_curve", "prepare", "read_noise",
     "read_tuned", "reconstruct", "run_edit", "sample", "save_noise", "save_tuned", "save_video", "side_by_side",

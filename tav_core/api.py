@@ -5,7 +5,7 @@ from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video, l
 from .condition import Condition, VideoModel
 from .ddim import ddim_invert, ddim_sample, ddim_timesteps
 from .errors import Cancelled, OutOfMemory, TavError
-from .events import Callback, DDIMStep, Note, Reading, Step, TuningStep
+from .events import Callback, DDIMStep, Note, Plan, Reading, Stage, Step, TuningStep
 from .inflation import VideoUNet, inflate
 from .injection import REGIONS, EditPlaces, SourceWalk
 from .job import Edit, EditJob, run_edit

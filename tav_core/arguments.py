@@ -93,15 +93,16 @@ def _number(of: argparse._ActionsContainer, option: str, limits: str, metavar: s
 
 
 def model_arguments(parser):
-    group = parser.add_argument_group("model")
-    group.add_argument(
+    parser.add_argument(
         "--checkpoint",
         type=checkpoint,
-        default="mini",
-        metavar="PATH",
-        help="a diffusers folder (also of a published Tune-A-Video model), a .safetensors file of SD 1.x or 2.x, "
-        'or "mini" (the default)',
+        metavar="NAME",
+        help="a .safetensors file of SD 1.x or 2.x, a diffusers folder (also of a published Tune-A-Video model), a "
+        'name in the lists of --comfyui or in the Hugging Face cache, or "mini", which knows its small world alone',
     )
+    group = parser.add_argument_group("model")
+    told = "a ComfyUI, whose checkpoints can be given by name (that of the environment variable COMFYUI_PATH)"
+    group.add_argument("--comfyui", type=path, metavar="DIR", help=told)
     told = "what the checkpoint predicts, where neither its folder nor its file tells right"
     group.add_argument("--prediction-type", choices=SD_PREDICTION_TYPES, help=told)
     device_argument(group)
@@ -113,10 +114,18 @@ def device_argument(group):
                                                                       "one)")  # fmt: skip
 
 
+def run_arguments(parser, config: bool = False):
+    group = parser.add_argument_group("run")
+    if config:
+        told = "options from a file, YAML or JSON: that of a summary.json makes its run again; options given here win"
+        group.add_argument("--config", type=path, metavar="FILE", help=told)
+    group.add_argument("--quiet", action="store_true", help="no progress, no notes: results and errors alone")
+    _number(group, "--threads", "threads", help="threads of the CPU (all)")
+
+
 def video_arguments(parser, frames: int | None = FRAMES, several: bool = False):
-    group = parser.add_argument_group("video")
     takes = "; several times, each with its --prompt, to learn from several takes" if several else ""
-    group.add_argument(
+    parser.add_argument(
         "--video",
         required=True,
         type=path,
@@ -124,6 +133,7 @@ def video_arguments(parser, frames: int | None = FRAMES, several: bool = False):
         action="append" if several else "store",
         help=f"mp4, webm or gif, or a folder of images{takes}",
     )
+    group = parser.add_argument_group("video")
     _number(group, "--start", "start", default=0, help="first frame to take (0)")
     _number(group, "--stride", "stride", default=1, help="take every N-th frame (1)")
     told = f"how many frames ({frames or 'as tuned'}; 8 to 32 are usual)"
@@ -155,8 +165,7 @@ def tuning_arguments(parser):
 
 
 def edits_arguments(parser):
-    group = parser.add_argument_group("edits")
-    group.add_argument(
+    parser.add_argument(
         "--edit",
         action="append",
         required=True,
@@ -164,6 +173,7 @@ def edits_arguments(parser):
         metavar="TEXT",
         help="an edited sentence; give the option several times for several edits",
     )
+    group = parser.add_argument_group("edits")
     group.add_argument(
         "--region",
         action="append",
@@ -176,6 +186,7 @@ def edits_arguments(parser):
 
 
 def contrast_arguments(parser):
+    parser = parser.add_argument_group("subject", "what tells where it is")
     parser.add_argument(
         "--contrast",
         action="append",
@@ -207,62 +218,78 @@ def demo_arguments(parser):
     overwrite_argument(parser)
     device_argument(parser)
     add_preset_arguments(parser)
-    parser.set_defaults(checkpoint="mini", prediction_type=None)
+    run_arguments(parser)
+    parser.set_defaults(checkpoint="mini", comfyui=None, prediction_type=None)
 
 
 def edit_arguments(parser):
+    model_arguments(parser)
+    video_arguments(parser)
     told = "one sentence that describes the clip"
     parser.add_argument("--prompt", required=True, type=sentence, metavar="TEXT", help=told)
     edits_arguments(parser)
-    contrast_arguments(parser)
     told = "of the project: edits of its clip are added, nothing is tuned or drawn twice"
     parser.add_argument("--output", required=True, type=path, metavar="DIR", help=told)
     overwrite_argument(parser)
-    video_arguments(parser)
-    model_arguments(parser)
+    told = "check everything, tell what fits and how long it takes, and write nothing"
+    parser.add_argument("--dry-run", action="store_true", help=told)
+    contrast_arguments(parser)
     tuning_arguments(parser)
     add_preset_arguments(parser, several=SWEEPS | {"seed": "a project has one, that of its tuning"})
+    run_arguments(parser, config=True)
 
 
 def tune_arguments(parser):
+    model_arguments(parser)
+    video_arguments(parser, several=True)
     told = "one sentence that describes the clip; one for each --video, in the same order"
     parser.add_argument("--prompt", required=True, action="append", type=sentence, metavar="TEXT", help=told)
     parser.add_argument("--output", required=True, type=path, metavar="DIR")
-    video_arguments(parser, several=True)
-    model_arguments(parser)
     tuning_arguments(parser)
     # the count of sampling steps is only held against the checkpoint's noise schedule, for what comes after
     names = ("steps", "learning_rate", "seed", "dtype", "memory", "save_minutes", "sampling_steps", "context_length")
     add_preset_arguments(parser, *names)
+    run_arguments(parser, config=True)
 
 
 def invert_arguments(parser):
+    model_arguments(parser)
     tuned_argument(parser)
+    video_arguments(parser, frames=None)
     parser.add_argument("--output", required=True, type=path, metavar="FILE", help="a .safetensors file for the noise")
     told = "one sentence that describes the clip (that of the tuning)"
     parser.add_argument("--prompt", type=sentence, metavar="TEXT", help=told)
     contrast_arguments(parser)
-    video_arguments(parser, frames=None)
-    model_arguments(parser)
     names = ("seed", "dtype", "sampling_steps", "caption_as_negative", "context_length", "context_overlap")
     add_preset_arguments(parser, *names)
+    run_arguments(parser, config=True)
 
 
 def sample_arguments(parser):
-    edits_arguments(parser)
+    model_arguments(parser)
     tuned_argument(parser)
     told = "noise of `invert` or `edit`; random without it"
     parser.add_argument("--noise", type=path, metavar="FILE", help=told)
+    edits_arguments(parser)
+    told = "edits are added to what is there, also to a project of `edit`"
+    parser.add_argument("--output", required=True, type=path, metavar="DIR", help=told)
     _number(parser, "--frames", "count", help="length of clips from random noise (as tuned)")
     told = "frame rate of the written videos (that of the clip in --noise; else 8)"
     _number(parser, "--fps", "fps", metavar="X", help=told)
     audio_argument(parser)
-    told = "edits are added to what is there, also to a project of `edit`"
-    parser.add_argument("--output", required=True, type=path, metavar="DIR", help=told)
-    model_arguments(parser)
     names = ("seed", "dtype", "sampling_steps", "guidance_scale", "attention_injection", "caption_as_negative",
              "steady", "context_length", "context_overlap")  # fmt: skip
     add_preset_arguments(parser, *names, several=SWEEPS | {"seed": "of random noise; several for a grid of edits"})
+    run_arguments(parser, config=True)
+
+
+def doctor_arguments(parser):
+    _number(parser, "--frames", "count", default=FRAMES, help=f"of the clip ({FRAMES})")
+    parser.add_argument("--size", type=size, metavar="WxH", help="to work at (the size of the checkpoint)")
+    model_arguments(parser)
+    names = ("steps", "dtype", "memory", "sampling_steps", "guidance_scale", "attention_injection", "context_length")
+    add_preset_arguments(parser, *names)
+    run_arguments(parser)
 
 
 def metrics_arguments(parser):
@@ -284,3 +311,18 @@ def metrics_arguments(parser):
     group.add_argument("--dino", type=path, metavar="DIR", help="facebook/dino-vitb16")
     told = "where metrics.csv, .json and .html go (the folder of the edit, or the present one)"
     parser.add_argument("--output", type=path, metavar="DIR", help=told)
+
+
+_SD15 = "--checkpoint v1-5-pruned-emaonly-fp16.safetensors"
+_CLIP = f'{_SD15} --video skiing.mp4 --prompt "a man is skiing"'
+EXAMPLES = {
+    "demo": "--output tav-demo",
+    "edit": f'{_CLIP} --edit "spider man is skiing" --frames 24 --stride 2 --output skiing',
+    "tune": f"{_CLIP} --frames 24 --stride 2 --output tuned",
+    "invert": f"{_SD15} --tuned tuned/tuned.safetensors --video skiing.mp4 --stride 2 --output noise.safetensors",
+    "sample": f"{_SD15} --tuned tuned/tuned.safetensors --noise noise.safetensors "
+    '--edit "a cat is skiing" --output sampled',
+    "doctor": f"{_SD15} --frames 24",
+    "metrics": "--edited skiing",
+    "bench": "--layout small --stages tune --no-memory",
+}

@@ -402,7 +402,7 @@ def add_arguments(parser):
     parser.add_argument("--stages", nargs="+", choices=STAGES, help="(all)")
     told = "the median of so many is reported (3)"
     parser.add_argument("--runs", type=Range(1, 1000), default=3, metavar="N", help=told)
-    parser.add_argument("--threads", type=Range(1, 1024), metavar="N", help="of the CPU (all)")
+    parser.add_argument("--threads", type=LIMITS["threads"], metavar="N", help="of the CPU (all)")
     parser.add_argument(
         "--no-memory", action="store_true", help="leaves out the memory, which takes a process for each figure"
     )

@@ -19,8 +19,8 @@ from .checkpoint_folder import load_folder, load_part
 from .checkpoint_parts import Unfit, check_parts
 from .errors import TavError
 from .video import to_frames
+from .where import MINI, find_checkpoint
 
-MINI = Path(__file__).parent / "mini" / "checkpoint"
 MINI_CONTROLNET = MINI.parent / "controlnet"
 SD_PREDICTION_TYPES = ("epsilon", "v_prediction")  # that Stable Diffusion 1.x and 2.x was trained for
 _VAE_PIXELS = 2 * 512 * 512  # at once
@@ -59,8 +59,10 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
     prediction_type: str | None = None,
     config: str | Path | None = None,
+    comfyui: str | Path | None = None,
 ) -> Checkpoint:
-    """Loads "mini", a diffusers folder, or a single `.safetensors` file of SD 1.x or 2.x. Never uses the network.
+    """Loads "mini", a diffusers folder, or a single `.safetensors` file of SD 1.x or 2.x, by its path or its name in a
+    ComfyUI's lists or the Hugging Face cache (see `find_checkpoint`). Never uses the network.
 
     A folder that the authors' code saved (TuneAVideoPipeline) gives a `VideoUNet`, tuned as it is.
 
@@ -71,6 +73,7 @@ def load_checkpoint(
             SD 2.x "768"); else "epsilon".
         config: a folder of diffusers configurations (and a tokenizer, if it has one) for a single file of an
             unusual layout. Unused with a folder.
+        comfyui: a ComfyUI whose names are known; by default that of the environment variable COMFYUI_PATH.
 
     Raises:
         TavError: missing or broken files, a pickle as single file, or a model of another family (SDXL, SD3, Flux,
@@ -78,11 +81,7 @@ def load_checkpoint(
     """
     if prediction_type not in (None, *SD_PREDICTION_TYPES):
         raise TavError("prediction_type", prediction_type, "is unknown", "choose epsilon or v_prediction")
-    path = MINI if str(name_or_path) == "mini" else Path(name_or_path)
-    if not path.exists():
-        raise TavError(
-            "checkpoint", name_or_path, "does not exist", "give a diffusers folder, a .safetensors file or mini"
-        )
+    path = find_checkpoint(name_or_path, comfyui)
     if config is not None and not Path(config).is_dir():
         raise TavError("config", config, "is not a folder", "give one with unet, vae, text_encoder and scheduler in it")
     with _reading("checkpoint", name_or_path):
@@ -93,7 +92,15 @@ def load_checkpoint(
     for part in ("unet", "vae", "text_encoder"):
         # the plain `to`, because that of diffusers warns of modules that there aren't
         nn.Module.to(parts[part], device=device, dtype=dtype).eval().requires_grad_(False)
-    return Checkpoint(name="mini" if path == MINI else path.stem if path.is_file() else path.name, **parts)
+    return Checkpoint(name=_name(path), **parts)
+
+
+def _name(path: Path) -> str:
+    if path == MINI:
+        return "mini"
+    if path.parent.name == "snapshots":  # of the Hugging Face cache, which names folders by a hash
+        return path.parts[-3].rsplit("--", 1)[-1]
+    return path.stem if path.is_file() else path.name
 
 
 def load_controlnet(path: str | Path) -> ControlNetModel:

@@ -1,7 +1,7 @@
 """The command line: edit a video with one sentence (Tune-A-Video, arXiv 2212.11565)."""
 
 import math
-import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,16 +9,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from torch import nn
 
-from . import __version__, bench, job, pipeline
+from . import bench, job, pipeline
 from .arguments import (
+    EXAMPLES,
     FRAMES,
     demo_arguments,
     device_argument,
+    doctor_arguments,
     edit_arguments,
     invert_arguments,
     metrics_arguments,
@@ -28,8 +28,10 @@ from .arguments import (
 from .checkpoint import Checkpoint, load_checkpoint
 from .clip_metrics import load_clip, load_dino
 from .ddim import ddim_timesteps
+from .doctor import about_machine, examine, versions
 from .drawing import Edit, draw
 from .errors import Cancelled, TavError, field
+from .events import Plan, Stage
 from .inflation import VideoUNet
 from .limits import LIMITS, check_pixels
 from .measure import REPORT, Measured, Models, as_table, mask_of, measure, measure_job, write_report
@@ -38,13 +40,15 @@ from .pictures import IMAGES, is_animated
 from .precision import DTYPES
 from .presets import Preset
 from .project import SHOWN, SUMMARY, Project, file_name, write_json
+from .record import FAIR, GOOD, explained, record_of
 from .sound import Sound
-from .subject import SOFTNESS
+from .subject import SOFTNESS, subject_steps
 from .terminal import Parser, Progress, check_needs, preset_of, run, tell
 from .trainable import trainable_parameters
 from .tuned_weights import TunedInfo, load_tuned, read_tuned, weights_fingerprint
 from .tuning_state import hash_tensors
 from .video import Clip, load_video
+from .where import MINI, MINI_KNOWS, MINI_SIZE, SD15, find_checkpoint, known_checkpoints
 from .windows import check_context_length
 
 FPS = 8.0  # where nothing else says how fast
@@ -55,6 +59,8 @@ SUBJECT = ("contrast", "word", "mask")  # what tells where it is
 
 
 def _preset(args) -> Preset:
+    """The settings of a command, whose checkpoint is looked for first: before anything is read."""
+    args.found = find_checkpoint(args.checkpoint, args.comfyui)
     args.dtype = args.dtype or _dtype_for(args.device)
     return preset_of(args)
 
@@ -66,7 +72,11 @@ def _dtype_for(device: torch.device) -> str:
 
 
 def _checkpoint(args, preset: Preset) -> Checkpoint:
-    checkpoint = load_checkpoint(args.checkpoint, prediction_type=args.prediction_type)
+    if args.found == MINI and args.command != "demo" and not args.quiet:
+        width, height = getattr(args, "size", None) or (MINI_SIZE, MINI_SIZE)
+        large = f" ({width} x {height} is larger than anything it has seen)" * (max(width, height) > MINI_SIZE)
+        tell(f"mini {MINI_KNOWS}{large}")
+    checkpoint = load_checkpoint(args.found, prediction_type=args.prediction_type)
     for part in (checkpoint.vae, checkpoint.text_encoder):  # of the U-Net, only what is inflated from it goes there
         nn.Module.to(part, args.device)
     ddim_timesteps(checkpoint.scheduler, preset.sampling_steps)  # a wrong count should not surface after tuning
@@ -83,11 +93,17 @@ def _clip(args, checkpoint: Checkpoint, video: Path, sound: bool = False) -> Cli
         raise TavError("stride", args.stride, "does nothing for a single frame", "leave it out")
     if args.context_length is not None:
         check_context_length(args.context_length, args.frames)
+    width, height = _size(args, checkpoint)
+    return load_video(video, start=args.start, stride=args.stride, count=args.frames, width=width, height=height,
+                      fit=args.fit, sound=sound, callback=Progress(args.quiet))  # fmt: skip
+
+
+def _size(args, checkpoint: Checkpoint) -> tuple[int, int]:
+    """The width and height to work at; a TavError if the checkpoint or no memory can take so many such frames."""
     width, height = args.size or (checkpoint.size, checkpoint.size)
     pipeline.check_size(checkpoint, width=width, height=height)
     check_pixels(args.frames, width, height)
-    return load_video(video, start=args.start, stride=args.stride, count=args.frames, width=width, height=height,
-                      fit=args.fit, sound=sound, callback=Progress())  # fmt: skip
+    return width, height
 
 
 def _check_subject(args):
@@ -108,7 +124,7 @@ def _mask(args, clip: Clip) -> torch.Tensor | None:
     cut = dict(count=1) if one else dict(start=args.start, stride=args.stride, count=count)
     size = dict(width=width, height=height, fit=args.fit)
     try:
-        return mask_of(load_video(args.mask, **cut, **size, sound=False, callback=Progress()).frames, count)
+        return mask_of(load_video(args.mask, **cut, **size, sound=False, callback=Progress(args.quiet)).frames, count)
     except TavError as error:
         named = "mask" if error.field == "video" else error.field
         raise TavError(named, error.value, error.problem, error.remedy) from error
@@ -210,10 +226,17 @@ def _edit(args):
     checkpoint = _checkpoint(args, wanted.preset)
     clip = _clip(args, checkpoint, args.video, sound=args.audio)
     wanted = replace(wanted, mask=_mask(args, clip))
+    if args.dry_run:
+        count, height, width, _ = clip.frames.shape
+        _examine(args, checkpoint, wanted, count, width, height)
+        return
     with job.claimed(args.output), _told_how_to_go_on():
-        progress = Progress().stop_at_interrupt()
+        progress = Progress(args.quiet).stop_at_interrupt()
         summary, _ = job.run_edit(wanted, checkpoint, clip, args.output, resume=args.resume, overwrite=args.overwrite,
                                   callback=progress)  # fmt: skip
+        run = record_of(args, sys.argv, wanted.preset, checkpoint, clip)
+        summary |= {**explained(summary), "run": run}
+        write_json(args.output / SUMMARY, summary)
     _report(args.output, summary)
 
 
@@ -223,6 +246,26 @@ def _check_project(args, wanted: job.EditJob, resume: bool, **inputs: Path | Non
     job.check_folder(args.output, wanted.files(first), **inputs)
     if not args.overwrite:
         job.check_free(args.output, resume)
+
+
+def _doctor(args):
+    for line in about_machine(args.device):
+        tell(line)
+    if args.checkpoint is None:
+        here = list(known_checkpoints(args.comfyui))
+        tell("checkpoints by name: " + (", ".join(here[:8]) or f"none; give one, or {SD15}"))
+        return
+    preset = _preset(args)
+    checkpoint = _checkpoint(args, preset)
+    width, height = _size(args, checkpoint)
+    if args.context_length is not None:
+        check_context_length(args.context_length, args.frames)
+    _examine(args, checkpoint, job.EditJob("a clip", [job.Edit("an edit")], preset), args.frames, width, height)
+
+
+def _examine(args, checkpoint: Checkpoint, wanted: job.EditJob, frames: int, width: int, height: int):
+    for line in examine(checkpoint, wanted, frames, width, height, Progress(args.quiet)):
+        tell(line)
 
 
 def _demo(args):
@@ -238,9 +281,10 @@ def _demo(args):
     clip = load_video(demo.CLIP, count=FRAMES, width=checkpoint.size, height=checkpoint.size)
     with job.claimed(args.output):
         with _told_how_to_go_on("run the command again"):
-            progress = Progress().stop_at_interrupt()
+            progress = Progress(args.quiet).stop_at_interrupt()
             summary, videos = job.run_edit(wanted, checkpoint, clip, args.output, overwrite=args.overwrite,
                                            callback=progress)  # fmt: skip
+        summary |= explained(summary)
         summary["judged"] = {kind: demo.score(kind, video.numpy()) for kind, video in zip(demo.EDITS, videos)}
         write_json(args.output / SUMMARY, summary)
     _report(args.output, summary)
@@ -251,8 +295,11 @@ def _demo(args):
 
 def _report(output: Path, summary: dict[str, Any]):
     loss, seconds = summary["probe_loss"], summary["seconds"]
-    reached = f"reconstruction {summary['reconstruction_psnr']} dB (the VAE alone: {summary['vae_psnr']} dB)"
-    print(f"probe loss {loss['before']:.4f} -> {loss['after']:.4f}, {reached}")
+    print(f"probe loss {loss['before']:.4f} -> {loss['after']:.4f}: error of the predicted noise, before and after the "
+          "tuning; it says that the clip was learned, not that edits are good")  # fmt: skip
+    reached, ceiling = summary["reconstruction_psnr"], summary["vae_psnr"]
+    quality, limits = summary["reconstruction_quality"], f"good from {GOOD[0]} dB on, fair from {FAIR[0]}"
+    print(f"reconstruction {reached} dB: {quality} ({limits}; the VAE alone reaches {ceiling} dB)")
     print(", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
     files = [each["file"] for each in (summary["reconstruction"], *summary["edits"])]
     tell(f"{output}: {', '.join([*SHOWN, *files])}")
@@ -275,7 +322,8 @@ def _tune(args):
     clips = [_clip(args, checkpoint, video) for video in args.video]
     sources = [pipeline.prepare(checkpoint, clip.frames, prompt) for clip, prompt in zip(clips, args.prompt)]
     with job.claimed(args.output), _told_how_to_go_on():
-        progress = Progress().stop_at_interrupt()
+        progress = Progress(args.quiet).stop_at_interrupt()
+        progress(Plan((Stage("tune", preset.tuning.steps),)))
         _, result = job.tune_into(args.output, checkpoint, sources, preset, inflation=_inflation(args),
                                   resume=args.resume, callback=progress)  # fmt: skip
         (args.output / job.STATE).unlink(missing_ok=True)
@@ -299,13 +347,16 @@ def _invert(args):
         pipeline.places_of(checkpoint, prompt, args.word, preset)
     clip = _clip(args, checkpoint, args.video, sound=args.audio)
     mask, source = _mask(args, clip), pipeline.prepare(checkpoint, clip.frames, prompt)
-    progress = Progress().stop_at_interrupt()
+    progress = Progress(args.quiet).stop_at_interrupt()
+    steps = subject_steps(len(args.contrast or ()), bool(args.word))
+    found = [Stage("subject", steps)] * (steps > 0 and mask is None)
+    progress(Plan((Stage("invert", preset.sampling_steps), *found)))
     noise = pipeline.invert(checkpoint, unet, source, preset, callback=progress)
     if mask is not None:
         subject = pipeline.drawn_subject(mask, clip.frames, _softness(args))
     elif args.contrast or args.word:
         given = (args.contrast or (), preset, _softness(args), args.word or "")
-        subject = pipeline.find_subject(checkpoint, unet, source, *given)
+        subject = pipeline.find_subject(checkpoint, unet, source, *given, callback=progress)
     inverted = InvertedNoise(noise, prompt, subject, clip.frames, clip.fps, clip.sound, weights)
     save_noise(args.output, inverted, preset)
     tell(args.output)
@@ -357,7 +408,8 @@ def _sample(args):
     preset, drawn = preset_of(args), []
     with job.claimed(args.output):
         project = _shared(args, info, checkpoint, weights, next(iter(starts.values())))
-        progress = Progress().stop_at_interrupt()
+        progress = Progress(args.quiet).stop_at_interrupt()
+        progress(Plan((Stage("sample", len(files) * len(starts) * preset.sampling_steps),)))
         if inverted is not None and inverted.frames is not None and "source" not in project.summary:
             project.put("source", inverted.frames, rate, sound)
         for seed, start in starts.items():
@@ -474,6 +526,8 @@ COMMANDS = {
     "tune": (_tune, tune_arguments, "tune on a clip, or on several, and write DIR/tuned.safetensors"),
     "invert": (_invert, invert_arguments, "invert a clip with tuned weights to the noise it would come from"),
     "sample": (_sample, sample_arguments, "sample edited clips from inverted (or random) noise"),
+    "doctor": (_doctor, doctor_arguments, "tell what this machine can do: what fits into its memory, and how long it "
+                                          "takes, by two real steps of each stage"),
     "metrics": (_metrics, metrics_arguments, "measure edits beside their source: fidelity, motion, and by CLIP"),
     "bench": (bench.bench, _bench_arguments, "measure the speed and the memory of every stage, against the method "
                                              "written plainly"),
@@ -483,14 +537,12 @@ COMMANDS = {
 def main(prog: str = "tune-a-video"):
     parser = Parser(prog=prog, description=__doc__.split(": ", 1)[1])
     parser.add_argument(
-        "--version",
-        action="version",
-        version=f"tune-a-video {__version__}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"diffusers {diffusers.__version__}, transformers {transformers.__version__}",
+        "--version", action="version", version=", ".join(f"{name} {version}" for name, version in versions().items())
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (function, add_arguments, help) in COMMANDS.items():
-        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        example = f"example: tune-a-video {name} {EXAMPLES[name]}"
+        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", epilog=example)
         add_arguments(sub)
-        sub.set_defaults(run=function)
+        sub.set_defaults(run=function, parser=sub)
     run(parser)

@@ -24,11 +24,33 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A part of a job.
+
+    Attributes:
+        name: that of its `Step`.
+        steps: of all of it; those of several samplings together.
+        cost: of a step beside those of other stages, in forward passes of the clip.
+    """
+
+    name: str
+    steps: int
+    cost: float = 1.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job begins, whose stages these are, in their order."""
+
+    stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True)
 class Step:
     """A step is done.
 
     Attributes:
-        stage: "tune", "invert" or "sample".
+        stage: "encode", "tune", "invert", "subject" or "sample".
         step: from 1 to total.
     """
 
@@ -67,7 +89,7 @@ class DDIMStep(Step):
         return f"DDIMStep({self.stage} {self.step}/{self.total}, timestep {self.timestep})"
 
 
-Event = Note | Reading | Step
+Event = Note | Reading | Plan | Step
 Callback = Callable[[Event], None]
 
 

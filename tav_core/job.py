@@ -18,7 +18,7 @@ from .atomic import sole_user
 from .checkpoint import Checkpoint, decode_video
 from .drawing import Edit, draw, settings_of
 from .errors import TavError
-from .events import Callback, Note, ignored
+from .events import Callback, Note, Step, ignored
 from .inflation import VideoUNet
 from .limits import check
 from .metrics import psnr
@@ -26,6 +26,7 @@ from .noise import InvertedNoise, read_noise, save_noise
 from .precision import DTYPES
 from .presets import Preset
 from .project import NAMED, NOISE, SHOWN, SUMMARY, Project, file_name
+from .remaining import plan_of
 from .subject import SOFTNESS
 from .trainable import trainable_parameters
 from .tuned_weights import base_fingerprint, load_tuned, save_tuned, weights_fingerprint
@@ -242,6 +243,7 @@ def run_edit(
     run.check_same()
     if job.word:  # a wrong one should not surface after the tuning
         pipeline.places_of(checkpoint, job.prompt, job.word, job.preset)
+    callback(plan_of(job, run.stages_done()))
     unet, project = run.tuned(resume), run.project
     if "source" not in project.summary:
         project.put("source", clip.frames, clip.fps, clip.sound)
@@ -278,7 +280,16 @@ class _Run:
 
     @functools.cached_property
     def source(self) -> pipeline.Source:
-        return self.project.timed("encode", pipeline.prepare, self.checkpoint, self.clip.frames, self.job.prompt)
+        source = self.project.timed("encode", pipeline.prepare, self.checkpoint, self.clip.frames, self.job.prompt)
+        self.callback(Step("encode", 1, 1))
+        return source
+
+    def stages_done(self) -> set[str]:
+        """Names of the stages that the project has no need of any more."""
+        done = {"encode", "tune"} if "weights" in self.project.summary else set()
+        if (self.project.folder / NOISE).exists():
+            done.add("invert")
+        return done | ({"subject"} if "subject" in self.project.summary else set())
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
@@ -370,7 +381,7 @@ class _Run:
         if job.mask is not None:
             return pipeline.drawn_subject(job.mask, self.clip.frames, job.softness)
         args = (self.checkpoint, unet, self.source, job.contrasts, job.preset, job.softness, job.word)
-        return self.project.timed("find the subject", pipeline.find_subject, *args)
+        return self.project.timed("find the subject", pipeline.find_subject, *args, callback=self.callback)
 
     def reconstruct(self, unet: VideoUNet, noise: InvertedNoise):
         """The clip drawn again from its noise with its own sentence, and how near to it that comes."""

@@ -65,6 +65,7 @@ LIMITS = {
     "width": Range(1, 4096),
     "height": Range(1, 4096),
     "fps": Range(0.01, 1000.0),
+    "threads": Range(1, 1024),
 }
 PIXELS = 2**28  # of all frames of a clip: a thousand of 512 x 512, which take several GB at once
 

@@ -2,14 +2,15 @@
 
 import copy
 import gc
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import psutil
 import torch
+from diffusers.utils import is_torch_version
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -18,17 +19,17 @@ from .recompute import MEMORY
 from .take import Take
 from .trainable import trainable_parameters
 
-_MARGIN = 1.2  # of what is needed: for kernels' own buffers and gaps between blocks of memory, which nobody counts
+MARGIN = 1.2  # of what is needed: for kernels' own buffers and gaps between blocks of memory, which nobody counts
 
 
 def needed_memory(unet: VideoUNet, take: Take, dtype: torch.dtype, memory: str, device: torch.device) -> int:
     """Bytes that a tuning step takes beyond the weights of the U-Net, in a memory mode (one of `MEMORY`).
 
-    The step is run, forward and backward, on tensors without content (fake tensors), which have all but the memory:
-    the most that live at once, and for each tuned weight AdamW's two moments and the copy that a failed run goes back
-    to. Left out are what kernels take for themselves (convolutions above all), the callback (a preview) and gaps: on
-    the CPU the C library keeps freed tensors of up to 32 MB, which small clips notice. Takes a second or two, even for
-    Stable Diffusion.
+    The step is run, forward and backward, on tensors without content (of the device "meta"), which have all but the
+    memory: the most that live at once, and for each tuned weight AdamW's two moments and the copy that a failed run
+    goes back to. Left out are what kernels take for themselves (convolutions above all), the callback (a preview) and
+    gaps: on the CPU the C library keeps freed tensors of up to 32 MB, which small clips notice. Takes a second or two,
+    even for Stable Diffusion, and as long for any clip.
 
     Args:
         take: the largest; nothing but its shapes counts.
@@ -36,26 +37,30 @@ def needed_memory(unet: VideoUNet, take: Take, dtype: torch.dtype, memory: str, 
         device: where it will run; the U-Net may be elsewhere.
     """
     tuned_bytes = 4 * sum(parameter.numel() for parameter in trainable_parameters(unet).values())
-    with FakeTensorMode():
+    nowhere = torch.device("meta")
+    if is_torch_version("<", "2.6") and not hasattr(torch, "meta"):
+        # what computes a part again asks such a module there whether the device draws random numbers
+        torch._register_device_module("meta", types.ModuleType("meta"))
 
-        def fake(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-            return torch.empty(x.shape, dtype=dtype or x.dtype, device=device)
+    def emptied(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(x.shape, dtype=dtype or x.dtype, device=nowhere)
 
-        unet = without_content(unet, dtype, device)
-        unet.set_memory(memory)
-        unet.frame_context.set(attention_fn=lambda q, k, v, mask=None: _FusedAttention.apply(q, k, v))
-        unet.get_class_embed = super(VideoUNet, unet).get_class_embed  # which doesn't look at the labels' values
-        told, timestep = take.condition, torch.zeros((), dtype=torch.int64, device=device)
-        labels = {name: fake(value) for name, value in told.keywords.items()}
-        with _Peak([*unet.parameters(), *unet.buffers()]) as count:
-            predicted = unet(fake(take.latents, dtype), timestep, fake(told.encoder_hidden_states, dtype), **labels)
-            predicted.float().square().mean().backward()
+    unet = without_content(unet, dtype, nowhere)
+    unet.set_memory(memory)
+    copies = device.type == "cpu"
+    unet.frame_context.set(attention_fn=lambda q, k, v, mask=None: _FusedAttention.apply(q, k, v, copies))
+    unet.get_class_embed = super(VideoUNet, unet).get_class_embed  # which doesn't look at the labels' values
+    told, timestep = take.condition, torch.zeros((), dtype=torch.int64, device=nowhere)
+    labels = {name: emptied(value) for name, value in told.keywords.items()}
+    with _Peak([*unet.parameters(), *unet.buffers()]) as count:
+        predicted = unet(emptied(take.latents, dtype), timestep, emptied(told.encoder_hidden_states, dtype), **labels)
+        predicted.float().square().mean().backward()
     return count.peak + 3 * tuned_bytes
 
 
 def without_content(unet: VideoUNet, dtype: torch.dtype, device: torch.device) -> VideoUNet:
-    """A copy, as it computes in a dtype on a device, whose weights have no content; made and used under a
-    `FakeTensorMode`.
+    """A copy, as it computes in a dtype on a device, whose weights have no content: on the device "meta", or made and
+    used under a `FakeTensorMode`.
     """
     weights = {
         id(p): nn.Parameter(
@@ -71,16 +76,16 @@ class _FusedAttention(torch.autograd.Function):
     """The memory of attention that never holds all scores: it keeps queries, keys, values and output."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q)
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, copies: bool) -> Tensor:
+        out, ctx.copies = torch.empty_like(q), copies
         ctx.save_for_backward(q, k, v, out)
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, _ = ctx.saved_tensors
-        copies = [*[q] * 6, *[k] * 8] if q.device.type == "cpu" else []  # of `block_attention`
-        return tuple([torch.empty_like(x) for x in (q, k, v, *copies)][:3])
+        copies = [*[q] * 6, *[k] * 8] if ctx.copies else []  # of `block_attention`, on the CPU
+        return *[torch.empty_like(x) for x in (q, k, v, *copies)][:3], None
 
 
 class _Peak(TorchDispatchMode):
@@ -158,7 +163,7 @@ def choose(needed: Callable[[str], int], free: int) -> tuple[str, str]:
     """The first of the `MEMORY` modes that fits into `free` bytes with a margin, or the last; and a line on why."""
     unfit = ""
     for memory in MEMORY:
-        wanted = needed(memory) * _MARGIN
+        wanted = needed(memory) * MARGIN
         if wanted <= free:
             why = (
                 f"since {unfit} and {_gb(free)} are free"

@@ -10,6 +10,7 @@ The stages in their order:
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,12 @@ from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video
 from .condition import Condition
 from .ddim import Schedule, ddim_invert, ddim_sample
 from .errors import TavError, field
-from .events import Callback, ignored
+from .events import Callback, Step, ignored
 from .inflation import VideoUNet, inflate
 from .injection import EditPlaces, SourceWalk
 from .memory import offloaded
 from .presets import Preset
-from .subject import SOFTNESS, outlined, pooled, put_back, softened, subject_mask, word_mask, word_places
+from .subject import SOFTNESS, outlined, pooled, put_back, softened, subject_mask, subject_steps, word_mask, word_places
 from .take import Take
 from .trainable import trainable_parameters
 from .tuning import TuneResult, tune
@@ -183,6 +184,7 @@ def find_subject(
     preset: Preset,
     softness: int = SOFTNESS,
     word: str = "",
+    callback: Callback = ignored,
 ) -> Tensor:
     """Mask of the clip's subject, 0 ... 1, `1 1 f h w` of pixels (see `subject_mask`, `word_mask` and `outlined`).
 
@@ -190,6 +192,7 @@ def find_subject(
         contrasts: the clip's sentence with other subjects: for "a red ball on the grass", "a blue star on the grass".
         softness: width of the mask's edge in pixels; 0 for a hard one.
         word: that names the subject in the clip's sentence; with contrasts, what either of them finds.
+        callback: gets a `Step` of stage "subject" after every prediction; raises to stop.
 
     Raises:
         TavError: a contrast that is empty or the sentence itself, a word that isn't in it, or neither.
@@ -198,13 +201,18 @@ def find_subject(
     if not contrasts and not word:
         raise TavError("contrast", None, "is missing", f"give it, or {field('word')}")
     take, scheduler, found = source.take, checkpoint.scheduler, []
+    done, total = itertools.count(1), subject_steps(len(contrasts), bool(word))
+
+    def tell(event: Step):
+        callback(Step("subject", next(done), total))
+
     if word:
         places = places_of(checkpoint, source.prompt, word, preset)
-        found.append(word_mask(unet, take.latents, take.condition, places, scheduler))
+        found.append(word_mask(unet, take.latents, take.condition, places, scheduler, callback=tell))
     if contrasts:
         others = torch.cat([encode_prompt(checkpoint, contrast) for contrast in contrasts])
         seen, seed = _windowed(unet, preset), preset.tuning.seed
-        found.append(subject_mask(seen, take.latents, take.condition, others, scheduler, seed=seed))
+        found.append(subject_mask(seen, take.latents, take.condition, others, scheduler, seed=seed, callback=tell))
     mask = torch.stack(found).amax(0)
     return softened(outlined(mask, source.frames), softness)
 

@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from .condition import Condition, VideoModel, predict
 from .ddim import ddim_invert
 from .errors import TavError
+from .events import Callback, Step, ignored
 from .limits import check
 
+WORD_STEPS = 10  # of the inversion in which a word is looked for
 _LEVELS = (0.16, 0.28, 0.40, 0.52)  # of the training timesteps: below, the picture says it all, above, it says nothing
 SOFTNESS = 3  # pixels
 
@@ -40,6 +42,7 @@ def subject_mask(
     *,
     threshold: float = 0.15,
     seed: int = 0,
+    callback: Callback = ignored,
 ) -> Tensor:
     """Finds the subject by what sentences about other subjects change in the predicted noise.
 
@@ -51,6 +54,7 @@ def subject_mask(
             another colour and shape, find all of the subject.
         threshold: 0 ... 1 of the largest difference; less finds more.
         seed: of the noise.
+        callback: gets a `Step` of stage "subject" after every prediction; raises to stop.
 
     Returns:
         float32 `1 1 f h w` of 0 and 1.
@@ -58,13 +62,23 @@ def subject_mask(
     Raises:
         TavError: a threshold out of range, or sentences that make no difference anywhere.
     """
-    condition, predictions = Condition.of(condition), []
+    condition, predictions, done = Condition.of(condition), [], 0
     texts = [condition.encoder_hidden_states, *contrast_hidden_states.split(1)]
     sentences = [Condition(text, condition.class_labels) for text in texts]
     for t, alpha, noise in probes(latents, scheduler, seed):
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        predictions.append(torch.cat([predict(unet, noisy, t, sentence) for sentence in sentences]))
+        predicted = []
+        for sentence in sentences:
+            predicted.append(predict(unet, noisy, t, sentence))
+            done += 1
+            callback(Step("subject", done, subject_steps(len(sentences) - 1)))
+        predictions.append(torch.cat(predicted))
     return mask_of(predictions, threshold)
+
+
+def subject_steps(contrasts: int, word: bool = False) -> int:
+    """How many predictions finding a subject takes, by so many other sentences and by a word."""
+    return len(_LEVELS) * (1 + contrasts) * (contrasts > 0) + WORD_STEPS * word
 
 
 def probes(latents: Tensor, scheduler: SchedulerMixin, seed: int) -> list[tuple[int, Tensor, Tensor]]:
@@ -106,8 +120,9 @@ def word_mask(
     places: Sequence[int],
     scheduler: SchedulerMixin,
     *,
-    steps: int = 10,
+    steps: int = WORD_STEPS,
     threshold: float = 0.3,
+    callback: Callback = ignored,
 ) -> Tensor:
     """Finds the subject by where its word is looked at, while the clip is inverted with its sentence.
 
@@ -118,12 +133,14 @@ def word_mask(
         places: of the word among the tokens (see `word_places`).
         steps: of the inversion.
         threshold: 0 ... 1 of the largest attention; less finds more.
+        callback: gets a `Step` of stage "subject" after every step; raises to stop.
 
     Returns:
         float32 `1 1 f h w` of 0 and 1.
     """
     with word_attention(unet, places) as maps:
-        ddim_invert(unet, latents, condition, scheduler, steps)
+        ddim_invert(unet, latents, condition, scheduler, steps,
+                    callback=lambda event: callback(Step("subject", event.step, event.total)))  # fmt: skip
     return mask_of_attention(maps, *latents.shape[-2:], threshold)
 
 

@@ -1,30 +1,36 @@
 """What the command lines share: presets, progress bars, one-line errors, stopping, output that fails no run."""
 
 import argparse
+import math
 import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, TextIO
 
+import torch
 from diffusers.utils import logging as diffusers_logging
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from .config_file import with_config
 from .errors import Cancelled, TavError, escaped, shortened
 from .errors import field as mentioned
-from .events import Event, Note, Reading, TuningStep
+from .events import Event, Note, Plan, Reading, Step, TuningStep
 from .limits import LIMITS
 from .memory import is_out_of_memory
 from .precision import DTYPES
 from .presets import PRESETS, Preset, default_preset, with_settings
 from .recompute import MEMORY_OR_AUTO
+from .remaining import Remaining
 from .tuning import TuneConfig
 
-STAGES = {"tune": "tuning", "invert": "inversion", "sample": "sampling"}
+STAGES = {"encode": "encoding", "tune": "tuning", "invert": "inversion", "subject": "finding the subject",
+          "sample": "sampling"}  # fmt: skip
 # fields of errors that are called otherwise here
 _NAMES = {"count": "frames", "width": "size", "height": "size", "num_steps": "sampling_steps", "state": "state file",
           "save_minutes": "save_every", "word": "subject"}  # fmt: skip
@@ -35,32 +41,60 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a Ctrl-C, and what ends a job of a
 
 
 class Progress:
-    """Draws one bar a stage from its events, and stops the stage after the step at which Ctrl-C or SIGTERM came."""
+    """Draws one bar a stage from its events, and stops the stage after the step at which Ctrl-C or SIGTERM came.
 
-    def __init__(self):
-        self.bar = None
+    Where nobody watches, as in a file, a plain line now and then tells the same.
+    """
+
+    def __init__(self, quiet: bool = False):
+        self.quiet, self.plain = quiet, not sys.stderr.isatty()
+        self.bar = self.remaining = None
+        self.told = -math.inf, 0.0  # when the last line was, and how much of its stage was done
         self.stopped = False
 
     def __call__(self, event: Event):
         if isinstance(event, Note):
-            tqdm.write(escaped(event.text))
+            if not self.quiet:
+                tqdm.write(escaped(event.text))
+            return
+        if isinstance(event, Plan):
+            self.remaining = Remaining(event)
             return
         if isinstance(event, Reading):
             if self.stopped:
                 raise Cancelled("stopped while the clip was read")
             return
-        stage = STAGES[event.stage]
-        if self.bar is None or self.bar.desc != stage:
-            self.close()
-            self.bar = tqdm(total=event.total, desc=stage, unit="step", initial=event.step - 1, mininterval=0.5)
-        self.bar.update(event.step - self.bar.n)
+        stage, told = STAGES[event.stage], [self.remaining.after(event)] if self.remaining else []
         if isinstance(event, TuningStep):
-            self.bar.set_postfix(loss=f"{event.loss:.4f}", probe=f"{event.probe_loss:.4f}", refresh=False)
-        if event.step == event.total:
-            self.close()
+            told.append(f"loss {event.loss:.4f}, probe loss {event.probe_loss:.4f}")
+        if not self.quiet:
+            (self._line if self.plain else self._bar)(event, stage, ", ".join(filter(None, told)))
         if self.stopped:
             self.close()
             raise Cancelled(f"stopped in {stage} after step {event.step} of {event.total}")
+
+    def _bar(self, event: Step, stage: str, told: str):
+        if self.bar is None or self.bar.desc != stage:
+            self.close()
+            shape = {"bar_format": "{desc} |{bar:20}| {n_fmt}/{total_fmt}{postfix}"} if self.remaining else {}
+            self.bar = tqdm(
+                total=event.total, desc=stage, unit="step", initial=event.step - 1, mininterval=0.5, **shape
+            )
+        self.bar.set_postfix_str(told, refresh=False)
+        self.bar.update(event.step - self.bar.n)
+        if event.step == event.total:
+            self.close()
+
+    def _line(self, event: Step, stage: str, told: str):
+        """The first step of a stage, the last, and between them one a tenth, if it took ten seconds, or a minute."""
+        now, share = time.monotonic(), event.step / event.total
+        at, before = self.told
+        first = share <= before or before == 0
+        later = now - at >= 60 or (now - at >= 10 and share >= before + 0.1)
+        if first or later or share == 1:
+            told = f", {told}" if told else ""
+            print(f"{stage}: step {event.step} of {event.total}{told}", file=sys.stderr, flush=True)
+            self.told = now, share % 1
 
     def close(self):
         if self.bar is not None:
@@ -165,7 +199,15 @@ def check_needs(args: argparse.Namespace, **needs: str | tuple[str, ...]):
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells in one line what is wrong with the arguments."""
+    """Tells in one line what is wrong with the arguments, and takes some from the file that --config names."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        try:
+            args = with_config(self, sys.argv[1:] if args is None else list(args))
+        except TavError as error:
+            error.name_of, error.assign = _option, " "
+            sys.exit(_fail(f"error: {error}", 2))
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         told = re.sub(r"^argument (.+?): ", r"\1 ", message)
@@ -248,6 +290,8 @@ def run(parser: argparse.ArgumentParser):
 
 def _run(parser: argparse.ArgumentParser):
     args, unknown = parser.parse_known_args()
+    if getattr(args, "threads", None) is not None:
+        torch.set_num_threads(args.threads)
     options = frozenset(vars(args))  # by their name as a variable; a command may add to `args`
     try:
         if unknown:

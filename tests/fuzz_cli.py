@@ -57,17 +57,18 @@ class Case:
 # ------------------------------------------------------------------------------------------------------ inputs
 
 PROMPT = "a red ball is sliding on the grass"
-SMALL = ["--frames", "2", "--size", "32"]
+SMALL, MINI = ["--frames", "2", "--size", "32"], ["--checkpoint", "mini"]
 BASES = {
-    "tune": ["--video", "{work}/clip.mp4", "--prompt", PROMPT, *SMALL, "--steps", "1", "--output", "{out}/o"],
-    "edit": ["--video", "{work}/clip.mp4", "--prompt", PROMPT, *SMALL, "--steps", "1", "--sampling-steps", "1",
+    "tune": [*MINI, "--video", "{work}/clip.mp4", "--prompt", PROMPT, *SMALL, "--steps", "1", "--output", "{out}/o"],
+    "edit": [*MINI, "--video", "{work}/clip.mp4", "--prompt", PROMPT, *SMALL, "--steps", "1", "--sampling-steps", "1",
              "--edit", "a blue ball", "--output", "{out}/o"],
-    "invert": ["--video", "{work}/clip.mp4", "--tuned", "{work}/tuned.safetensors", "--sampling-steps", "1",
+    "invert": [*MINI, "--video", "{work}/clip.mp4", "--tuned", "{work}/tuned.safetensors", "--sampling-steps", "1",
                "--output", "{out}/n.safetensors"],
-    "sample": ["--tuned", "{work}/tuned.safetensors", "--noise", "{work}/noise.safetensors", "--edit", "a blue ball",
-               "--sampling-steps", "1", "--output", "{out}/o"],
+    "sample": [*MINI, "--tuned", "{work}/tuned.safetensors", "--noise", "{work}/noise.safetensors",
+               "--edit", "a blue ball", "--sampling-steps", "1", "--output", "{out}/o"],
     "metrics": ["--edited", "{work}/clip.mp4", "--source", "{work}/clip.mp4", "--prompt", PROMPT,
                 "--output", "{out}/o"],
+    "doctor": [*MINI, *SMALL, "--steps", "1", "--sampling-steps", "1"],
     "demo": ["--steps", "1", "--sampling-steps", "1", "--output", "{out}/o"],
     "bench": ["--layout", "mini", "--frames", "1", "--runs", "1", "--stages", "encode", "--no-memory"],
     "mini train": ["vae", "--vae-steps", "1", "--work", "{out}/w", "--output", "{out}/o", "--renders", "48"],
@@ -79,13 +80,15 @@ BASES = {
     "mini benchmark": ["--clips", "0", "--seeds", "1", "--arms", "untuned", "--steps", "1", "--sampling-steps", "1"],
 }  # fmt: skip
 # commands whose base takes seconds: what they accept is not tried
-SLOW = ("demo", "bench", "mini train", "mini previews", "mini evaluate", "mini controlnet", "mini lora",
+SLOW = ("demo", "doctor", "bench", "mini train", "mini previews", "mini evaluate", "mini controlnet", "mini lora",
         "mini benchmark")  # fmt: skip
 INPUTS = (
     "video",
     "tuned",
     "noise",
     "checkpoint",
+    "comfyui",
+    "config",
     "controlnet",
     "edited",
     "source",
@@ -267,7 +270,8 @@ def of_files() -> Iterator[Case]:
         ["sample", *BASES["sample"], "--edit", ""],
         ["sample", *BASES["sample"], "--sampling-steps", "2"],
         ["sample", *BASES["sample"], "--caption-as-negative", "0"],
-        ["sample", "--edit", "x", "--output", "{out}/o"],
+        ["sample", *MINI, "--edit", "x", "--output", "{out}/o"],
+        changed("edit", "checkpoint")[:-1], changed("sample", "checkpoint")[:-1],
         ["edit"], [], ["nonsense"], ["mini"], ["edit", *BASES["edit"], "--nonsense", "x" * 5000],
         ["edit", *BASES["edit"], "--c", "1"],
     ):  # fmt: skip
@@ -515,7 +519,7 @@ class Runner:
             call = self.terminal.Progress.__call__
 
             def noted(progress, event):
-                if hasattr(event, "step"):
+                if getattr(event, "stage", "encode") != "encode":
                     self.flag[0] = 1
                 return call(progress, event)
 

@@ -21,7 +21,8 @@ from tav_core.mini import world
 
 ACCELERATOR = ROOT / "tests" / "support" / "accelerator.py"
 EDIT = [
-    "edit", "--prompt", "a red ball is sliding on the grass", "--frames", "3", "--steps", "1", "--sampling-steps", "2",
+    "edit", "--checkpoint", "mini", "--prompt", "a red ball is sliding on the grass", "--frames", "3", "--steps", "1",
+    "--sampling-steps", "2",
     "--edit", "a blue ball is sliding on the grass", "--region", "subject", "--contrast", "a blue star is sliding on "
                                                                                           "the grass",
     "--edit", "a red ball is sliding on the snow", "--region", "background",

@@ -75,7 +75,7 @@ def test_other_schedulers_become_ddim_of_the_same_noise(checkpoint, copied, kind
 
 
 def test_folders_that_are_something_else(copied, tmp_path):
-    refused("name_or_path='.*nowhere' does not exist", tmp_path / "nowhere")
+    refused("name_or_path='.*nowhere' is no path that exists", tmp_path / "nowhere")
     refused("no unet", tmp_path)
     (tmp_path / "transformer").mkdir()
     refused("SD3 or Flux", tmp_path)

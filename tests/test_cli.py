@@ -20,7 +20,9 @@ from tav_core import PRESETS, load_video, prepare, save_video, terminal, with_se
 from tav_core.job import tune_into
 from tav_core.mini import demo, world
 from tav_core.noise import read_noise
+from tav_core.record import verdict
 
+MINI = ["--checkpoint", "mini"]
 FAST = ["--steps", "4", "--sampling-steps", "4"]
 CONTRAST = ["--contrast", "a blue star is sliding on the grass", "--contrast", "a green ring is sliding on the grass"]
 
@@ -39,7 +41,7 @@ def edited(clip, tmp_path_factory) -> Path:
     edits = ["--edit", "a blue ball is sliding on the grass", "--edit", "a red star, on the snow!"]
     regions = ["--region", "subject", "--region", "everything", *CONTRAST]
     source = ["--video", clip, "--prompt", "a red ball is sliding on the grass", "--frames", 4]
-    tav_process("edit", *source, *edits, *regions, "--output", output, *FAST)
+    tav_process("edit", *source, *edits, *regions, "--output", output, *MINI, *FAST)
     return output
 
 
@@ -70,6 +72,11 @@ def test_edit_writes_videos_pictures_weights_and_a_summary(edited):
     assert summary["steps"] == 4 and summary["frames"] == 4 and summary["size"] == [128, 128]
     assert summary["vae_psnr"] > 15 and summary["vae_psnr"] > summary["reconstruction_psnr"] > 5
     assert [edit["region"] for edit in summary["edits"]] == ["subject", "everything"]
+    assert summary["reconstruction_quality"] == verdict(summary["reconstruction_psnr"], summary["vae_psnr"])
+    assert "dB" in summary["meanings"]["vae_psnr"]
+    run = summary["run"]
+    assert " edit --video " in run["command"] and run["options"]["steps"] == 4 and len(run["options"]["edit"]) == 2
+    assert run["versions"]["torch"] == torch.__version__ and run["fingerprints"].keys() == {"checkpoint", "clip"}
     drawn = [summary["reconstruction"], *summary["edits"]]
     edits = [load_video(edited / each["file"]).frames.float() for each in drawn]
     stage = torch.ones(128, 128, dtype=torch.bool)
@@ -80,7 +87,7 @@ def test_edit_writes_videos_pictures_weights_and_a_summary(edited):
 
 @pytest.mark.slow
 def test_the_subject_is_told_by_a_mask_or_a_word(clip, edited, tav, tmp_path):
-    run = ["invert", "--tuned", edited / "tuned.safetensors", "--video", clip, "--start", 1, "--stride", 2]
+    run = ["invert", *MINI, "--tuned", edited / "tuned.safetensors", "--video", clip, "--start", 1, "--stride", 2]
     run += ["--frames", 3, "--sampling-steps", 2, "--output", tmp_path / "noise.safetensors"]
     hints = torch.from_numpy(world.silhouette_clip(world.clip_scenes(world.Scene(), "slide", 8)))
     save_video(hints, tmp_path / "mask.mp4", 8)
@@ -105,7 +112,18 @@ def test_the_subject_is_told_by_a_mask_or_a_word(clip, edited, tav, tmp_path):
         assert told in tav(*run, *wrong, fails=True)
     save_video(torch.zeros_like(hints), tmp_path / "black.mp4", 8)
     assert "--mask is black" in tav(*run, "--mask", tmp_path / "black.mp4", fails=True)
-    edit = ["edit", "--video", clip, "--frames", 2, "--prompt", "a red ball is sliding on the grass", "--steps", 1]
+    edit = [
+        "edit",
+        *MINI,
+        "--video",
+        clip,
+        "--frames",
+        2,
+        "--prompt",
+        "a red ball is sliding on the grass",
+        "--steps",
+        1,
+    ]
     edit += ["--edit", "a blue ball is sliding on the grass", "--region", "subject", "--sampling-steps", 2]
     tav(*edit, "--mask", tmp_path / "mask.mp4", "--output", tmp_path / "o")
     told = tav("metrics", "--edited", tmp_path / "o")
@@ -154,7 +172,7 @@ def test_demo_writes_its_files_and_judges_its_edits(tav, tmp_path):
 
 @pytest.mark.slow
 def test_invert_and_sample_alone_give_the_edit_again(clip, edited, tav, tmp_path):
-    tuned, noise = ["--tuned", edited / "tuned.safetensors", *FAST[2:]], tmp_path / "n.safetensors"
+    tuned, noise = [*MINI, "--tuned", edited / "tuned.safetensors", *FAST[2:]], tmp_path / "n.safetensors"
     tav("invert", "--video", clip, *tuned, "--output", noise, *CONTRAST)
     edit = ["--edit", "a blue ball is sliding on the grass", "--region", "subject"]
     tav("sample", *tuned, "--noise", noise, "--output", tmp_path, *edit)
@@ -225,7 +243,7 @@ def test_noise_knows_its_weights_and_a_folder_its_clip(tuned, clip, tav, tmp_pat
 @pytest.mark.slow
 def test_an_interrupted_tuning_is_kept_and_resumed_to_the_same_weights(clip, tav, tmp_path):
     # so many steps that Ctrl-C comes before the last one; and other memory modes give other last bits
-    common = ["tune", "--video", clip, "--prompt", "a red ball", "--frames", "2", "--size", "64"]
+    common = ["tune", *MINI, "--video", clip, "--prompt", "a red ball", "--frames", "2", "--size", "64"]
     common += ["--steps", "30", "--memory", "fast"]
     tav(*common, "--output", tmp_path / "whole")
     with open(tmp_path / "log", "w") as log:
@@ -263,6 +281,7 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, tav, tm
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(clip.read_bytes()[:700])
     base = {
+        "--checkpoint": "mini",
         "--video": clip,
         "--prompt": "a red ball",
         "--edit": "a blue ball",
@@ -292,7 +311,7 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(clip, edited, tav, tm
         assert not (tmp_path / "out").exists(), change
     told = tav("invert", "--softness", "-1", fails=True)
     assert told == "error: --softness -1 is out of range; give an integer from 0 to 512"
-    sample = ["sample", "--edit", "x", "--output", tmp_path]
+    sample = ["sample", *MINI, "--edit", "x", "--output", tmp_path]
     tuned = [*sample, "--tuned", edited / "tuned.safetensors", "--noise", edited / "noise.safetensors", *FAST[2:]]
     told = tav(*tuned, "--region", "subject", "--region", "background", fails=True)
     assert "--region has 2 values for 1 --edit" in told

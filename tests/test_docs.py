@@ -64,6 +64,8 @@ def commands() -> list[tuple[str, str]]:
 def test_commands_are_understood(document, command, monkeypatch):
     program, _, arguments = re.sub(r"^python -m ", "", command).partition(" ")
     module, parsed = (mini_cli if program == "tav_core.mini" else cli), []
+    options = {"checkpoint": "mini", "video": "x.mp4", "prompt": "a", "edit": "b"}  # of the file of an example
+    monkeypatch.setattr("tav_core.config_file._read", lambda path: options)
     monkeypatch.setattr(module, "run", lambda parser: parsed.append(parser.parse_args(shlex.split(arguments))))
     if arguments in ("--version", "--help"):
         with pytest.raises(SystemExit, match="0"):

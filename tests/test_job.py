@@ -20,7 +20,7 @@ from support.errors import refused
 from tav_core import Edit, EditJob, load_video, run_edit
 from tav_core.atomic import atomic_path, sole_user
 from tav_core.errors import Cancelled, TavError
-from tav_core.events import Note
+from tav_core.events import Note, Step
 from tav_core.job import TUNED_FILES, check_file, check_folder, claimed
 from tav_core.measure import measure_job
 from tav_core.pipeline import check_size
@@ -51,7 +51,9 @@ def drawn(job, checkpoint, clip, folder, stop_after=None, **kwargs) -> list[str]
     def callback(event):
         if isinstance(event, Note):
             labels.extend([event.text.removesuffix(" ...")] * event.text.endswith(" ..."))
-        elif stages.append(event.stage) or (event.stage == "sample" and labels[-1] == stop_after):
+        elif isinstance(event, Step) and (
+            stages.append(event.stage) or event.stage == "sample" and labels[-1] == stop_after
+        ):
             raise Cancelled
 
     try:

@@ -142,6 +142,18 @@ def test_the_estimate_takes_class_labels():
     assert more > needed_memory(unet, take(*arguments), *rest)
 
 
+def test_the_estimate_with_an_older_torch(monkeypatch):
+    """Which looks for a module torch.meta where it computes a part again."""
+    given = take(torch.zeros(1, 4, 3, 4, 4), torch.zeros(1, 5, 24)), torch.float32, "low", torch.device("cpu")
+    expected = needed_memory(make_unet(), *given)
+    monkeypatch.setattr("torch.utils.checkpoint._get_device_module", lambda device: getattr(torch, device))
+    with pytest.raises(AttributeError, match="meta"):
+        needed_memory(make_unet(), *given)
+    monkeypatch.setattr("tav_core.memory.is_torch_version", lambda *version: True)
+    monkeypatch.setattr(torch, "_register_device_module", lambda *of: monkeypatch.setattr(torch, *of, raising=False))
+    assert needed_memory(make_unet(), *given) == expected
+
+
 @pytest.mark.parametrize("free, memory, line", [
     (13, "fast", "memory: fast, which needs about 12.0 GB of the 13.0 GB that are free"),
     (11, "selective", "memory: selective, since fast needs about 12.0 GB and 11.0 GB are free"),

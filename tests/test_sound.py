@@ -171,10 +171,13 @@ def test_sound_and_rate_go_through_all_commands(tav, tmp_path):
     pictures = np.stack([np.stack([(x + 2 * n) % 64 * 4, y * 4, x + y], -1) for n in range(48)]).astype(np.uint8)
     save_video(pictures, tmp_path / "clip.mp4", 24, sound)
     taken = ["--video", tmp_path / "clip.mp4", "--start", 6, "--stride", 3, "--frames", 4, "--size", 64]
-    fast, prompt = ["--steps", "1", "--sampling-steps", "1"], ["--prompt", "a red ball", "--edit", "a blue ball"]
+    mini, prompt = (
+        ["--checkpoint", "mini", "--sampling-steps", "1"],
+        ["--prompt", "a red ball", "--edit", "a blue ball"],
+    )
     right = load_video(tmp_path / "clip.mp4", start=6, count=12).sound
-    tav("edit", *taken, *prompt, "--output", tmp_path / "edit", *fast)
-    tuned = ["--tuned", tmp_path / "edit" / "tuned.safetensors", "--sampling-steps", "1"]
+    tav("edit", *taken, *prompt, "--output", tmp_path / "edit", "--steps", 1, *mini)
+    tuned = ["--tuned", tmp_path / "edit" / "tuned.safetensors", *mini]
     noise = ["--noise", tmp_path / "edit" / "noise.safetensors", *prompt[2:]]
     tav("sample", *tuned, *noise, "--output", tmp_path / "sampled")
     tav("sample", *tuned, *noise, "--fps", 12, "--output", tmp_path / "slower")

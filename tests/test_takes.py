@@ -122,8 +122,10 @@ def test_commands_with_several_takes(tav, tmp_path):
     other, out = tmp_path / "flipped.mp4", tmp_path / "out"
     save_video(load_video(CLIP).frames.flip(2), other, 8)
     fast = ["--steps", 2, "--sampling-steps", 2]
+    mini = ["--checkpoint", "mini"]
     tune = [
         "tune",
+        *mini,
         "--video",
         CLIP,
         "--prompt",
@@ -146,6 +148,7 @@ def test_commands_with_several_takes(tav, tmp_path):
 
     invert = [
         "invert",
+        *mini,
         "--tuned",
         out / "tuned.safetensors",
         "--video",
@@ -164,6 +167,8 @@ def test_commands_with_several_takes(tav, tmp_path):
 def test_files_from_before_there_were_takes(tav, tmp_path):
     tav(
         "tune",
+        "--checkpoint",
+        "mini",
         "--video",
         CLIP,
         "--prompt",

@@ -201,10 +201,11 @@ def test_whole_numbers_of_options(monkeypatch, capsys, text):
     assert "give an integer from 1 to 100" in (line := capsys.readouterr().err) and len(line) < 200
 
 
-EDIT = ["edit", "--video", "x.mp4", "--prompt", "a", "--edit", "b", "--output", "o"]
-INVERT = ["invert", "--video", "x.mp4", "--output", "o.safetensors"]
-SAMPLE = ["sample", "--edit", "b", "--output", "o"]
-TUNE = ["tune", "--video", "x.mp4", "--prompt", "a", "--output", "o"]
+MINI = ["--checkpoint", "mini"]
+EDIT = ["edit", "--video", "x.mp4", "--prompt", "a", "--edit", "b", "--output", "o", *MINI]
+INVERT = ["invert", "--video", "x.mp4", "--output", "o.safetensors", *MINI]
+SAMPLE = ["sample", "--edit", "b", "--output", "o", *MINI]
+TUNE = ["tune", "--video", "x.mp4", "--prompt", "a", "--output", "o", *MINI]
 
 
 @pytest.mark.parametrize("arguments, told", [
@@ -229,14 +230,18 @@ TUNE = ["tune", "--video", "x.mp4", "--prompt", "a", "--output", "o"]
     ([*EDIT, "--video", "caf\udce9"], r"--video caf\udce9 has a name that is not UTF-8"),
     ([*INVERT, "--output", "noise.mp4"], "--output noise.mp4 doesn't end in .safetensors"),
     (["bench", "--growth", "--stages", "tune"], "--stages does nothing with --growth"),
-    (["edit"], "are required: --prompt, --edit, --output, --video; see tune-a-video edit --help"),
+    (EDIT[:-2], "--checkpoint is missing; give one of Stable Diffusion 1.5, such as v1-5-pruned-emaonly-fp16.safet"),
+    (SAMPLE[:-2], "--checkpoint is missing"), (TUNE[:-2], "--checkpoint is missing"),
+    (INVERT[:-2], 'or "mini", which knows a rendered world of 6 shapes'),
+    ([*EDIT[:-1], "v1-5.safetensors"], "--checkpoint v1-5.safetensors is no path that exists"),
+    (["edit"], "are required: --video, --prompt, --edit, --output; see tune-a-video edit --help"),
 ])  # fmt: skip
 def test_what_can_be_seen_before_anything_is_loaded(tav, monkeypatch, tmp_path, arguments, told):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "load_checkpoint", lambda *args: pytest.fail("it has begun"))
     (tmp_path / "x.mp4").touch()
     line = tav(*arguments, fails=True)
-    assert line.startswith("error: ") and told in line and len(line.splitlines()) == 1 and len(line) < 400
+    assert line.startswith("error: ") and told in line and len(line.splitlines()) == 1 and len(line) < 500
     assert [path.name for path in tmp_path.iterdir()] == ["x.mp4"]
 
 

@@ -271,7 +271,8 @@ def test_a_context_length_for_tuning_that_cannot_be():
 @pytest.mark.slow
 def test_commands_on_long_clips(tav, tmp_path):
     fast = ["--steps", 2, "--sampling-steps", 2, "--size", 64]
-    edit = ["edit", "--video", CLIP, "--prompt", "a red ball", "--edit", "a blue ball", "--frames", 8, *fast]
+    mini = ["--checkpoint", "mini"]
+    edit = ["edit", *mini, "--video", CLIP, "--prompt", "a red ball", "--edit", "a blue ball", "--frames", 8, *fast]
     windows = ["--context-length", 4, "--context-overlap", 2]
     out = tmp_path / "out"
     assert "--context-length 9 is more than the 8 frames" in tav(
@@ -288,7 +289,7 @@ def test_commands_on_long_clips(tav, tmp_path):
 
     save_video(load_video(CLIP).frames.repeat(2, 1, 1, 1), tmp_path / "long.mp4", 8)
     noise = tmp_path / "noise.safetensors"
-    tuned = ["--tuned", out / "tuned.safetensors", "--context-overlap", 2, "--sampling-steps", 2]
+    tuned = [*mini, "--tuned", out / "tuned.safetensors", "--context-overlap", 2, "--sampling-steps", 2]
     tav("invert", "--video", tmp_path / "long.mp4", "--frames", 13, "--output", noise, *tuned)
     assert load_file(noise)["latents"].shape == (1, 4, 13, 8, 8)
     sample = ["sample", "--edit", "a star", "--output", tmp_path / "sampled", *tuned]

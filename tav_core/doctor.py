@@ -1,0 +1,162 @@
+"""What a machine can do: its device and versions, what fits into its memory, and how long it takes, by real steps."""
+
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+
+import diffusers
+import psutil
+import torch
+import transformers
+from torch import nn
+
+from . import __version__, attention_choice, pipeline
+from .bench import cpu_name
+from .checkpoint import Checkpoint, encode_prompt
+from .condition import Condition
+from .errors import Cancelled
+from .events import Callback, DDIMStep, Event, Note, Step
+from .inflation import VideoUNet
+from .job import EditJob
+from .memory import MARGIN, free_memory, offloaded
+from .precision import DTYPES
+from .recompute import MEMORY
+from .remaining import clock_time, plan_of
+from .take import Take
+from .tuning import step_memory, tune
+
+_STEPS = 2  # that are timed, behind a first one
+_FRAMES = (4, 12)  # of the estimates that others are told from: what a step needs grows by as much with each frame
+_SIDES = (1, 0.75, 0.5)  # of the size that is asked for
+_MOST = 999
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on beside its settings."""
+    return {
+        "tune-a-video": __version__,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def about_machine(device: torch.device) -> Iterator[str]:
+    """Lines on versions, device and memory."""
+    yield ", ".join(f"{name} {version}" for name, version in versions().items())
+    if device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+        yield f"device: {device}, {torch.cuda.get_device_name(device)}"
+    else:
+        total = psutil.virtual_memory().total
+        kind = torch.backends.cpu.get_cpu_capability()
+        told = f"{cpu_name()} ({kind}), {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        yield f"device: {device}, {told}"
+    yield f"memory: {free_memory(device) / 1e9:.1f} GB free of {total / 1e9:.1f} GB"
+
+
+def examine(
+    checkpoint: Checkpoint, job: EditJob, frames: int, width: int, height: int, callback: Callback
+) -> Iterator[str]:
+    """Lines on what fits and how long a job takes, for a clip of so many frames of `width` x `height`.
+
+    Its first steps are computed, on noise in the place of a clip; nothing is written.
+
+    Raises:
+        TavError: what `run_edit` refuses; not even the smallest memory mode fits.
+    """
+    preset, scale = job.preset, checkpoint.downscale
+    latents = torch.randn(1, checkpoint.unet.config.in_channels, frames, height // scale, width // scale)
+    with torch.no_grad():
+        told = Condition(encode_prompt(checkpoint, job.prompt))
+    take = Take(latents, told).to(checkpoint.vae.device)
+    source = pipeline.Source(torch.zeros(frames, height, width, 3, dtype=torch.uint8), job.prompt, take)
+    yield f"checkpoint: {checkpoint.name}, made for {checkpoint.size} x {checkpoint.size}"
+    yield f"clip: {frames} frames of {width} x {height}, in {preset.tuning.dtype}"
+    unet = pipeline.video_unet(checkpoint, **job.inflation)
+    with offloaded(checkpoint.vae, checkpoint.text_encoder):
+        yield from _what_fits(unet, take, job, (width, height), scale)
+    yield from _how_long(checkpoint, unet, source, job, callback)
+
+
+def _what_fits(unet: VideoUNet, take: Take, job: EditJob, size: tuple[int, int], scale: int) -> Iterator[str]:
+    device, config = take.latents.device, replace(job.preset.tuning, context_length=None)
+    free, (few, many) = free_memory(device), _FRAMES
+    frames = job.preset.tuning.context_length or take.latents.shape[2]
+    sizes = [tuple(max(scale, round(side * part / scale) * scale) for side in size) for part in _SIDES]
+    columns = [f"{w} x {h}" for w, h in sizes]
+    yield f"what fits into {free / 1e9:.1f} GB, in frames at most, by the memory mode of the tuning (estimated):"
+    yield f"  {'':<14} {'needs here':>11}  " + "  ".join(f"{column:>11}" for column in columns)
+    for memory in MEMORY:
+        shapes = (take.latents[:, :, :1].expand(-1, -1, count, -1, -1) for count in _FRAMES)
+        needed = [MARGIN * step_memory(unet, [replace(take, latents=x, latents_std=None)], config, memory, device)
+                  for x in shapes]  # fmt: skip
+        each = (needed[1] - needed[0]) / (many - few)
+        rest, cells = needed[0] - few * each, []
+        for w, h in sizes:
+            most = max(0, int((free - rest) / (each * w * h / (size[0] * size[1]))))
+            cells.append(str(most) if most < _MOST else f"over {_MOST}")
+        here = f"{(rest + frames * each) / 1e9:.2f} GB"
+        yield f"  {memory:<14} {here:>11}  " + "  ".join(f"{cell:>11}" for cell in cells)
+
+
+def _how_long(
+    checkpoint: Checkpoint, unet: VideoUNet, source: pipeline.Source, job: EditJob, callback: Callback
+) -> Iterator[str]:
+    preset, clock = job.preset, _Clock(callback)
+    sampling = replace(preset, sampling_steps=max(1 + _STEPS, preset.sampling_steps))
+    config = replace(preset.tuning, steps=max(2 + _STEPS, preset.tuning.steps), probe_every=100)
+    with offloaded(checkpoint.vae, checkpoint.text_encoder), suppress(Cancelled):
+        tune(unet, checkpoint.scheduler, [source.take], config, callback=clock)
+    nn.Module.to(unet, DTYPES[config.dtype])
+    noise = source.take.latents
+    with suppress(Cancelled):
+        pipeline.invert(checkpoint, unet, source, sampling, callback=clock)
+    with suppress(Cancelled):
+        pipeline.sample(checkpoint, unet, noise, job.prompt, sampling, source_prompt=job.prompt, callback=clock)
+    seconds, plan = clock.seconds, plan_of(job)
+    kernels = Counter(attention_choice.CHOSEN.values())
+    told = ", ".join(f"{name} for {count}" for name, count in kernels.most_common())
+    yield f"attention: {told} of {kernels.total()} shapes, as measured" if told else "attention: PyTorch's"
+    told = ", ".join(f"{name} {seconds[stage]:.2f} s" for stage, name in _NAMES.items())
+    yield f"a step, the mean of {_STEPS}: {told}"
+    # the first steps of a sampling are its dearest: the clip walks beside them
+    dearest = 1 + (preset.guidance_scale > 1) + (preset.attention_injection > 0)
+    sample = next(stage.cost for stage in plan.stages if stage.name == "sample") / dearest * seconds["sample"]
+    rates = {"encode": 0.0, "tune": seconds["tune"], "invert": seconds["invert"], "subject": seconds["invert"],
+             "sample": sample}  # fmt: skip
+    probes = seconds["invert"] * config.probe_size * (1 + preset.tuning.steps // preset.tuning.probe_every)
+    taken = {stage: stage.steps * rates[stage.name] + probes * (stage.name == "tune") for stage in plan.stages}
+    told = ", ".join(
+        f"{_NAMES.get(stage.name, 'finding the subject')} {clock_time(each)} ({stage.steps} steps)"
+        for stage, each in taken.items() if stage.name != "encode"
+    )  # fmt: skip
+    edits = f"{len(job.edits)} edit{'s' * (len(job.edits) > 1)} and the reconstruction"
+    yield f"{edits} take about {clock_time(sum(taken.values()))}, beside coding frames: {told}"
+
+
+_NAMES = {"tune": "tuning", "invert": "inversion", "sample": "sampling"}
+
+
+class _Clock:
+    """A callback that times a few steps of each stage, and stops it then."""
+
+    def __init__(self, callback: Callback):
+        self.callback, self.began = callback, {}
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, event: Event):
+        if isinstance(event, DDIMStep):
+            event.latents.flatten()[0].item()  # a GPU has computed then
+        if isinstance(event, Note):
+            self.callback(event)
+        if isinstance(event, Step):
+            count, at = self.began.setdefault(event.stage, (event.step, time.monotonic()))
+            if event.step - count == _STEPS:
+                self.seconds[event.stage] = (time.monotonic() - at) / _STEPS
+                raise Cancelled

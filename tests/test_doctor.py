@@ -1,0 +1,70 @@
+"""doctor and --dry-run: what fits and how long it takes, by real steps, with nothing written."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tav_core import PRESETS, Edit, EditJob, with_settings
+from tav_core.doctor import examine
+from tav_core.events import ignored
+from tav_core.memory import MARGIN
+from tav_core.recompute import MEMORY
+
+CLIP = Path(__file__).parents[1] / "tav_core" / "mini" / "demo.mp4"
+
+
+def told(checkpoint, **settings) -> list[str]:
+    preset = with_settings(PRESETS["mini"], memory="fast", **settings)
+    job = EditJob("a red ball", [Edit("one"), Edit("two", "subject")], preset, ["a blue star"])
+    return list(examine(checkpoint, job, 3, 64, 32, ignored))
+
+
+def seconds(text: str) -> int:
+    minutes, second = text.split(":")
+    return int(minutes) * 60 + int(second)
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """What a step needs, in units: 10, and for each frame 4 (fast) or less; sets how many are free."""
+
+    def needed(unet, takes, config, memory, device):
+        return (10 + 4 / 2 ** MEMORY.index(memory) * takes[0].latents.shape[2]) / MARGIN
+
+    monkeypatch.setattr("tav_core.doctor.step_memory", needed)
+    return lambda free: monkeypatch.setattr("tav_core.doctor.free_memory", lambda device: free)
+
+
+def test_what_fits_and_how_long_it_takes(checkpoint, memory):
+    memory(50.7)
+    lines = told(checkpoint, steps=1, sampling_steps=300)
+    rows = {row[0]: row[3:] for row in map(str.split, lines) if row[0] in MEMORY}
+    assert rows["fast"] == ["10", "18", "40"] and rows["low"] == ["81", "144", "325"]  # of 64 x 32, 48 x 24, 32 x 16
+    text = "\n".join(lines)
+    assert "clip: 3 frames of 64 x 32, in fp32" in text and "(900 steps)" in lines[-1]
+    rate = {name: float(value) for name, value in re.findall(r"(tuning|inversion|sampling) ([\d.]+) s", text)}
+    assert all(value >= 0 for value in rate.values()) and len(rate) == 3
+    assert lines[-1].startswith("2 edits and the reconstruction take about ")
+    taken = [seconds(time) for time in re.findall(r"\d+:\d\d", lines[-1])]
+    assert abs(taken[0] - sum(taken[1:])) <= 4 and "finding the subject" in lines[-1] and "(8 steps)" in lines[-1]
+
+
+def test_a_clip_that_does_not_fit(checkpoint, memory):
+    memory(8)
+    rows = [line.split() for line in told(checkpoint) if line.split()[0] in MEMORY]
+    assert len(rows) == 4 and all(row[3:] == ["0", "0", "0"] for row in rows)
+
+
+@pytest.mark.slow
+def test_the_commands(tav, tmp_path, monkeypatch, request):
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    assert "checkpoints by name: " in (out := tav("doctor")) and "device: cpu" in out and "GB free of" in out
+    small = ["--checkpoint", "mini", "--frames", 2, "--size", 32]
+    out = tav("doctor", *small)
+    assert "mini knows a rendered world" in out and "1 edit and the reconstruction take about" in out
+    request.getfixturevalue("memory")(50)  # which takes a second for each estimate
+    edit = ["edit", *small, "--video", CLIP, "--prompt", "a red ball", "--edit", "a star", "--output", tmp_path / "o"]
+    assert "clip: 2 frames of 32 x 32" in tav(*edit, "--dry-run")
+    assert "--region subject needs to know" in tav(*edit, "--dry-run", "--region", "subject", fails=True)
+    assert not list(tmp_path.iterdir())
