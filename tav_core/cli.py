@@ -184,7 +184,7 @@ def _edit(args):
     edits = [job.Edit(prompt, region) for prompt, region in zip(args.edit, _regions(args))]
     found_by = dict(word=args.word or "", mask=None if args.mask is None else torch.ones(1, 1, 1))  # till it is read
     wanted = job.EditJob(args.prompt, edits, _preset(args), args.contrast or (), _softness(args), args.negative_prompt,
-                         _inflation(args), **found_by)  # fmt: skip
+                         _inflation(args), **found_by, rank=args.rank)  # fmt: skip
     job.check_folder(args.output, wanted.files, video=args.video, mask=args.mask)
     job.check_unfinished(args.output, args.resume)
     checkpoint = _checkpoint(args, wanted.preset)
@@ -236,7 +236,7 @@ def _tune(args):
         pipeline.check_prompt(prompt)
     preset = _preset(args)
     for video in args.video:
-        job.check_folder(args.output, job.TUNED_FILES, video=video)
+        job.check_folder(args.output, job.tuned_files(preset), video=video)
     job.check_unfinished(args.output, args.resume)
     checkpoint = _checkpoint(args, preset)
     clips = [_clip(args, checkpoint, video) for video in args.video]
@@ -244,10 +244,10 @@ def _tune(args):
     with job.claimed(args.output), _told_how_to_go_on():
         progress = Progress().stop_at_interrupt()
         _, result = job.tune_into(args.output, checkpoint, sources, preset, inflation=_inflation(args),
-                                  resume=args.resume, callback=progress)  # fmt: skip
+                                  rank=args.rank, resume=args.resume, callback=progress)  # fmt: skip
         (args.output / job.STATE).unlink(missing_ok=True)
     print(f"probe loss {result.probe_losses[0][1]:.4f} -> {result.probe_losses[-1][1]:.4f}")
-    tell(args.output / "tuned.safetensors")
+    tell(args.output / "tuned.safetensors", *map(job.file_of_step, result.kept))
 
 
 def _invert(args):

@@ -7,7 +7,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,17 @@ from .metrics import frame_difference, psnr
 from .noise import InvertedNoise, save_noise
 from .precision import DTYPES
 from .presets import Preset
+from .steps import STEP_STRIP, edits_of_step, file_of_step
 from .subject import SOFTNESS
-from .tuned_weights import save_tuned
+from .tuned_weights import base_fingerprint, tuned_info, write_tuned
 from .tuning import TuneResult
 from .tuning_state import hash_tensors
 from .video import Clip, save_video
-from .visuals import loss_curve, side_by_side, spotlight, strip
+from .visuals import loss_curve, side_by_side, spotlight, step_strip, strip
 
 # in the output folder, until all that they are for is written
 STATE, UNFINISHED = "tuning-state.safetensors", "unfinished"
-TUNED_FILES = ["tuned.safetensors", "loss.png", STATE]
+TUNED_FILES = ["tuned.safetensors", "loss.png", STATE]  # and one for each step whose weights are kept
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class EditJob:
         inflation: options of `inflate` that aren't as by default.
         word: of the sentence that names the subject, to find it by; with contrasts, what either of them finds.
         mask: of the subject, drawn or found elsewhere, 0 ... 1, `f h w` of pixels: it isn't looked for then.
+        rank: of what the files of tuned weights hold (see `save_tuned`).
 
     Raises:
         TavError: an empty sentence, a region whose subject nothing tells, or a contrast that says nothing of another
@@ -72,6 +74,7 @@ class EditJob:
     inflation: dict[str, Any] = field(default_factory=dict)
     word: str = ""
     mask: Tensor | None = field(default=None, repr=False, compare=False)
+    rank: int | None = None
 
     def __post_init__(self):
         pipeline.check_prompt(self.prompt)
@@ -94,7 +97,13 @@ class EditJob:
         """Names of all files that `run_edit` writes."""
         edits = [f"{file_name(number, edit.prompt)}.mp4" for number, edit in enumerate(self.edits, 1)]
         others = ["noise.safetensors", "source.mp4", "reconstruction.mp4", "comparison.mp4", "strip.png"]
-        return [*TUNED_FILES, *others, *edits, "summary.json"]
+        others += [STEP_STRIP] if self.preset.tuning.keep else []
+        return [*tuned_files(self.preset), *others, *edits, "summary.json"]
+
+
+def tuned_files(preset: Preset) -> list[str]:
+    """Names of all files that `tune_into` writes."""
+    return [*TUNED_FILES, *map(file_of_step, preset.tuning.keep)]
 
 
 def check_folder(folder: Path, files: Sequence[str], of: str = "output", **inputs: Path | None):
@@ -175,10 +184,14 @@ def tune_into(
     preset: Preset,
     *,
     inflation: dict[str, Any] | None = None,
+    rank: int | None = None,
     resume: bool = True,
     callback: Callback = ignored,
 ) -> tuple[VideoUNet, TuneResult]:
     """Tunes on the clips, with the state kept in the folder; tuned weights and loss curve are written there.
+
+    Args:
+        rank: of what the files of tuned weights hold (see `save_tuned`).
 
     Returns: the U-Net, in the dtype of the preset, and the result.
 
@@ -186,16 +199,16 @@ def tune_into(
         TavError: a folder that can't be written to, or that holds an unfinished tuning and `resume` is off.
         Cancelled: by the callback.
     """
-    check_folder(folder, TUNED_FILES)
+    check_folder(folder, tuned_files(preset))
     check_unfinished(folder, resume)
     state, (source, *more) = folder / STATE, sources
     unet, result = pipeline.tune_on(
         checkpoint, sources, preset, inflation=inflation, state_path=state, resume=resume, callback=callback
     )
     frames, height, width = source.frames.shape[:3]
-    save_tuned(
-        folder / "tuned.safetensors",
-        unet,
+    info = tuned_info(
+        base_fingerprint(unet),
+        unet.inflation,
         prompt=source.prompt,
         num_frames=preset.tuning.context_length or frames,
         width=width,
@@ -204,6 +217,10 @@ def tune_into(
         base_name=checkpoint.name,
         more_prompts=[other.prompt for other in more],
     )
+    small = {} if rank is None else dict(rank=rank, before=pipeline.untuned_weights(checkpoint, **(inflation or {})))
+    for step, weights in result.kept.items():
+        write_tuned(folder / file_of_step(step), weights, replace(info, config=info.config | {"steps": step}), **small)
+    write_tuned(folder / TUNED_FILES[0], result.weights, info, **small)
     loss_curve(result.losses, result.probe_losses, folder / "loss.png")
     return torch.nn.Module.to(unet, DTYPES[preset.tuning.dtype]), result
 
@@ -231,7 +248,7 @@ def run_edit(
         pipeline.places_of(checkpoint, job.prompt, job.word, preset)
     source = timed("encode", pipeline.prepare, checkpoint, clip.frames, job.prompt)
     unet, result = timed("tune", tune_into, folder, checkpoint, [source], preset, inflation=job.inflation,
-                         resume=resume, callback=callback)  # fmt: skip
+                         rank=job.rank, resume=resume, callback=callback)  # fmt: skip
     kept = Kept(folder / UNFINISHED, _depends_on(job, source, result))
     noise = kept("noise", lambda: timed("invert", pipeline.invert, checkpoint, unet, source, preset, callback=callback))
     subject = None if job.mask is None else pipeline.drawn_subject(job.mask, clip.frames, job.softness)
@@ -242,6 +259,12 @@ def run_edit(
     save_noise(folder / "noise.safetensors", inverted, preset)
     save_video(clip.frames, folder / "source.mp4", clip.fps, clip.sound)
     videos, files, regions = {"source": clip.frames}, {}, {}
+
+    def sampled(unet: VideoUNet, noise: Tensor, edit: Edit) -> Tensor:
+        return timed("sample", pipeline.sample, checkpoint, unet, noise, edit.prompt, preset,
+                     source_prompt=job.prompt, negative_prompt=job.negative_prompt, subject=subject,
+                     region=edit.region, source_frames=clip.frames, callback=callback)  # fmt: skip
+
     for number, edit in enumerate([Edit(job.prompt), *job.edits]):
         label = edit.prompt if number else "reconstruction"
         if number and label in ("subject", "reconstruction", *videos):
@@ -249,9 +272,7 @@ def run_edit(
 
         def draw(edit=edit, label=label) -> Tensor:
             callback(Note(f"{label} ..."))
-            return timed("sample", pipeline.sample, checkpoint, unet, noise, edit.prompt, preset,
-                         source_prompt=job.prompt, negative_prompt=job.negative_prompt, subject=subject,
-                         region=edit.region, source_frames=clip.frames, callback=callback)  # fmt: skip
+            return sampled(unet, noise, edit)
 
         videos[label] = kept(str(number), draw, prompt=edit.prompt, region=edit.region)
         files[label] = f"{file_name(number, edit.prompt) if number else label}.mp4"
@@ -261,6 +282,11 @@ def run_edit(
     strip(list(shown.values()), list(shown), folder / "strip.png")
     together = side_by_side(list(videos.values()), list(videos))
     save_video(together, folder / "comparison.mp4", clip.fps, clip.sound)
+    if preset.tuning.keep:
+        unet = None  # makes room for that of a step
+        at = {step: edits_of_step(step, folder, checkpoint, source, job, kept, sampled, callback)
+              for step in result.kept if step < result.steps}  # fmt: skip
+        step_strip(at | {result.steps: [videos[label] for label in regions]}, list(regions), folder / STEP_STRIP)
     ceiling = psnr(decode_video(checkpoint, source.take.latents), clip.frames)  # what the VAE alone leaves of the clip
     summary = {
         "prompt": job.prompt, "checkpoint": checkpoint.name, "frames": len(clip.frames), "fps": round(clip.fps, 3),

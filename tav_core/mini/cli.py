@@ -300,7 +300,7 @@ def _clips_argument(parser):
 
 def _settings(*without: str) -> list[str]:
     """Of the presets, but for those that mean nothing without a folder of output."""
-    return [name for name in SETTINGS if name not in ("save_minutes", *without)]
+    return [name for name in SETTINGS if name not in ("save_minutes", "keep", *without)]
 
 
 COMMANDS = {
