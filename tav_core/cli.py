@@ -224,7 +224,8 @@ def _report(output: Path, summary: dict[str, Any]):
     reached = f"reconstruction {summary['reconstruction_psnr']} dB (the VAE alone: {summary['vae_psnr']} dB)"
     print(f"probe loss {loss['before']:.4f} -> {loss['after']:.4f}, {reached}")
     print(", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
-    tell(f"{output}: strip.png, comparison.mp4, " + ", ".join(summary["files"].values()))
+    strips = ["strip.png", *([job.STEP_STRIP] if summary["settings"]["tuning"]["keep"] else [])]
+    tell(f"{output}: " + ", ".join([*strips, "comparison.mp4", *summary["files"].values()]))
 
 
 def _tune(args):

@@ -402,7 +402,9 @@ def step_memory(unet: VideoUNet, takes: Sequence[Take], config: TuneConfig, memo
     """Bytes that a step of the tuning needs on a device in a memory mode, beyond the weights (see `needed_memory`)."""
     parts = takes if config.context_length is None else [take.at(torch.arange(config.context_length)) for take in takes]
     largest = max(parts, key=lambda take: take.latents.numel())
-    return needed_memory(unet, largest, DTYPES[config.dtype], memory, device)
+    average = 4 * sum(parameter.numel() for parameter in trainable_parameters(unet).values())
+    needed = needed_memory(unet, largest, DTYPES[config.dtype], memory, device)
+    return needed + average if config.weight_average else needed
 
 
 def run_fingerprint(

@@ -215,7 +215,7 @@ def test_states_that_tell_of_other_averages_and_kept_steps(tmp_path):
         {kept: None}, {kept: tensors[kept].flatten()}, {kept: None, kept.replace("kept.1", "kept.9"): tensors[kept]},
         {kept.replace("kept.1", "kept.x"): tensors[kept]}, {"kept.1": tensors[kept]},
     ):  # fmt: skip
-        save_file({n: t for n, t in (tensors | changed).items() if t is not None}, path, metadata)
+        save_file({n: t.clone() for n, t in (tensors | changed).items() if t is not None}, path, metadata)
         with pytest.raises(TavError, match="run.safetensors' is damaged"):
             run(make_unet(), config, state_path=path)
 
