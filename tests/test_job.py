@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from support.commands import environment
 from support.errors import refused
-from tav_core import Edit, EditJob, load_tuned, load_video, pipeline, read_tuned, run_edit, trainable_parameters
+from tav_core import Edit, EditJob, load_tuned, load_video, pipeline, read_tuned, run_edit
 from tav_core.atomic import atomic_path, sole_user
 from tav_core.errors import Cancelled, TavError
 from tav_core.events import Note
@@ -88,32 +87,26 @@ def test_what_belongs_to_another_job_is_drawn_anew(checkpoint, clip, tmp_path, c
 
 @pytest.mark.slow
 def test_the_same_edits_at_each_kept_step(checkpoint, clip, tmp_path, monkeypatch):
-    shown, preset = [], with_settings(PRESET, steps=3, learning_rate=0.3, keep=[2, 1])
+    shown, preset = [], with_settings(PRESET, steps=2, learning_rate=0.3, keep=[1], probe_size=1)
     monkeypatch.setattr("tav_core.job.step_strip", lambda *args: shown.append(args) or step_strip(*args))
     job = edit_job("one", "two", preset=preset, rank=2)
     first = ["reconstruction", "one", "two", "step 1: one", "inverted"]
     assert drawn(job, checkpoint, clip, tmp_path, stop_after="step 1: two") == first
-    assert drawn(job, checkpoint, clip, tmp_path) == ["step 1: two", "step 2: one", "step 2: two", "inverted"]
+    assert drawn(job, checkpoint, clip, tmp_path) == ["step 1: two"]  # from the noise that is kept
     assert {path.name for path in tmp_path.iterdir()} == {*job.files} - {STATE}
     ((videos, labels, _),) = shown
-    assert list(videos) == [1, 2, 3] and labels == ["one", "two"]
+    assert list(videos) == [1, 2] and labels == ["one", "two"]
     with Image.open(tmp_path / "strip-steps.png") as picture:
-        assert picture.width > 3 * 2 * 128 and picture.height > 2 * 128
-    for step, name in ((1, "tuned-1.safetensors"), (2, "tuned-2.safetensors"), (3, "tuned.safetensors")):
+        assert picture.width > 2 * 2 * 128 and picture.height > 2 * 128
+    for step, name in ((1, "tuned-1.safetensors"), (2, "tuned.safetensors")):
         info = read_tuned(tmp_path / name)
         assert (info.config["steps"], info.rank, info.num_frames) == (step, 2, 2)
-    unet, before = pipeline.video_unet(checkpoint), pipeline.untuned_weights(checkpoint)
+    unet = pipeline.video_unet(checkpoint)
     load_tuned(tmp_path / "tuned-1.safetensors", unet)  # what a user of that file gets
     noise = pipeline.invert(checkpoint, unet, source := pipeline.prepare(checkpoint, clip.frames, "a red ball"), preset)
     again = pipeline.sample(checkpoint, unet, noise, "two", preset, source_prompt=source.prompt)
-    assert torch.equal(videos[1][1], again) and not torch.equal(videos[3][1], again)
-    whole = tmp_path / "whole"
-    job = replace(job, rank=None, preset=with_settings(preset, keep=[1]), edits=[])
-    assert drawn(job, checkpoint, clip, whole) == ["reconstruction", "inverted"]
-    halves, ranked = (load_file(folder / "tuned-1.safetensors") for folder in (whole, tmp_path))
-    assert any(name.endswith(".up") for name in ranked) and halves.keys() == trainable_parameters(unet).keys()
-    for name, weight in trainable_parameters(unet).items():
-        assert (halves[name] - weight).norm() < (halves[name] - before[name]).norm(), name
+    near, far = ((videos[step][1].float() - again.float()).abs().mean() for step in (1, 2))
+    assert near < 0.01 < 1 < far
 
 
 def test_a_damaged_part_is_made_anew(tmp_path):
