@@ -26,10 +26,19 @@ _LIMITS = {"area": "an area", "mask": "a mask", "gligen": "boxes of GLIGEN", "ho
 
 @dataclasses.dataclass(frozen=True)
 class TunedWeights:
-    """What One-Shot Tune learned: tensors by the name of their parameter, and what they belong to."""
+    """What One-Shot Tune learned.
+
+    Attributes:
+        tensors: by the name of their parameter, as a file holds them: some may be factors (see `factored`).
+        info: what they belong to.
+        kept: those of earlier steps, by step.
+        model: the MODEL that was tuned; None if they come from a file.
+    """
 
     tensors: dict[str, Tensor]
     info: TunedInfo
+    kept: dict[int, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
+    model: ModelPatcher | None = None
 
 
 def schema(advanced: tuple[str, ...] = (), **fields) -> io.Schema:

@@ -23,9 +23,10 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..tav_core import ContextWindows, TavError, VideoUNet, inflate, trainable_parameters
+from ..tav_core import ContextWindows, TavError, VideoUNet, inflate
 from ..tav_core.attention import FrameAttnProcessor, FrameContext
 from ..tav_core.inflation import OverFrames, TunedLinear, VideoGroupNorm
+from ..tav_core.trainable import is_tuned
 from .layout import unet_layout
 from .native_model import InflatedSDXL, NativeModel, NativePatcher, check_lora, nothing_swallowed
 from .patches import patched
@@ -357,6 +358,6 @@ def scheduler_of(model: ModelPatcher) -> DDIMScheduler:
     )
 
 
-def trainable_names(model: ModelPatcher) -> dict[str, Tensor]:
-    """The trainable parameters of an inflated MODEL by name."""
-    return dict(trainable_parameters(video_unet(model)))
+def trainable_weights(model: ModelPatcher) -> dict[str, Tensor]:
+    """Those of the `weights` of an inflated MODEL that the method tunes."""
+    return {name: weight for name, weight in weights(model).items() if is_tuned(name)}

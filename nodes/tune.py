@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +58,7 @@ from .common import (
 )
 from .errors import plain_errors
 from .folders import listed
-from .inputs import checked, told
+from .inputs import checked, told, usable
 from .native import WINDOWS, scheduler_of, trainable_copy, video_unet, with_tuned_weights
 from .sdxl import vector_of
 
@@ -77,7 +78,7 @@ class OneShotTune(io.ComfyNode):
             search_aliases=["train", "fine-tune video", "tune a video"],
             hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,  # the loss curve stays in the node, also after a cached run
-            advanced=("dtype", "memory", "timestep_sampling", "save_every"),
+            advanced=("dtype", "memory", "timestep_sampling", "save_every", "weight_average", "keep"),
             inputs=[
                 io.Model.Input("model", tooltip="From Inflate."),
                 io.Latent.Input("latent", tooltip="The clip, from VAE Encode: its frames are the batch."),
@@ -115,6 +116,12 @@ class OneShotTune(io.ComfyNode):
                                max=1440.0, step=0.5,
                                tooltip="What was learned is kept after so many minutes, and after every 100 steps, in "
                                        "case ComfyUI or the machine fails. 0: after every step."),
+                io.Float.Input("weight_average", optional=True, default=0.0, min=0.0, max=0.9999, step=0.01, round=1e-4,
+                               tooltip="Decay of a running average of the weights, which is taken in their place: with "
+                                       "0.96 fewer steps will do. 0, as in the paper, takes none."),
+                io.String.Input("keep", display_name="Keep steps", optional=True, default="",
+                                tooltip="Steps whose weights are kept as well, such as 100, 200, 300: too many steps "
+                                        "make edits stiff, so look with Apply Tuned Weights, and choose."),
             ],
             outputs=[
                 io.Model.Output(tooltip="The tuned MODEL, for DDIM Inversion and every sampler."),
@@ -126,10 +133,18 @@ class OneShotTune(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, learning_rate=None, dtype=None, memory=None, timestep_sampling=None, save_every=None
+        cls,
+        learning_rate=None,
+        dtype=None,
+        memory=None,
+        timestep_sampling=None,
+        save_every=None,
+        weight_average=None,
+        keep=None,
     ) -> bool | str:
         given = dict(learning_rate=learning_rate, dtype=dtype, memory=memory, timestep_sampling=timestep_sampling)
-        return told(cls, **given, save_every=save_every)
+        wrong = told(cls, **given, save_every=save_every, weight_average=weight_average, keep=keep)
+        return usable(steps_of, keep) if wrong is True else wrong
 
     @classmethod
     @checked
@@ -149,6 +164,8 @@ class OneShotTune(io.ComfyNode):
         vae=None,
         takes=(),
         save_every=2.0,
+        weight_average=0.0,
+        keep="",
     ) -> io.NodeOutput:
         with plain_errors(save_minutes="save_every", context_length="Context Windows (Tune-A-Video)"):
             if dtype == "auto":
@@ -165,6 +182,8 @@ class OneShotTune(io.ComfyNode):
                 timestep_sampling=timestep_sampling,
                 save_minutes=save_every,
                 context_length=length or None,
+                weight_average=weight_average,
+                keep=steps_of(keep),
             )
             clips = [(latent, positive, "positive")]
             clips += [
@@ -182,6 +201,18 @@ class OneShotTune(io.ComfyNode):
             losses,
             ui=ui.PreviewImage(curve, cls=cls),
         )
+
+
+def steps_of(text: str) -> list[int]:
+    """The steps that a text lists.
+
+    Raises:
+        TavError: it is no list of them.
+    """
+    words = re.split(r"[\s,;]+", text.strip(" \n\t,;"))
+    if not re.fullmatch(r"[\d\s,;]*", text, re.ASCII) or max(map(len, words)) > 6:
+        raise TavError("keep", text[:100], "is no list of steps", "write it like 100, 200, 300")
+    return [int(word) for word in words if word]
 
 
 def take_of(model: ModelPatcher, latent: dict, conditioning: list, field: str) -> Take:
@@ -250,7 +281,7 @@ def run(
             scheduler,
             takes,
             config,
-            state_path=lambda fingerprint: state_path(base, fingerprint, config.steps),
+            state_path=lambda fingerprint: state_path(base, fingerprint, config),
             device=device,
             callback=on_event,
         )
@@ -259,7 +290,7 @@ def run(
         settings, inflation = dataclasses.asdict(config), video_unet(model).inflation
         info = tuned_info(base, inflation, prompt="", num_frames=frames, width=8 * width, height=8 * height,
                           config=settings, base_name="")  # fmt: skip
-    return TunedWeights(result.weights, info), result
+    return TunedWeights(result.weights, info, result.kept, model), result
 
 
 class Reporter:
@@ -286,7 +317,7 @@ class Reporter:
             report(self.node, f"step {step}/{total}, loss {event.probe_loss:.4f}, {time_left}")
 
 
-def state_path(base: str, fingerprint: dict, steps: int) -> Path:
+def state_path(base: str, fingerprint: dict, config: TuneConfig) -> Path:
     """Where the run of that fingerprint keeps its state. The oldest states go.
 
     Raises:
@@ -300,8 +331,11 @@ def state_path(base: str, fingerprint: dict, steps: int) -> Path:
         raise TavError("folder", folder, problem, "make its parent one that ComfyUI may write to") from error
     key = hashlib.sha256(json.dumps([base, fingerprint], sort_keys=True).encode()).hexdigest()[:20]
     path = folder / f"{key}.safetensors"
-    if path.exists() and read_state(path)[0].step > steps:  # a longer run: this one ends earlier
-        path = folder / f"{key}-{steps}.safetensors"
+    if path.exists():
+        state = read_state(path)[0]
+        lost = any(step <= state.step and step not in state.kept for step in config.keep)
+        if lost or state.step > config.steps:  # this one needs steps that it has not, or ends earlier
+            path = folder / f"{'-'.join(map(str, [key, *sorted(config.keep), config.steps]))}.safetensors"
     others = [folder / name for name in listed(folder)[0] if name.endswith(".safetensors") and name != path.name]
     for old in sorted(others, key=lambda p: p.stat().st_mtime, reverse=True)[KEPT_STATES - 1 :]:
         old.unlink()

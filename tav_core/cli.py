@@ -42,6 +42,7 @@ from .presets import Preset
 from .project import SHOWN, SUMMARY, Project, file_name, write_json
 from .record import FAIR, GOOD, explained, record_of
 from .sound import Sound
+from .steps import STEP_STRIP, file_of_step
 from .subject import SOFTNESS, subject_steps
 from .terminal import Parser, Progress, check_needs, preset_of, run, tell
 from .trainable import trainable_parameters
@@ -219,7 +220,7 @@ def _edit(args):
     edits = _edits(args)
     found_by = dict(word=args.word or "", mask=None if args.mask is None else torch.ones(1, 1, 1))  # till it is read
     wanted = job.EditJob(args.prompt, edits, _preset(args), args.contrast or (), _softness(args), args.negative_prompt,
-                         _inflation(args), **found_by)  # fmt: skip
+                         _inflation(args), **found_by, rank=args.rank)  # fmt: skip
     if args.overwrite and args.resume:
         raise TavError("resume", None, f"has nothing to go on with after {field('overwrite')}", "leave one of them out")
     _check_project(args, wanted, args.resume, video=args.video, mask=args.mask)
@@ -302,7 +303,8 @@ def _report(output: Path, summary: dict[str, Any]):
     print(f"reconstruction {reached} dB: {quality} ({limits}; the VAE alone reaches {ceiling} dB)")
     print(", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
     files = [each["file"] for each in (summary["reconstruction"], *summary["edits"])]
-    tell(f"{output}: {', '.join([*SHOWN, *files])}")
+    strips = [STEP_STRIP] if (output / STEP_STRIP).exists() else []
+    tell(f"{output}: {', '.join([*SHOWN, *strips, *files])}")
 
 
 def _tune(args):
@@ -314,7 +316,7 @@ def _tune(args):
         pipeline.check_prompt(prompt)
     preset = _preset(args)
     for video in args.video:
-        job.check_folder(args.output, job.TUNED_FILES, video=video)
+        job.check_folder(args.output, job.tuned_files(preset), video=video)
     job.check_unfinished(args.output, args.resume)
     if (args.output / SUMMARY).exists():
         raise TavError("output", args.output, "holds a project, which has its tuned weights", "choose another one")
@@ -325,10 +327,10 @@ def _tune(args):
         progress = Progress(args.quiet).stop_at_interrupt()
         progress(Plan((Stage("tune", preset.tuning.steps),)))
         _, result = job.tune_into(args.output, checkpoint, sources, preset, inflation=_inflation(args),
-                                  resume=args.resume, callback=progress)  # fmt: skip
+                                  rank=args.rank, resume=args.resume, callback=progress)  # fmt: skip
         (args.output / job.STATE).unlink(missing_ok=True)
     print(f"probe loss {result.probe_losses[0][1]:.4f} -> {result.probe_losses[-1][1]:.4f}")
-    tell(args.output / "tuned.safetensors")
+    tell(args.output / "tuned.safetensors", *map(file_of_step, result.kept))
 
 
 def _invert(args):

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,20 +26,21 @@ from .metrics import psnr
 from .noise import InvertedNoise, read_noise, save_noise
 from .precision import DTYPES
 from .presets import Preset
-from .project import NAMED, NOISE, SHOWN, SUMMARY, Project, file_name
+from .project import NAMED, NOISE, SHOWN, SUMMARY, Project, file_name, labels
 from .remaining import plan_of
+from .steps import STEP_STRIP, edits_of_step, file_of_step
 from .subject import SOFTNESS
 from .trainable import trainable_parameters
-from .tuned_weights import base_fingerprint, load_tuned, save_tuned, weights_fingerprint
+from .tuned_weights import base_fingerprint, load_tuned, tuned_info, weights_fingerprint, write_tuned
 from .tuning import TuneResult
 from .tuning_state import hash_tensors
 from .video import Clip
-from .visuals import loss_curve, spotlight
+from .visuals import loss_curve, spotlight, step_strip
 
 STATE = "tuning-state.safetensors"  # in the output folder, until the tuning is done
-TUNED_FILES = ["tuned.safetensors", "loss.png", STATE]
+TUNED_FILES = ["tuned.safetensors", "loss.png", STATE]  # and one for each step whose weights are kept
 # settings of a tuning that change none of its weights
-ANY_TUNING = ("memory", "probe_every", "save_every", "save_minutes")
+ANY_TUNING = ("memory", "probe_every", "save_every", "save_minutes", "keep")
 INFLATION = {"attention": "sparse-causal", "temporal_causal": False, "norm": "video"}  # as by default
 
 
@@ -53,6 +55,7 @@ class EditJob:
         inflation: options of `inflate` that aren't as by default.
         word: of the sentence that names the subject, to find it by; with contrasts, what either of them finds.
         mask: of the subject, drawn or found elsewhere, 0 ... 1, `f h w` of pixels: it isn't looked for then.
+        rank: of what the files of tuned weights hold (see `save_tuned`).
 
     Raises:
         TavError: an empty sentence, a region whose subject nothing tells, or a contrast that says nothing of another
@@ -68,6 +71,7 @@ class EditJob:
     inflation: dict[str, Any] = field(default_factory=dict)
     word: str = ""
     mask: Tensor | None = field(default=None, repr=False, compare=False)
+    rank: int | None = None
 
     def __post_init__(self):
         pipeline.check_prompt(self.prompt)
@@ -89,7 +93,14 @@ class EditJob:
     def files(self, first: int = 1) -> list[str]:
         """Names of the files that `run_edit` writes, if the first edit has that number."""
         edits = [f"{file_name(number, edit.prompt)}.mp4" for number, edit in enumerate(self.edits, first)]
-        return [*TUNED_FILES, NOISE, *(f"{name}.mp4" for name in NAMED), *SHOWN, *edits, SUMMARY]
+        strips = [STEP_STRIP] if self.preset.tuning.keep else []
+        named = [f"{name}.mp4" for name in NAMED]
+        return [*tuned_files(self.preset), NOISE, *named, *SHOWN, *strips, *edits, SUMMARY]
+
+
+def tuned_files(preset: Preset) -> list[str]:
+    """Names of all files that `tune_into` writes."""
+    return [*TUNED_FILES, *map(file_of_step, preset.tuning.keep)]
 
 
 def check_folder(folder: Path, files: Sequence[str], of: str = "output", **inputs: Path | None):
@@ -178,10 +189,14 @@ def tune_into(
     preset: Preset,
     *,
     inflation: dict[str, Any] | None = None,
+    rank: int | None = None,
     resume: bool = True,
     callback: Callback = ignored,
 ) -> tuple[VideoUNet, TuneResult]:
     """Tunes on the clips, with the state kept in the folder; tuned weights and loss curve are written there.
+
+    Args:
+        rank: of what the files of tuned weights hold (see `save_tuned`).
 
     Returns: the U-Net, in the dtype of the preset, and the result.
 
@@ -189,16 +204,16 @@ def tune_into(
         TavError: a folder that can't be written to, or that holds an unfinished tuning and `resume` is off.
         Cancelled: by the callback.
     """
-    check_folder(folder, TUNED_FILES)
+    check_folder(folder, tuned_files(preset))
     check_unfinished(folder, resume)
     state, (source, *more) = folder / STATE, sources
     unet, result = pipeline.tune_on(
         checkpoint, sources, preset, inflation=inflation, state_path=state, resume=resume, callback=callback
     )
     frames, height, width = source.frames.shape[:3]
-    save_tuned(
-        folder / "tuned.safetensors",
-        unet,
+    info = tuned_info(
+        base_fingerprint(unet),
+        unet.inflation,
         prompt=source.prompt,
         num_frames=preset.tuning.context_length or frames,
         width=width,
@@ -207,6 +222,10 @@ def tune_into(
         base_name=checkpoint.name,
         more_prompts=[other.prompt for other in more],
     )
+    small = {} if rank is None else dict(rank=rank, before=pipeline.untuned_weights(checkpoint, **(inflation or {})))
+    for step, weights in result.kept.items():
+        write_tuned(folder / file_of_step(step), weights, replace(info, config=info.config | {"steps": step}), **small)
+    write_tuned(folder / TUNED_FILES[0], result.weights, info, **small)
     loss_curve(result.losses, result.probe_losses, folder / "loss.png")
     return torch.nn.Module.to(unet, DTYPES[preset.tuning.dtype]), result
 
@@ -252,9 +271,13 @@ def run_edit(
         run.reconstruct(unet, noise)
     edits = draw(project, job.edits, checkpoint, unet, job.preset, noise, negative_prompt=job.negative_prompt,
                  callback=callback)  # fmt: skip
+    videos = [project.video(edit["file"]) for edit in edits]
+    if job.preset.tuning.keep:
+        unet = None  # makes room for that of a step
+        run.compare_steps(noise, videos, labels(edits))
     project.show_grid(edits, clip.fps)
     project.show(clip.fps, clip.sound)
-    return project.summary, [project.video(edit["file"]) for edit in edits]
+    return project.summary, videos
 
 
 def _remove(folder: Path):
@@ -264,8 +287,12 @@ def _remove(folder: Path):
     except TavError:
         project = Project(folder, {"edits": []})
     project.remove()
-    for name in (*TUNED_FILES, NOISE):
+    kept = [path.name for path in folder.glob("tuned-*.safetensors")]
+    for name in (*TUNED_FILES, *kept, NOISE, STEP_STRIP):
         (folder / name).unlink(missing_ok=True)
+    for of_step in folder.glob("step-*"):
+        if (of_step / NOISE).is_file():
+            shutil.rmtree(of_step)
 
 
 @dataclass
@@ -321,27 +348,41 @@ class _Run:
         for name, value in facts["settings"]["tuning"].items():
             if name not in ANY_TUNING:
                 project.check_same(name, value, of_tuning, name, value, remedy)
+        if self.job.rank is not None:
+            project.check_same("rank", self.job.rank, known, "rank", self.job.rank, remedy)
+        if "weights" in known:
+            missing = [
+                step for step in self.job.preset.tuning.keep if not (project.folder / file_of_step(step)).exists()
+            ]
+            if missing:
+                raise TavError(
+                    "keep", missing[0], f"was not kept in {project.folder}", f"leave it out, or choose another {output}"
+                )
 
     def tuned(self, resume: bool) -> VideoUNet:
         """The U-Net with the weights of the project, which are tuned if it has none."""
-        project, preset, path = self.project, self.job.preset, self.project.folder / "tuned.safetensors"
-        if "weights" in project.summary:
-            unet = pipeline.video_unet(self.checkpoint, **self.job.inflation)
-            load_tuned(path, unet)
-            remedy = f"bring back those, or {errors.field('overwrite')} the project"
-            weights = weights_fingerprint(trainable_parameters(unet))
-            project.check_same("tuned", path, project.summary, "weights", weights, remedy)
-            self.callback(Note(f"{path} is tuned on this clip already"))
-            unet = torch.nn.Module.to(unet, DTYPES[preset.tuning.dtype])
-        else:
-            sources, options = [self.source], dict(inflation=self.job.inflation, resume=resume, callback=self.callback)
-            unet, result = project.timed("tune", tune_into, project.folder, self.checkpoint, sources, preset, **options)
+        project, job, path = self.project, self.job, self.project.folder / TUNED_FILES[0]
+        tuned_now = "weights" not in project.summary
+        if tuned_now:
+            options = dict(inflation=job.inflation, rank=job.rank, resume=resume, callback=self.callback)
+            _, result = project.timed("tune", tune_into, project.folder, self.checkpoint, [self.source], job.preset,
+                                      **options)  # fmt: skip
             before, after = result.probe_losses[0][1], result.probe_losses[-1][1]
-            project.summary |= self.facts | {"weights": weights_fingerprint(result.weights), "steps": result.steps,
+            project.summary |= self.facts | {"rank": job.rank, "steps": result.steps,
                                              "probe_loss": {"before": before, "after": after}}  # fmt: skip
+        else:
+            self.callback(Note(f"{path} is tuned on this clip already"))
+        # in the precision of the file, so that the next run, and `sample`, draw as this one does
+        unet = pipeline.video_unet(self.checkpoint, **job.inflation)
+        load_tuned(path, unet)
+        weights = weights_fingerprint(trainable_parameters(unet))
+        if tuned_now:
+            project.summary["weights"] = weights
             project.write()
+        remedy = f"bring back those, or {errors.field('overwrite')} the project"
+        project.check_same("tuned", path, project.summary, "weights", weights, remedy)
         (project.folder / STATE).unlink(missing_ok=True)
-        return unet
+        return torch.nn.Module.to(unet, DTYPES[job.preset.tuning.dtype])
 
     def inverted(self, unet: VideoUNet) -> InvertedNoise:
         """The noise of the project, which is inverted if it has none, with the subject as soon as a job tells it."""
@@ -364,6 +405,13 @@ class _Run:
             if "subject" not in project.summary:
                 project.put("subject", spotlight(clip.frames, noise.subject), clip.fps, clip.sound, told)
         return replace(noise, frames=clip.frames, fps=clip.fps, sound=clip.sound)
+
+    def compare_steps(self, noise: InvertedNoise, videos: list[Tensor], told: list[str]):
+        """Draws the same edits by the weights of each step that is kept, beside those of the last, `videos`."""
+        tuning, folder, job = self.job.preset.tuning, self.project.folder, self.job
+        at = {step: edits_of_step(step, folder, self.checkpoint, self.source, job, noise, self.callback)
+              for step in tuning.keep if step < tuning.steps}  # fmt: skip
+        step_strip(at | {tuning.steps: videos}, told, folder / STEP_STRIP)
 
     def check_subject(self) -> dict[str, Any]:
         """How the job tells the subject; a TavError if the project's was told otherwise."""

@@ -45,11 +45,13 @@ LIMITS = {
     "weight_decay": Range(0.0, 100.0),
     "eps": Range(1e-30, 1.0),
     "warmup_steps": Range(0, 100_000),
+    "weight_average": Range(0.0, 0.9999),
     "seed": Range(0, 2**63 - 1),
     "probe_every": Range(1, 100_000),
     "probe_size": Range(1, 1000),
     "save_every": Range(1, 100_000),
     "save_minutes": Range(0.0, 1440.0),
+    "rank": Range(1, 1280),  # the most that a matrix of Stable Diffusion has
     # inversion and sampling
     "sampling_steps": Range(1, 1000),
     "guidance_scale": Range(0.0, 100.0),

@@ -123,6 +123,11 @@ def video_unet(
     return nn.Module.to(unet, checkpoint.vae.device)
 
 
+def untuned_weights(checkpoint: Checkpoint, **inflation) -> dict[str, Tensor]:
+    """The `trainable_parameters` of `video_unet`, as they are before a tuning."""
+    return {name: weight.detach() for name, weight in trainable_parameters(video_unet(checkpoint, **inflation)).items()}
+
+
 def tune_on(
     checkpoint: Checkpoint,
     sources: Sequence[Source],

@@ -1,7 +1,7 @@
 """Reading the package's own safetensors files: each is of a kind, and whole, or refused in one line."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ class Damaged(Exception):
 
 
 @contextmanager
-def reading(path: str | Path, field: str, kind: str, holds: str, remedy: str) -> Iterator[Any]:
+def reading(path: str | Path, field: str, kind: str | Sequence[str], holds: str, remedy: str) -> Iterator[Any]:
     """A file of safetensors that says in its metadata that it is of a kind, its `format`.
 
     Args:
         field: of the errors.
+        kind: or several, any of which will do.
         holds: what such files hold, in words.
         remedy: what to do with another file.
 
@@ -35,7 +36,7 @@ def reading(path: str | Path, field: str, kind: str, holds: str, remedy: str) ->
     try:
         with safe_open(path, "pt") as file:
             found = (file.metadata() or {}).get("format")
-            if found != kind:
+            if found not in ([kind] if isinstance(kind, str) else kind):
                 raise TavError(field, path, f"holds no {holds} (its format is {found!r})", remedy)
             yield file
     except TavError:

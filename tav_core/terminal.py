@@ -142,6 +142,11 @@ SETTINGS = {
                                                   "time (auto: the first that fits)"},
     "save_minutes": _number("save_minutes", "MINUTES", "time after which the state of the tuning is written again, if "
                                                        "a hundred steps take longer (2)"),
+    "weight_average": _number("weight_average", "X", "decay of a running average of the tuned weights, which is taken "
+                              "in their place: fewer steps will do (0 for none, to 0.9999)"),
+    "keep": {"type": LIMITS["steps"], "nargs": "+", "metavar": "N",
+             "help": "steps whose weights are kept as well, as tuned-N.safetensors: too many steps make edits "
+                     "stiff, so look and choose"},
     "sampling_steps": _number("sampling_steps", "N", "DDIM steps of inversion and of sampling"),
     "guidance_scale": _number("guidance_scale", "X", "classifier-free guidance of the edits"),
     "attention_injection": _number("attention_injection", "X", "share of the sampling steps in which edits attend as "

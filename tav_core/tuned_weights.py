@@ -1,9 +1,12 @@
-"""Tuned weights: one safetensors file with the tuned parameters alone and what is needed to use them again."""
+"""Tuned weights: one safetensors file with the tuned parameters alone and what is needed to use them again.
+
+In half precision, or, much smaller, with the change of every matrix as two factors of a low rank (see `factored`).
+"""
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -14,13 +17,15 @@ from torch import Tensor, nn
 
 from .atomic import atomic_path
 from .attention import MODES
+from .compact import factored, halved, shapes, whole
 from .errors import TavError
 from .inflation import NORMS, VideoUNet
+from .limits import check
 from .stored import Damaged, check_finite, parsed, reading
 from .trainable import is_tuned, trainable_parameters
 from .tuning_state import hash_tensors
 
-FORMAT = "tune-a-video-1"
+FORMAT, LOW_RANK = "tune-a-video-1", "tune-a-video-low-rank-1"
 _SAMPLES = 1024  # values of each parameter that go into the fingerprint
 
 
@@ -29,6 +34,10 @@ class TunedInfo:
     """What a tuned-weights file says of itself; width and height in pixels.
 
     With several takes `prompt`, frames, width and height are those of the first, `more_prompts` those of the others.
+
+    Attributes:
+        rank: of the changes in it; 0 for whole weights.
+        before: fingerprint of the weights that these changes are of.
     """
 
     base: str
@@ -41,6 +50,8 @@ class TunedInfo:
     config: dict[str, Any]
     versions: dict[str, str]
     more_prompts: list[str] = field(default_factory=list)
+    rank: int = 0
+    before: str = ""
 
 
 def base_fingerprint(unet: nn.Module | Mapping[str, Tensor]) -> str:
@@ -52,11 +63,17 @@ def base_fingerprint(unet: nn.Module | Mapping[str, Tensor]) -> str:
     Args:
         unet: a U-Net, or its parameters by name.
     """
+    parameters = dict(unet.named_parameters()) if isinstance(unet, nn.Module) else unet
+
+    def fresh_norm(name: str) -> bool:
+        return "norm_temp." in name and bool((parameters[name] == (1 if name.endswith("weight") else 0)).all())
+
+    return _fingerprint({n: p for n, p in parameters.items() if not is_tuned(n) and not fresh_norm(n)})
+
+
+def _fingerprint(parameters: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, parameter in sorted((dict(unet.named_parameters()) if isinstance(unet, nn.Module) else unet).items()):
-        fresh_norm = "norm_temp." in name and bool((parameter == (1 if name.endswith("weight") else 0)).all())
-        if fresh_norm or is_tuned(name):
-            continue
+    for name, parameter in sorted(parameters.items()):
         values = parameter.detach().flatten()
         n = len(values)
         places = torch.arange(min(n, _SAMPLES)) * (n - 1) // max(1, min(n, _SAMPLES) - 1)  # first and last included
@@ -82,11 +99,18 @@ def save_tuned(
     config: dict[str, Any],
     base_name: str = "",
     more_prompts: Sequence[str] = (),
+    rank: int | None = None,
+    before: Mapping[str, Tensor] | None = None,
 ):
-    """Writes the tuned parameters (float32) and their metadata atomically.
+    """Writes the tuned parameters (float16, but for one that it can't hold) and their metadata atomically.
+
+    Args:
+        rank: keep of the change of every matrix what a product of this rank holds, where that is smaller.
+        before: with a rank, the `trainable_parameters` as they were before the tuning: those of a U-Net that was
+            inflated alike.
 
     Raises:
-        TavError: the U-Net isn't inflated, or the file can't be written.
+        TavError: the U-Net isn't inflated, a rank of no change, or the file can't be written.
     """
     _require_inflated(unet)
     info = tuned_info(
@@ -100,7 +124,7 @@ def save_tuned(
         base_name=base_name,
         more_prompts=list(more_prompts),
     )
-    write_tuned(path, trainable_parameters(unet), info)
+    write_tuned(path, trainable_parameters(unet), info, rank=rank, before=before)
 
 
 def tuned_info(base: str, inflation: dict[str, Any], **facts) -> TunedInfo:
@@ -113,10 +137,27 @@ def tuned_info(base: str, inflation: dict[str, Any], **facts) -> TunedInfo:
     )
 
 
-def write_tuned(path: str | Path, weights: Mapping[str, Tensor], info: TunedInfo):
-    """Writes tuned weights that are at hand without their U-Net; see `save_tuned`."""
-    metadata = {"format": FORMAT, **{name: json.dumps(value) for name, value in info.__dict__.items()}}
-    tensors = {name: weight.detach().float().cpu().contiguous() for name, weight in weights.items()}
+def write_tuned(
+    path: str | Path,
+    weights: Mapping[str, Tensor],
+    info: TunedInfo,
+    *,
+    rank: int | None = None,
+    before: Mapping[str, Tensor] | None = None,
+):
+    """Writes tuned weights that are at hand without their U-Net, whole or as they came from a file of low rank; see
+    `save_tuned`.
+    """
+    if rank is None:
+        tensors = halved(weights)
+    else:
+        check(rank=rank)
+        if before is None:
+            problem = "is of what the tuning changed, and nothing tells the weights before it"
+            raise TavError("rank", rank, problem, "leave it out, or save right after the tuning")
+        tensors, info = factored(weights, before, rank), replace(info, rank=rank, before=_fingerprint(before))
+    metadata = {"format": LOW_RANK if info.rank else FORMAT}
+    metadata |= {name: json.dumps(value) for name, value in info.__dict__.items()}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata)
 
@@ -127,12 +168,16 @@ def read_tuned(path: str | Path) -> TunedInfo:
     Raises:
         TavError: missing, unreadable, damaged, or not such a file.
     """
-    with reading(path, "tuned", FORMAT, "tuned weights", "give a .safetensors file made by tune") as file:
-        metadata = {"more_prompts": "[]", **file.metadata()}  # files of one take may not have it
+    kinds, remedy = (FORMAT, LOW_RANK), "give a .safetensors file made by tune"
+    with reading(path, "tuned", kinds, "tuned weights", remedy) as file:
+        # old files don't have them
+        metadata = {"more_prompts": "[]", "rank": "0", "before": '""', **file.metadata()}
         told = parsed(metadata, {name: get_origin(kind) or kind for name, kind in get_type_hints(TunedInfo).items()})
         for name in ("num_frames", "width", "height"):
             if not 0 < told[name] < 2**16:
                 raise Damaged(f"{name} is {told[name]}")
+        if (told["rank"] > 0) != (metadata["format"] == LOW_RANK):
+            raise Damaged(f"rank is {told['rank']}")
         if not all(isinstance(prompt, str) for prompt in told["more_prompts"]):
             raise Damaged("more_prompts are no texts")
         attention, causal, norm = (told["inflation"][name] for name in ("attention", "temporal_causal", "norm"))
@@ -149,27 +194,28 @@ def load_tuned(path: str | Path, unet: VideoUNet) -> TunedInfo:
     """
     info = read_tuned(path)
     _require_inflated(unet)
-    parameters, tensors = trainable_parameters(unet), load_file(path)
-    check_fit(path, info, tensors, base_fingerprint(unet), unet.inflation, parameters)
+    parameters = trainable_parameters(unet)
+    weights = fitting(path, info, load_file(path), base_fingerprint(unet), unet.inflation, parameters)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(weights[name])
     return info
 
 
-def check_fit(
+def fitting(
     path: str | Path | None,
     info: TunedInfo,
-    weights: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
     base: str,
     inflation: dict[str, Any],
     parameters: Mapping[str, Tensor],
-):
-    """Refuses tuned weights that were made on another model.
+) -> dict[str, Tensor]:
+    """The whole weights of tuned ones, for the model that they were made on.
 
     Args:
-        path: of the file of the weights, or None if they are in none.
-        base, inflation, parameters: fingerprint, options and trainable parameters of the model at hand.
+        path: of their file, or None if they are in none.
+        base, inflation, parameters: fingerprint, options and trainable parameters of the model at hand, untuned if the
+            file is of low rank.
 
     Raises:
         TavError: another base model, another inflation, other parameters, or what is no weight.
@@ -180,12 +226,16 @@ def check_fit(
     if info.inflation != inflation:
         problem = f"was made with {info.inflation}, the U-Net is inflated with {inflation}"
         raise TavError("tuned", path, problem, "inflate it the same way")
-    if {n: t.shape for n, t in weights.items()} != {n: p.shape for n, p in parameters.items()}:
+    if info.rank and info.before != _fingerprint(parameters):
+        problem = "holds changes of other weights than those of this model, which is tuned or adapted otherwise"
+        raise TavError("tuned", path, problem, "use it on what was tuned, as it was then")
+    if shapes(tensors) != {n: p.shape for n, p in parameters.items()}:
         raise TavError("tuned", path, "does not name the parameters of this U-Net: it is damaged", "tune again")
     try:
-        check_finite(weights)
+        check_finite(tensors)
     except Damaged as error:
         raise TavError("tuned", path, f"is damaged ({error})", "tune again") from error
+    return whole(tensors, parameters)
 
 
 def _require_inflated(unet: nn.Module):

@@ -6,7 +6,8 @@ Beyond the paper, several takes can be learned in one tuning, so that what they 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
+from .compact import halved
 from .errors import OutOfMemory, TavError, field
 from .events import Callback, Event, Note, TuningStep, ignored
 from .inflation import VideoUNet
-from .limits import check_fields
+from .limits import Range, check_fields
 from .memory import Device, choose, is_out_of_memory, needed_memory, release
 from .objective import LOSS_WEIGHTINGS, TIMESTEP_SAMPLINGS, draw_take, draw_timesteps, generator_for, tuning_loss
 from .precision import DTYPES, computing, half_precision_cost, next_scale
@@ -28,13 +30,8 @@ from .trainable import trainable_parameters
 from .tuning_state import TuneState, check_same_run, hash_tensors, read_state, restore, save_state
 from .windows import even_windows, random_window
 
-_NOT_IN_FINGERPRINT = (
-    "steps",
-    "save_every",
-    "save_minutes",
-    "probe_every",
-    "memory",
-)  # may change between the parts of a run
+KEPT_STEPS = 8  # at most: all of them are held in memory, and written with every state
+_NOT_IN_FINGERPRINT = ("steps", "save_every", "save_minutes", "probe_every", "memory", "keep")  # may change in a run
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,9 @@ class TuneConfig:
         timestep_sampling: "uniform", or "stratified": consecutive draws cover the range evenly.
         loss_weighting: "none", or "min_snr" (gamma 5, arXiv 2303.09556).
         context_length: None, or the frames that a step sees of a long clip: frame 0 and a random run (see `windows`).
+        weight_average: decay of a running average of the weights, which is the result then; 0 for none, as in the
+            paper. It is (1 + step) / (10 + step) in the first steps, where that is less.
+        keep: steps whose weights are a result as well, to choose from; eight at most.
     """
 
     steps: int = 500
@@ -75,6 +75,8 @@ class TuneConfig:
     timestep_sampling: str = "uniform"
     loss_weighting: str = "none"
     context_length: int | None = None
+    weight_average: float = 0.0
+    keep: Sequence[int] = ()
 
     def __post_init__(self):
         check_fields(self)
@@ -88,6 +90,12 @@ class TuneConfig:
         ):
             if not good(getattr(self, name)):
                 raise TavError(name, getattr(self, name), "is out of range", remedy)
+        for step in self.keep:
+            if step not in Range(1, self.steps):
+                raise TavError("keep", step, f"is no step of {self.steps}", f"give steps from 1 to {self.steps}")
+        if len(self.keep) > KEPT_STEPS or len(set(self.keep)) < len(self.keep):
+            problem = f"has {len(self.keep)} steps"
+            raise TavError("keep", None, problem, f"give {KEPT_STEPS} or fewer, each of them once")
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,7 @@ class TuneResult:
         started: steps of them that earlier calls had done.
         seconds: time of this call.
         weights: the tuned weights by name, float32 on the CPU, whatever the dtype of the U-Net.
+        kept: those of the steps to keep, by step, small (see `halved`).
     """
 
     losses: list[float]
@@ -109,6 +118,7 @@ class TuneResult:
     started: int
     seconds: float
     weights: dict[str, Tensor]
+    kept: dict[int, dict[str, Tensor]]
 
 
 def make_optimizer(unet: nn.Module, config: TuneConfig) -> torch.optim.AdamW:
@@ -151,8 +161,8 @@ def tune(
             ran out of memory, and where `dtype` is one that this CPU has no arithmetic for; raises to stop.
 
     Raises:
-        TavError: the state file belongs to another run or cannot be written; a clip shorter than the
-            context_length; a loss or gradient that is not finite, after which the weights are those of the
+        TavError: the state file belongs to another run, is beyond a step to keep, or cannot be written; a clip shorter
+            than the context_length; a loss or gradient that is not finite, after which the weights are those of the
             last save (or of the start); a step that runs out of memory, and again in the next lower memory mode.
     """
     check_takes(takes, config.context_length)
@@ -180,14 +190,19 @@ def tune(
             _warn_of_slow_dtype(config.dtype, run.tell)
         while run.state.step < config.steps:
             loss, grad_norm, lr = run.step()
+            if run.state.step in config.keep:  # before anything can stop the run or write its state
+                run.state.kept[run.state.step] = halved(run.state.average or run.parameters)
             step, probe_loss, seconds = run.state.step, run.state.probe_losses[-1][1], time.monotonic() - started
             run.tell(TuningStep("tune", step, config.steps, loss, grad_norm, probe_loss, lr, seconds, first))
             late = time.monotonic() - run.saved >= 60 * config.save_minutes
             if late or step % config.save_every == 0 or step == config.steps:
                 run.save()
+        with torch.no_grad():
+            for name, average in run.state.average.items():
+                run.parameters[name].copy_(average)
         weights = {name: parameter.detach().float().cpu().clone() for name, parameter in run.parameters.items()}
-    state = run.state
-    return TuneResult(state.losses, state.probe_losses, state.step, first, time.monotonic() - started, weights)
+    state, kept = run.state, {step: run.state.kept[step] for step in sorted(config.keep)}
+    return TuneResult(state.losses, state.probe_losses, state.step, first, time.monotonic() - started, weights, kept)
 
 
 def _warn_of_slow_dtype(dtype: str, callback: Callback):
@@ -217,6 +232,8 @@ class TuningRun:
         self.saved = time.monotonic()
         self.state = TuneState(fingerprint, loss_scale=(2.0**16 if config.dtype == "fp16" else 1.0, 0))
         self.keep()
+        if config.weight_average:
+            self.state.average = {name: weight.clone() for name, weight in self.good.items()}
 
     def keep(self):
         """Weights to go back to, if a later step fails."""
@@ -225,10 +242,23 @@ class TuningRun:
     def tell(self, event: Event):
         """Calls back; if that stops the run, what was learned is kept."""
         try:
-            self.callback(event)
+            with self.averaged():
+                self.callback(event)
         except BaseException:
             self.save()
             raise
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The U-Net has the average of the weights, if there is one."""
+        own = {name: self.parameters[name].data for name in self.state.average}
+        for name, weight in self.state.average.items():
+            self.parameters[name].data = weight
+        try:
+            yield
+        finally:
+            for name, weight in own.items():
+                self.parameters[name].data = weight
 
     def save(self):
         for name, parameter in self.parameters.items():
@@ -241,11 +271,15 @@ class TuningRun:
         """Goes on from the state file.
 
         Raises:
-            TavError: it belongs to another run.
+            TavError: it belongs to another run, or is beyond a step to keep.
         """
         state, tensors = read_state(self.state_path)
-        check_same_run(self.state_path, state.fingerprint, self.state.fingerprint, tensors)
+        check_same_run(self.state_path, state, self.state.fingerprint, tensors)
+        if lost := [step for step in self.config.keep if step <= state.step and step not in state.kept]:
+            problem = f"is over: {self.state_path} is at step {state.step}, and wasn't told to keep it"
+            raise TavError("keep", lost[0], problem, "leave it out, or delete that file to start over")
         restore(tensors, self.parameters, self.optimizer)
+        state.average = {name: weight.to(self.device) for name, weight in state.average.items()}
         self.state = state
         self.keep()
 
@@ -293,9 +327,13 @@ class TuningRun:
         if config.dtype == "fp16":  # a step that overflows is left out
             state.loss_scale = next_scale(scale, age, math.isfinite(grad_norm))
         state.step += 1
+        decay = min(config.weight_average, (1 + state.step) / (10 + state.step))
+        for name, average in state.average.items():
+            average.lerp_(self.parameters[name].detach(), 1 - decay)
         state.losses.append(loss.item())
         if state.step % config.probe_every == 0 or state.step == config.steps:
-            state.probe_losses.append((state.step, self.probe()))
+            with self.averaged():
+                state.probe_losses.append((state.step, self.probe()))
         return state.losses[-1], grad_norm, lr
 
     def draw(self) -> tuple[Take, Tensor, Tensor, Tensor]:
@@ -364,7 +402,9 @@ def step_memory(unet: VideoUNet, takes: Sequence[Take], config: TuneConfig, memo
     """Bytes that a step of the tuning needs on a device in a memory mode, beyond the weights (see `needed_memory`)."""
     parts = takes if config.context_length is None else [take.at(torch.arange(config.context_length)) for take in takes]
     largest = max(parts, key=lambda take: take.latents.numel())
-    return needed_memory(unet, largest, DTYPES[config.dtype], memory, device)
+    average = 4 * sum(parameter.numel() for parameter in trainable_parameters(unet).values())
+    needed = needed_memory(unet, largest, DTYPES[config.dtype], memory, device)
+    return needed + average if config.weight_average else needed
 
 
 def run_fingerprint(
@@ -373,6 +413,9 @@ def run_fingerprint(
     """What must be equal for a run to go on from its state file: name to hash or value."""
     parameters = trainable_parameters(unet)
     options = dataclasses.asdict(config) | {"betas": list(config.betas)}  # as JSON has it
+    # without what is off, so that a state from before there was an option goes on
+    options = {name: value for name, value in options.items() if name not in _NOT_IN_FINGERPRINT and value is not None
+               and (name, value) != ("weight_average", 0)}  # fmt: skip
     labels = [take.condition.class_labels for take in takes if take.condition.class_labels is not None]
     return {
         "latents": hash_tensors(take.latents for take in takes),
@@ -384,6 +427,5 @@ def run_fingerprint(
         "inflation": unet.inflation,
         "trainable parameters": {name: list(parameter.shape) for name, parameter in parameters.items()},
         "initial weights": hash_tensors(parameters.values()),
-        # without None, so that a state from before there was an option goes on
-        **{name: value for name, value in options.items() if name not in _NOT_IN_FINGERPRINT and value is not None},
+        **options,
     }

@@ -1,6 +1,7 @@
 """The state file of a tuning run: one safetensors file, weights and moments as tensors, the rest as JSON.
 
-Tensors: `param.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` (float32), `optimizer_step`, `losses` (float64).
+Tensors: `param.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` (float32), `optimizer_step`, `losses` (float64), with a weight
+average `average.NAME` (float32), and `kept.STEP.NAME` of every step whose weights are kept (see `halved`).
 Metadata: format, step, config, fingerprint, probe_losses, loss_scale.
 """
 
@@ -32,6 +33,8 @@ class TuneState:
         losses: one per step.
         probe_losses: pairs of step and loss.
         loss_scale: factor of the fp16 loss, and the number of steps since it changed.
+        average: the weights' running average by name, where the run has one.
+        kept: weights of earlier steps, by step and name.
     """
 
     fingerprint: dict[str, Any]
@@ -39,6 +42,8 @@ class TuneState:
     losses: list[float] = field(default_factory=list)
     probe_losses: list[tuple[int, float]] = field(default_factory=list)
     loss_scale: tuple[float, int] = (1.0, 0)
+    average: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def save_state(
@@ -54,6 +59,9 @@ def save_state(
         TavError: the file cannot be written.
     """
     tensors = {"losses": torch.tensor(state.losses, dtype=torch.float64)}
+    tensors |= {f"average.{name}": weight for name, weight in state.average.items()}
+    for step, weights in state.kept.items():
+        tensors |= {f"kept.{step}.{name}": weight for name, weight in weights.items()}
     for name, parameter in parameters.items():
         moments = optimizer.state.get(parameter)
         tensors[f"param.{name}"] = parameter.detach()
@@ -95,7 +103,16 @@ def read_state(path: Path) -> tuple[TuneState, dict[str, Tensor]]:
             raise Damaged(f"loss_scale is {scale} for {age} steps")
         if any((moment < 0).any() for name, moment in tensors.items() if name.startswith("exp_avg_sq.")):
             raise Damaged("a square is negative")
-    return TuneState(fingerprint, step, losses, probe_losses, (float(scale), int(age))), tensors
+        state = TuneState(fingerprint, step, losses, probe_losses, (float(scale), int(age)))
+        for name in [name for name in tensors if name.startswith(("average.", "kept."))]:
+            if name.startswith("average."):
+                state.average[name.removeprefix("average.")] = tensors.pop(name)
+            else:
+                _, at, weight = name.split(".", 2)
+                state.kept.setdefault(int(at), {})[weight] = tensors.pop(name)
+        if not all(0 < at <= step for at in state.kept):
+            raise Damaged(f"step is {step}, and it keeps {max(state.kept)}")
+    return state, tensors
 
 
 def restore(tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -111,24 +128,27 @@ def restore(tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], opt
             }
 
 
-def check_same_run(path: Path, stored: dict[str, Any], current: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def check_same_run(path: Path, stored: TuneState, current: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Compare fingerprints of the run in the file and of the one about to start.
 
     Raises:
         TavError: they differ, and in what; or the tensors aren't those that the fingerprint tells of.
     """
-    different = [name for name in {**current, **stored} if stored.get(name) != current.get(name)]
+    told, names = stored.fingerprint, current["trainable parameters"]
+    different = [name for name in {**current, **told} if told.get(name) != current.get(name)]
     if "trainable parameters" not in different:
         kinds = ("param", "exp_avg", "exp_avg_sq") if "optimizer_step" in tensors else ("param",)
-        wanted = {f"{kind}.{name}": s for kind in kinds for name, s in current["trainable parameters"].items()}
+        wanted = {f"{kind}.{name}": s for kind in kinds for name, s in names.items()}
         found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        if found.pop("optimizer_step", [1]) != [1] or found != wanted:
+        others = [*stored.kept.values(), *([stored.average] if stored.average or "weight_average" in told else [])]
+        others = [{name: list(weight.shape) for name, weight in each.items()} for each in others]
+        if found.pop("optimizer_step", [1]) != [1] or found != wanted or any(each != names for each in others):
             raise TavError(
                 "state", path, "is damaged (its tensors are not those of the U-Net)", "delete it to start over"
             )
     if different == ["initial weights"]:  # a model that holds the weights of this very state goes on, too
-        weights = [tensors[f"param.{name}"] for name in current["trainable parameters"]]
-        if hash_tensors(weights) == current["initial weights"]:
+        weights = [stored.average.get(name, tensors[f"param.{name}"]) for name in names]
+        if current["initial weights"] in (hash_tensors(weights), hash_tensors(tensors[f"param.{n}"] for n in names)):
             return
     if different:
         problem = f"belongs to another run ({', '.join(different)} changed)"

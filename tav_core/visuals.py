@@ -3,6 +3,7 @@
 import math
 from bisect import bisect_right
 from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,28 @@ def strip(videos: list[Tensor], labels: list[str], path: str | Path | None = Non
         canvas.paste(Image.fromarray(row), (MARGIN, y))
         y += row.shape[0] + gap
     return _written(canvas, path)
+
+
+def step_strip(
+    videos: Mapping[int, Sequence[Tensor]], labels: list[str], path: str | Path | None = None
+) -> Image.Image:
+    """The same edits by the weights of several steps of a tuning: a labelled row an edit, a column a step.
+
+    Args:
+        videos: of each step the edits, uint8 `f h w c`; of each some evenly picked frames are shown.
+        path: also written there.
+    """
+    shown = max(1, 8 // len(videos))
+    rows = []
+    for edits in zip(*videos.values()):
+        cells = []
+        for step, video in zip(videos, edits):
+            picked = ((torch.arange(shown) + 0.5) / shown * len(video)).long()
+            cell = rearrange(_enlarged(video[picked]), "f h w c -> h (f w) c")
+            caption = torch.from_numpy(_label(f"step {step}", cell.shape[1], cell.shape[0]))
+            cells.append(_framed(torch.cat([caption, cell])[None]))
+        rows.append(torch.cat(cells, 2))
+    return strip(rows, labels, path, columns=1)
 
 
 def spotlight(video: Tensor, mask: Tensor) -> Tensor:

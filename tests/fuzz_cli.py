@@ -339,7 +339,8 @@ BAD_FILES = ("none", "text.txt", "empty", "folder", "fifo", "loop", "zeros.safet
 DAMAGED = {
     "tuned": ["truncated", "empty", "zeros", "huge-header", "nested", "other-kind", "nan", "integers", "shape", "lost",
               "no-prompt", "prompt-number", "frames-text", "frames-0", "frames-huge", "width-null", "inflation-list",
-              "inflation-more", "inflation-odd", "more-prompts-numbers", "config-open", "pickle"],
+              "inflation-more", "inflation-odd", "more-prompts-numbers", "config-open", "rank-text", "rank-of-whole",
+              "pickle"],
     "noise": ["truncated", "empty", "zeros", "huge-header", "other-kind", "nan", "integers", "shape", "lost",
               "no-prompt", "no-steps", "steps-text", "steps-digits", "steps--5", "subject-shape", "subject-2",
               "odd-way", "channels"],
@@ -406,6 +407,7 @@ def damage(work: Path, state: Path):
             "inflation-more": {"inflation": '{"attention": "first", "temporal_causal": true, "norm": "video", "x": 1}'},
             "inflation-odd": {"inflation": '{"attention": [], "temporal_causal": 1, "norm": null}'},
             "more-prompts-numbers": {"more_prompts": "[1, 2]"}, "config-open": {"config": "{"},
+            "rank-text": {"rank": '"2"'}, "rank-of-whole": {"rank": "2"},
             "no-steps": {"steps": None},
             "steps-text": {"steps": "two"}, "steps-digits": {"steps": "9" * 5000},
             "steps--5": {"steps": "-5"},

@@ -12,20 +12,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from support.commands import environment
 from support.errors import refused
-from tav_core import Edit, EditJob, load_video, run_edit
+from tav_core import Edit, EditJob, load_tuned, load_video, pipeline, read_tuned, run_edit
 from tav_core.atomic import atomic_path, sole_user
 from tav_core.errors import Cancelled, TavError
 from tav_core.events import Note, Step
-from tav_core.job import TUNED_FILES, check_file, check_folder, claimed
+from tav_core.job import STATE, TUNED_FILES, check_file, check_folder, claimed
 from tav_core.measure import measure_job
 from tav_core.pipeline import check_size
 from tav_core.presets import PRESETS, with_settings
 from tav_core.project import labels
+from tav_core.visuals import step_strip
 
 PRESET = with_settings(PRESETS["mini"], steps=1, sampling_steps=2, memory="fast")
 CLIP = Path(__file__).parents[1] / "tav_core" / "mini" / "demo.mp4"
@@ -159,6 +161,39 @@ def test_other_clips_weights_and_summaries_are_refused(checkpoint, clip, copied_
         told("holds a summary.json that is no project's, or an earlier version's")
     (copied_project / "summary.json").unlink()
     told("path='.*made' holds tuned weights of no project; choose another path, or overwrite them")
+
+
+@pytest.mark.slow
+def test_the_same_edits_at_each_kept_step(checkpoint, clip, tmp_path, monkeypatch):
+    shown, preset = [], with_settings(PRESET, steps=2, learning_rate=0.3, keep=[1], probe_size=1)
+    monkeypatch.setattr("tav_core.job.step_strip", lambda *args: shown.append(args) or step_strip(*args))
+    job = edit_job("one", "two", preset=preset, rank=2)
+    run_edit(job, checkpoint, clip, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*job.files(), "step-1"} - {STATE, "subject.mp4"}
+    ((videos, told, _),) = shown
+    assert list(videos) == [1, 2] and told == ["one", "two"]
+    with Image.open(tmp_path / "strip-steps.png") as picture:
+        assert picture.width > 2 * 2 * 128 and picture.height > 2 * 128
+    for step, name in ((1, "tuned-1.safetensors"), (2, "tuned.safetensors")):
+        info = read_tuned(tmp_path / name)
+        assert (info.config["steps"], info.rank, info.num_frames) == (step, 2, 2)
+    unet = pipeline.video_unet(checkpoint)
+    load_tuned(tmp_path / "tuned-1.safetensors", unet)  # what a user of that file gets
+    noise = pipeline.invert(checkpoint, unet, source := pipeline.prepare(checkpoint, clip.frames, "a red ball"), preset)
+    again = pipeline.sample(checkpoint, unet, noise, "two", preset, source_prompt=source.prompt)
+    near, far = ((videos[step][1].float() - again.float()).abs().mean() for step in (1, 2))
+    assert near < 0.01 < 1 < far
+
+    steps = []  # nothing of it is done again, and steps that weren't kept are told
+    run_edit(
+        job, checkpoint, clip, tmp_path, callback=lambda event: steps.append(event) if isinstance(event, Step) else 0
+    )
+    assert {step.stage for step in steps} <= {"encode"}
+    other = replace(job, preset=with_settings(preset, keep=[]))
+    run_edit(other, checkpoint, clip, tmp_path)
+    refused("rank=1 is not the 2 of the project", replace(job, rank=1), checkpoint, clip, tmp_path, call=run_edit)
+    run_edit(replace(other, edits=job.edits[:1]), checkpoint, clip, tmp_path, overwrite=True)
+    assert not [path for path in tmp_path.iterdir() if "step" in path.name or path.name == "tuned-1.safetensors"]
 
 
 def test_overwrite_begins_a_project_anew(checkpoint, clip, copied_project):

@@ -253,6 +253,56 @@ def test_tuning_is_that_of_the_core(pack, mini, tmp_path, monkeypatch):
         pack.nodes.ApplyTunedWeights.execute(inflated(pack, native()), weights)
 
 
+def test_kept_steps_and_files_of_low_rank(pack, mini, tmp_path, monkeypatch):
+    import folder_paths
+
+    nodes, caption, models = pack.nodes, "a red ball is sliding on the grass", tmp_path / "models"
+    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "tune_a_video", ([str(models)], {".safetensors"}))
+
+    def tuned(keep):
+        settings = (2, 1e-2, 0, "fp32", "fast", "uniform", 0)
+        return nodes.OneShotTune.execute(mini.inflated, mini.latent, mini.encode(caption), *settings, keep=keep)
+
+    def outputs(weights, **more):
+        return plain(
+            nodes.ApplyTunedWeights.execute(mini.inflated, weights, **more).args[0], mini.latent["samples"], mini
+        )
+
+    learned, without = tuned("1").args[1], tuned("").args[1]
+    assert list(learned.kept) == [1] and not without.kept
+    assert all(torch.equal(learned.tensors[name], weight) for name, weight in without.tensors.items())
+    states = set((tmp_path / "tune_a_video").iterdir())
+    assert len(states) == 1 and list(tuned("2").args[1].kept) == [
+        2
+    ]  # which that run passed: it is tuned anew, beside it
+    assert len(set((tmp_path / "tune_a_video").iterdir()) - states) == 1
+
+    last, first = outputs(learned), outputs(learned, step=1)
+    assert torch.equal(outputs(learned, step=2), last)
+    for rank, near in ((0, 2e-3), (8, 0.2)):
+        nodes.SaveTunedWeights.execute(learned, "a", caption, rank)
+        assert {path.name for path in models.iterdir()} == {"a.safetensors", "a-1.safetensors"}
+        sizes = [path.stat().st_size for path in models.iterdir()]
+        loaded, said = nodes.LoadTunedWeights.execute("a-1.safetensors").args
+        assert (loaded.info.config["steps"], loaded.info.rank, said) == (1, rank, caption)
+        assert (outputs(loaded) - first).norm() < near * (last - first).norm()
+    assert max(sizes) < 1e6
+    nodes.SaveTunedWeights.execute(loaded, "b", "as it is")  # factors stay what they are
+    assert torch.equal(outputs(nodes.LoadTunedWeights.execute("b.safetensors").args[0]), outputs(loaded))
+    error = pack.tav_core.TavError
+    with pytest.raises(error, match=r"^step 4 wasn't kept \(there are 1, 2\); choose one of these, or add it to keep"):
+        outputs(learned, step=4)
+    with pytest.raises(error, match="^rank 8 is of what the tuning changed, and nothing tells the weights before it"):
+        nodes.SaveTunedWeights.execute(nodes.LoadTunedWeights.execute("a.safetensors").args[0], "c", "", 8)
+    with pytest.raises(error, match="^tuned_weights holds changes of other weights than those of this model"):
+        nodes.ApplyTunedWeights.execute(nodes.ApplyTunedWeights.execute(mini.inflated, learned).args[0], loaded)
+    for keep, said in (("1; x", "is no list of steps"), ("9" * 9, "is no list of steps"), ("4", "is no step of 2")):
+        with pytest.raises(error, match=f"^keep .*{said}"):
+            tuned(keep)
+    assert nodes.OneShotTune.validate_inputs(keep="none").startswith("keep none is no list of steps")
+
+
 def test_a_tuning_is_kept_as_often_as_asked(pack, mini, inference_mode, monkeypatch):
     configs, nodes = [], pack.nodes
 
@@ -262,10 +312,11 @@ def test_a_tuning_is_kept_as_often_as_asked(pack, mini, inference_mode, monkeypa
 
     monkeypatch.setattr(nodes.tune, "run", run)
     settings = ("fp32", "auto", "stratified", 0)
-    for more in ({}, {"save_every": 0.5}):
+    for more in ({}, {"save_every": 0.5, "weight_average": 0.9, "keep": " 2,1 "}):
         with pytest.raises(KeyboardInterrupt):
             nodes.OneShotTune.execute(mini.inflated, mini.latent, mini.encode("a"), 3, 1e-3, 0, *settings, **more)
     assert [config.save_minutes for config in configs] == [2.0, 0.5]
+    assert [(config.weight_average, config.keep) for config in configs] == [(0.0, []), (0.9, [2, 1])]
     for field, more in (("save_every", {"save_every": math.nan}), ("learning_rate", {"learning_rate": math.inf}),
                         ("steps", {"steps": 10**9}), ("seed", {"seed": 2**63})):  # fmt: skip
         given = dict(steps=3, learning_rate=1e-3, seed=0, dtype="fp32", memory="auto", timestep_sampling="uniform")

@@ -172,9 +172,10 @@ def test_tuned_weights_can_be_taken_out_of_it(published, copied, tmp_path):
     unet = load_checkpoint(copied).unet
     assert base_fingerprint(unet) == base_fingerprint(base)
     save_tuned(path, unet, **facts)
-    load_tuned(path, base)
     *given, _ = inputs("A")
-    assert difference(base(*given), unet(*given)) <= 1e-5
+    untuned = difference(base(*given), unet(*given))
+    load_tuned(path, base)
+    assert difference(base(*given), unet(*given)) < 2e-3 < untuned / 10  # the file has half precision
 
 
 @pytest.mark.slow

@@ -242,7 +242,8 @@ def test_saved_weights_give_the_samples_of_the_tuned_model(server, info, graph):
     sentence = graph("PreviewAny", source=loaded[1])
     outputs = server.run(graph)
     assert outputs[sentence.id]["text"] == [SOURCE]
-    assert torch.equal(latents(server, outputs, saved), directly)
+    again = latents(server, outputs, saved)
+    assert (again - directly).abs().max() < 0.02 < directly.std()  # the file has half precision
 
     # another checkpoint, and another inflation
     graph = Graph(info).source(checkpoint="tiny")

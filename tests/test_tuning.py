@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from support.tuning_runs import CONFIG, SD, clip, equal, make_unet, notes, run, steps, stop_at, weights
 from tav_core.atomic import atomic_path
@@ -150,6 +151,73 @@ def test_state_of_another_model(tmp_path):
     next(iter(trainable_parameters(unet).values())).data += 1
     with pytest.raises(TavError, match="initial weights changed"):
         run(unet, state_path=path)
+
+
+# ------------------------------------------------------------------------------- the average, and kept steps
+
+
+def test_the_average_is_of_the_weights_of_all_steps(uninterrupted):
+    seen, probes, unet = [weights(make_unet())], [], make_unet()
+
+    def callback(event):
+        if isinstance(event, TuningStep):
+            seen.append(weights(unet))  # what the callback sees is the average
+            probes.append(event.probe_loss)
+
+    for decay in (0.9, 0.0):
+        seen, probes, unet = seen[:1], [], make_unet()
+        result = run(unet, replace(CONFIG, weight_average=decay), callback=callback)
+        if decay:
+            averaged, probed, losses = seen, probes, result.losses
+            assert equal(result.weights, averaged[-1]) and equal(weights(unet), averaged[-1])
+    assert equal(result.weights, uninterrupted[1]) and losses == result.losses  # the run itself is the same
+    assert probed[-1] != probes[-1]
+    expected = seen[0]
+    for step, own in enumerate(seen[1:], 1):
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = {name: decay * weight + (1 - decay) * own[name] for name, weight in expected.items()}
+        assert all((averaged[step][name] - weight).abs().max() < 1e-6 for name, weight in expected.items())
+    assert any((expected[name] - own[name]).abs().max() > 1e-4 for name in own)
+
+
+def test_kept_steps_are_those_of_shorter_runs_also_of_a_resumed_one(tmp_path):
+    config, path = replace(CONFIG, weight_average=0.9, keep=[4, 2], memory="fast"), tmp_path / "run.safetensors"
+    whole = run(make_unet(), config)
+    assert list(whole.kept) == [2, 4]
+    shorter = run(make_unet(), replace(config, steps=2, keep=()))
+    assert equal(whole.kept[2], {name: weight.half() for name, weight in shorter.weights.items()})
+    for stop in (2, 3, 5):  # at the very step, before its state is written, and with all of them
+        with pytest.raises(Cancelled):
+            run(make_unet(), config, state_path=path, callback=stop_at(stop))
+    resumed = run(unet := make_unet(), config, state_path=path)
+    assert resumed.started == 5 and equal(resumed.weights, whole.weights) and equal(weights(unet), whole.weights)
+    assert all(equal(resumed.kept[step], whole.kept[step]) for step in whole.kept)
+    again = run(unet, config, state_path=path)  # what holds the weights of the state goes on from it
+    assert again.started == 6 and again.kept.keys() == {2, 4}
+    with pytest.raises(TavError, match="keep=3 is over: .* is at step 6, and wasn't told to keep it; leave it out"):
+        run(make_unet(), replace(config, keep=[3, 4]), state_path=path)
+    longer = run(make_unet(), replace(config, steps=8, keep=[2, 8]), state_path=path)
+    assert longer.started == 6 and list(longer.kept) == [2, 8]
+    assert equal(longer.kept[8], {name: weight.half() for name, weight in longer.weights.items()})
+
+
+def test_states_that_tell_of_other_averages_and_kept_steps(tmp_path):
+    path, config = tmp_path / "run.safetensors", replace(CONFIG, steps=2, weight_average=0.5, keep=[1])
+    run(make_unet(), config, state_path=path)
+    with pytest.raises(TavError, match=r"another run \(weight_average changed\)"):
+        run(make_unet(), replace(config, weight_average=0.0), state_path=path)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    average, kept = (next(name for name in tensors if name.startswith(kind)) for kind in ("average.", "kept."))
+    for changed in (
+        {average: None}, {average: tensors[average].flatten()}, {average: tensors[average] * torch.nan},
+        {kept: None}, {kept: tensors[kept].flatten()}, {kept: None, kept.replace("kept.1", "kept.9"): tensors[kept]},
+        {kept.replace("kept.1", "kept.x"): tensors[kept]}, {"kept.1": tensors[kept]},
+    ):  # fmt: skip
+        save_file({n: t.clone() for n, t in (tensors | changed).items() if t is not None}, path, metadata)
+        with pytest.raises(TavError, match="run.safetensors' is damaged"):
+            run(make_unet(), config, state_path=path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a state file at all"])
@@ -299,11 +367,18 @@ def test_a_half_precision_model_comes_back_in_its_dtype():
     ("steps", 0), ("steps", 1.5), ("learning_rate", 0.0), ("learning_rate", float("nan")), ("betas", (0.9, 1.0)),
     ("weight_decay", -1.0), ("eps", 0.0), ("max_grad_norm", 0.0), ("warmup_steps", -1), ("seed", -1),
     ("dtype", "int8"), ("memory", "tiny"), ("probe_every", 0), ("probe_size", 0), ("save_every", 0),
-    ("timestep_sampling", "cosine"), ("loss_weighting", "snr"),
+    ("timestep_sampling", "cosine"), ("loss_weighting", "snr"), ("weight_average", 1.0), ("keep", [501]),
+    ("keep", [0]), ("keep", [1.5]),
 ])  # fmt: skip
 def test_config_mistakes_are_named(field, value):
     with pytest.raises(TavError, match=f"{field}="):
         TuneConfig(**{field: value})
+
+
+def test_kept_steps_are_few():
+    for keep in ([1, 1], range(1, 10)):
+        with pytest.raises(TavError, match=f"keep has {len(keep)} steps; give 8 or fewer, each of them once"):
+            TuneConfig(keep=keep)
 
 
 def test_warmup():
