@@ -142,8 +142,8 @@ SETTINGS = {
                                                   "time (auto: the first that fits)"},
     "save_minutes": _number("save_minutes", "MINUTES", "time after which the state of the tuning is written again, if "
                                                        "a hundred steps take longer (2)"),
-    "weight_average": _number("weight_average", "X", "decay of a running average of the tuned weights, which is taken "
-                              "in their place: fewer steps will do (0 for none, to 0.9999)"),
+    "weight_average": _number("weight_average", "X", "decay of a running average of the tuned weights, such as 0.96, "
+                              "which is taken in their place: less hangs on the chance of the last steps (0 for none)"),
     "keep": {"type": LIMITS["steps"], "nargs": "+", "metavar": "N",
              "help": "steps whose weights are kept as well, as tuned-N.safetensors: too many steps make edits "
                      "stiff, so look and choose"},

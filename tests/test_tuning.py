@@ -166,7 +166,7 @@ def test_the_average_is_of_the_weights_of_all_steps(uninterrupted):
 
     for decay in (0.9, 0.0):
         seen, probes, unet = seen[:1], [], make_unet()
-        result = run(unet, replace(CONFIG, weight_average=decay), callback=callback)
+        result = run(unet, replace(CONFIG, weight_average=decay, memory="fast"), callback=callback)
         if decay:
             averaged, probed, losses = seen, probes, result.losses
             assert equal(result.weights, averaged[-1]) and equal(weights(unet), averaged[-1])
@@ -202,7 +202,7 @@ def test_kept_steps_are_those_of_shorter_runs_also_of_a_resumed_one(tmp_path):
 
 
 def test_states_that_tell_of_other_averages_and_kept_steps(tmp_path):
-    path, config = tmp_path / "run.safetensors", replace(CONFIG, steps=2, weight_average=0.5, keep=[1])
+    path, config = tmp_path / "run.safetensors", replace(CONFIG, steps=2, weight_average=0.5, keep=[1], memory="fast")
     run(make_unet(), config, state_path=path)
     with pytest.raises(TavError, match=r"another run \(weight_average changed\)"):
         run(make_unet(), replace(config, weight_average=0.0), state_path=path)
