@@ -140,7 +140,7 @@ def audio_argument(group):
     group.add_argument("--no-audio", dest="audio", action="store_false", help=told)
 
 
-def tuning_arguments(parser):
+def tuning_arguments(parser, resume: bool = True):
     group = parser.add_argument_group("tuning")
     group.add_argument(
         "--attention",
@@ -150,7 +150,8 @@ def tuning_arguments(parser):
     )
     group.add_argument("--temporal-causal", action="store_true", help="temporal attention sees no later frames")
     group.add_argument("--norm", choices=NORMS, default="video", help="statistics of the group norms")
-    group.add_argument("--resume", action="store_true", help="go on with what is unfinished in --output")
+    if resume:
+        group.add_argument("--resume", action="store_true", help="go on with what is unfinished in --output")
 
 
 def edits_arguments(parser):
@@ -265,6 +266,12 @@ def metrics_arguments(parser):
     parser.add_argument("--source-prompt", type=sentence, metavar="TEXT", help="what the source shows; with --clip")
     told = "white where the edit may change something: an image for all frames, a video or a folder"
     parser.add_argument("--mask", type=path, metavar="PATH", help=told)
+    measuring_arguments(parser)
+    told = "where metrics.csv, .json and .html go (the folder of the edit, or the present one)"
+    parser.add_argument("--output", type=path, metavar="DIR", help=told)
+
+
+def measuring_arguments(parser):
     group = parser.add_argument_group(
         "models", "folders as transformers saves them; without one its figures are left out"
     )
@@ -272,5 +279,27 @@ def metrics_arguments(parser):
     group.add_argument("--clip", type=path, metavar="DIR", help=told)
     group.add_argument("--pickscore", type=path, metavar="DIR", help="yuvalkirstain/PickScore_v1")
     group.add_argument("--dino", type=path, metavar="DIR", help="facebook/dino-vitb16")
-    told = "where metrics.csv, .json and .html go (the folder of the edit, or the present one)"
-    parser.add_argument("--output", type=path, metavar="DIR", help=told)
+
+
+def evaluate_arguments(parser):
+    told = ("the folder of LOVEU-TGVE 2023, as it was unpacked; or a list of your clips: a YAML file, or a folder with "
+            "one that is named clips.yaml")  # fmt: skip
+    parser.add_argument("--dataset", required=True, type=path, metavar="PATH", help=told)
+    told = "where frames/, runs/, and the figures go; a run that was stopped, or that failed in part, goes on there"
+    parser.add_argument("--output", required=True, type=path, metavar="DIR", help=told)
+    told = "these clips, by their names, or by those of their sets (all)"
+    parser.add_argument("--only", nargs="+", type=sentence, metavar="NAME", help=told)
+    told = "these kinds of edits, such as style or object (all)"
+    parser.add_argument("--kinds", nargs="+", type=sentence, metavar="KIND", help=told)
+    group = parser.add_argument_group("clips", "of those that don't say it themselves")
+    told = f"how many frames (LOVEU-TGVE: all; of yours: {FRAMES})"
+    _number(group, "--frames", "count", help=told)
+    _number(group, "--stride", "stride", help="take every N-th frame (1)")
+    told = "size to work at (LOVEU-TGVE: 480, or that of a smaller checkpoint; of yours: the size of the checkpoint)"
+    group.add_argument("--size", type=size, metavar="WxH", help=told)
+    told = "how clips of another shape are brought to --size (crop)"
+    group.add_argument("--fit", choices=FITS, default="crop", help=told)
+    model_arguments(parser)
+    tuning_arguments(parser, resume=False)
+    measuring_arguments(parser)
+    add_preset_arguments(parser)

@@ -30,7 +30,7 @@ from .clip_metrics import (
 )
 from .errors import TavError
 from .injection import EditPlaces
-from .noise import read_noise
+from .noise import InvertedNoise, read_noise
 from .video import load_video
 from .visuals import strip
 
@@ -64,6 +64,13 @@ class Models:
     clip: ClipModel | None = None
     pickscore: ClipModel | None = None
     dino: DinoModel | None = None
+
+    def to(self, device: torch.device) -> "Models":
+        """Moves them there, and gives them back."""
+        for each in (self.clip, self.pickscore, self.dino):
+            if each is not None:
+                torch.nn.Module.to(each.model, device)
+        return self
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,7 @@ def _own(video: Tensor, source: Tensor, sentences: list[str], models: Models) ->
 
 def as_table(rows: Sequence[Measured]) -> str:
     """For a terminal: a line a figure, a column a video, in brackets the source's own."""
-    names = [key for key in FIGURES if any(key in row.figures for row in rows)]
+    names = _names(rows)
     cells = [["", *(row.name for row in rows)]]
     for name in names:
         cells.append([name, *(_cell(row, name) for row in rows)])
@@ -170,19 +177,28 @@ def write_report(rows: Sequence[Measured], videos: Sequence[Tensor], source: Ten
         videos: of the rows, in their order.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    names = [key for key in FIGURES if any(key in row.figures for row in rows)]
-    with atomic_path(folder / "metrics.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["video", "prompt", *names, *(f"source_{name}" for name in names)])
-        for row in rows:
-            values = [[figures.get(name, "") for name in names] for figures in (row.figures, row.of_source)]
-            writer.writerow([row.name, row.prompt, *values[0], *values[1]])
+    write_csv(rows, folder / "metrics.csv")
     with atomic_path(folder / "metrics.json") as path:
         path.write_text(
             json.dumps({"figures": FIGURES, "videos": [*map(as_json, rows)]}, indent=2) + "\n", encoding="utf-8"
         )
     with atomic_path(folder / "metrics.html") as path:
-        path.write_text(_page(rows, names, videos, source), encoding="utf-8")
+        path.write_text(_page(rows, videos, source), encoding="utf-8")
+
+
+def write_csv(rows: Sequence[Measured], path: Path):
+    """A line a video: its figures, and its source's own."""
+    names = _names(rows)
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["video", "prompt", *names, *(f"source_{name}" for name in names)])
+        for row in rows:
+            values = [[figures.get(name, "") for name in names] for figures in (row.figures, row.of_source)]
+            writer.writerow([row.name, row.prompt, *values[0], *values[1]])
+
+
+def _names(rows: Sequence[Measured]) -> list[str]:
+    return [key for key in FIGURES if any(key in row.figures for row in rows)]
 
 
 def as_json(row: Measured) -> dict[str, Any]:
@@ -190,29 +206,45 @@ def as_json(row: Measured) -> dict[str, Any]:
     return {"video": row.name, "prompt": row.prompt, "figures": _json(row.figures), "source": _json(row.of_source)}
 
 
+def of_json(row: dict[str, Any]) -> Measured:
+    """What `as_json` made a row."""
+    figures = ({name: float(value) for name, value in row[key].items()} for key in ("figures", "source"))
+    return Measured(row["video"], row["prompt"], *figures)
+
+
 def _json(figures: dict[str, float]) -> dict[str, float | str]:
     """JSON knows neither nan nor inf."""
     return {name: value if math.isfinite(value) else str(value) for name, value in figures.items()}
 
 
-def _page(rows: Sequence[Measured], names: list[str], videos: Sequence[Tensor], source: Tensor) -> str:
+def _page(rows: Sequence[Measured], videos: Sequence[Tensor], source: Tensor) -> str:
     picture = io.BytesIO()
     strip([source, *videos], ["source", *(row.name for row in rows)]).save(picture, "PNG")
     shown = base64.b64encode(picture.getvalue()).decode()
+    image = f'<img alt="source and edits" src="data:image/png;base64,{shown}">'
+    return page("Metrics", f"{image}<p>In brackets: the source's own.</p>{html_table(rows)}")
+
+
+def page(title: str, content: str) -> str:
+    """A whole page of HTML."""
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        "<style>body{font:15px system-ui;margin:2em;max-width:80em}td,th{padding:.4em .8em;text-align:left;"
+        "border-bottom:1px solid #ddd;vertical-align:top}img{max-width:100%}small{color:#666}</style>"
+        f"<h1>{title}</h1>{content}</html>\n"
+    )
+
+
+def html_table(rows: Sequence[Measured]) -> str:
+    """As `as_table`, with what each figure is."""
     head = "".join(f"<th>{html.escape(row.name)}<br><small>{html.escape(row.prompt)}</small></th>" for row in rows)
     lines = "".join(
         f"<tr><td><b>{name}</b><br><small>{html.escape(FIGURES[name])}</small></td>"
         + "".join(f"<td>{html.escape(_cell(row, name))}</td>" for row in rows)
         + "</tr>"
-        for name in names
+        for name in _names(rows)
     )
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Metrics</title>'
-        "<style>body{font:15px system-ui;margin:2em;max-width:80em}td,th{padding:.4em .8em;text-align:left;"
-        "border-bottom:1px solid #ddd;vertical-align:top}img{max-width:100%}small{color:#666}</style>"
-        f'<h1>Metrics</h1><img alt="source and edits" src="data:image/png;base64,{shown}">'
-        f"<p>In brackets: the source's own.</p><table><tr><th></th>{head}</tr>{lines}</table></html>\n"
-    )
+    return f"<table><tr><th></th>{head}</tr>{lines}</table>"
 
 
 def measure_job(folder: Path, models: Models | None = None) -> tuple[list[Measured], list[Tensor], Tensor]:
@@ -232,13 +264,18 @@ def measure_job(folder: Path, models: Models | None = None) -> tuple[list[Measur
     if noise.frames is None:
         raise TavError("edited", folder, "was written by an earlier version", "give the videos in it")
     for label, path in names.items():
-        mask, region = None, regions.get(label, "everything")
-        if region != "everything" and noise.subject is not None:
-            margin = noise.frames.shape[1] // noise.latents.shape[3]
-            mask = EditPlaces.of(region, noise.subject, margin).changeable[0, 0]
+        mask = region_mask(noise, regions.get(label, "everything"))
         videos.append(load_video(path, sound=False).frames)
         rows.append(measure(label, videos[-1], noise.frames, label, prompt, mask, models))
     return rows, videos, noise.frames
+
+
+def region_mask(noise: InvertedNoise, region: str) -> Tensor | None:
+    """Where an edit of a region may change the clip that was inverted, 0 ... 1, `f h w`; None for everywhere."""
+    if region == "everything" or noise.subject is None:
+        return None
+    margin = noise.frames.shape[1] // noise.latents.shape[3]
+    return EditPlaces.of(region, noise.subject, margin).changeable[0, 0]
 
 
 def mask_of(video: Tensor, frames: int) -> Tensor:
