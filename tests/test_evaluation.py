@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 from support.datasets import make_tgve
 from support.errors import refused
 from tav_core.dataset import read_dataset
+from tav_core.errors import TavError
 from tav_core.evaluation import (
     Frames,
     check_settings,
@@ -29,9 +31,10 @@ from tav_core.evaluation import (
 from tav_core.events import DDIMStep, Note
 from tav_core.job import Edit
 from tav_core.measure import Measured, Models
+from tav_core.metrics import psnr
 from tav_core.noise import read_noise
 from tav_core.presets import PRESETS, with_settings
-from tav_core.tuned_weights import read_tuned
+from tav_core.video import load_video
 
 PRESET = with_settings(PRESETS["paper"], steps=1, sampling_steps=1, memory="fast")
 FRAMES = Frames(32, 32)
@@ -68,55 +71,75 @@ def files(output: Path) -> dict[str, bytes]:
     return {str(path.relative_to(output)): path.read_bytes() for path in sorted(output.rglob("*.jpg"))}
 
 
+@pytest.fixture
+def run(monkeypatch) -> list:
+    """The jobs that are run, without any model: an edit is grey."""
+    done = []
+
+    def run_edit(job, checkpoint, clip, folder, callback):
+        done.append(job)
+        labels = ["source", "reconstruction", *range(len(job.edits))]
+        return {}, {label: torch.full_like(clip.frames, 128) for label in labels}
+
+    monkeypatch.setattr("tav_core.evaluation.run_edit", run_edit)
+    return done
+
+
 def test_a_killed_run_goes_on_and_does_only_what_is_missing(dataset, checkpoint, tmp_path):
-    wanted = jobs(dataset)
-    assert len(edited(wanted, checkpoint, tmp_path / "whole")[0]) == 3
-    names = [f"{clip.name}/{kind}/0000{n}.jpg" for clip in wanted for kind in KINDS[:2] for n in (0, 1)]
-    assert list(files(tmp_path / "whole" / "frames")) == sorted(names)  # as run_eval.py of LOVEU-TGVE wants them
+    wanted, out = jobs(dataset, ("style",))[:2], tmp_path / "out"
+    first, second = wanted
+    edited([second], checkpoint, tmp_path / "whole")
     child = os.fork()
     if child == 0:
         seen = []
 
-        def kill(begun, event):  # while the first edit of the second clip is drawn, after its reconstruction
+        def kill(begun, event):  # while the edit of the second clip is drawn, after its reconstruction
             seen.append(len(begun) == 2 and isinstance(event, DDIMStep) and event.stage == "sample")
             if sum(seen) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        edited(wanted, checkpoint, tmp_path / "parts", kill)
+        edited(wanted, checkpoint, out, kill)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    first, second, third = wanted
-    assert [is_done(clip, tmp_path / "parts") for clip in wanted] == [True, False, False]
-    assert (tmp_path / "parts" / "runs" / second.name / "tuning-state.safetensors").exists()
-    before = (tmp_path / "parts" / "runs" / first.name / "tuned.safetensors").stat().st_mtime_ns
-    assert edited(wanted, checkpoint, tmp_path / "parts") == ([second.name, third.name], {})
-    assert (tmp_path / "parts" / "runs" / first.name / "tuned.safetensors").stat().st_mtime_ns == before
-    assert files(tmp_path / "parts" / "frames") == files(tmp_path / "whole" / "frames")
-    assert edited(wanted, checkpoint, tmp_path / "parts") == ([], {})
+    assert is_done(first, out) and not is_done(second, out)
+    assert (out / "runs" / second.name / "tuning-state.safetensors").exists()
+    before = files(out / "frames" / first.name)
+    assert edited(wanted, checkpoint, out) == ([second.name], {})
+    names = [f"{clip.name}/style/0000{number}.jpg" for clip in wanted for number in (0, 1)]
+    assert list(files(out / "frames")) == names  # as run_eval.py of LOVEU-TGVE wants them
+    assert files(out / "frames" / first.name) == before
+    assert files(out / "frames" / second.name) == files(tmp_path / "whole" / "frames" / second.name)
+    assert edited(wanted, checkpoint, out) == ([], {})
 
 
-def test_a_broken_clip_ends_no_other(dataset, checkpoint, tmp_path, monkeypatch):
-    wanted, out = jobs(dataset, ("style",)), tmp_path / "out"
+def test_a_broken_clip_ends_no_other(dataset, checkpoint, tmp_path, run, monkeypatch):
+    wanted, out = jobs(dataset), tmp_path / "out"
     whole = wanted[1].entry.video / "00001.jpg"
     content = whole.read_bytes()
     whole.write_bytes(content[: len(content) // 2])
     begun, failed = edited(wanted, checkpoint, out)
-    assert (
-        len(begun) == 3 and list(failed) == ["youtube_480p/salsa"] and "can't be read as an image" in failed[begun[1]]
-    )
-    rows, _ = measure_all(wanted, out, Models(), {})
-    assert [row.name for row in rows] == ["DAVIS_480p/stunt/style", "videvo_480p/lotus/style"]
+    assert begun == [clip.name for clip in wanted] and list(failed) == [begun[1]]
+    assert "can't be read as an image" in failed[begun[1]]
+    assert [is_done(clip, out) for clip in wanted] == [True, False, True]
     whole.write_bytes(content)
-    monkeypatch.setattr("tav_core.evaluation.run_edit", lambda *args, **kwargs: 1 / 0)  # what nobody foresaw
-    _, failed = edited(wanted, checkpoint, out)
-    told = out / "runs" / "youtube_480p" / "salsa" / "error.txt"
-    assert failed == {"youtube_480p/salsa": f"ZeroDivisionError: division by zero (see {told})"}
-    assert "Traceback" in told.read_text()
-    monkeypatch.undo()
-    assert edited(wanted, checkpoint, out) == (["youtube_480p/salsa"], {})
+    with monkeypatch.context() as broken:
+        broken.setattr("tav_core.evaluation.run_edit", lambda *args, **kwargs: 1 / 0)  # what nobody foresaw
+        told = out / "runs" / begun[1] / "error.txt"
+        why = f"ZeroDivisionError: division by zero (see {told})"
+        assert edited(wanted, checkpoint, out) == ([begun[1]], {begun[1]: why})
+        assert "Traceback" in told.read_text()
+    assert edited(wanted, checkpoint, out) == ([begun[1]], {})
 
 
-def test_what_has_changed_is_done_anew(dataset, checkpoint, tmp_path):
+def test_a_full_disk_ends_the_run(dataset, checkpoint, tmp_path, run, monkeypatch):
+    def full(*args, **kwargs):
+        raise TavError("output", tmp_path, "can't be written (No space left on device)", "free space")
+
+    monkeypatch.setattr("tav_core.evaluation.run_edit", full)
+    refused("No space left", jobs(dataset), checkpoint, tmp_path / "out", call=edited)
+
+
+def test_what_has_changed_is_done_anew(dataset, checkpoint, tmp_path, run):
     (first, *_), out = jobs(dataset), tmp_path / "out"
     edited([first], checkpoint, out)
     entry = first.entry
@@ -131,6 +154,21 @@ def test_what_has_changed_is_done_anew(dataset, checkpoint, tmp_path):
     assert not is_done(again, out)
 
 
+def test_long_clips_are_seen_in_windows(dataset, checkpoint, tmp_path, run, monkeypatch):
+    (first, *_) = jobs(dataset)
+    image = next(first.entry.video.iterdir())
+    for number in range(2, 6):
+        shutil.copy(image, first.entry.video / f"{number:05}.jpg")
+    monkeypatch.setattr("tav_core.evaluation.WINDOW", 4)
+    few = with_settings(PRESET, context_length=5, context_overlap=2)
+    asked, usual = replace(few, tuning=replace(few.tuning, context_length=6)), replace(few, tuning=PRESET.tuning)
+    for count, preset, window in ((None, usual, 4), (4, usual, None), (5, usual, 4), (None, few, 5), (6, asked, None)):
+        clip = replace(first, entry=replace(first.entry, count=count), job=replace(first.job, preset=preset))
+        edited([clip], checkpoint, tmp_path / f"out{len(run)}")
+        assert run[-1].preset.tuning.context_length == window
+        assert len(files(tmp_path / f"out{len(run) - 1}")) == 2 * (count or 6)
+
+
 def test_settings_of_a_folder_are_not_mixed(checkpoint, tmp_path):
     check_settings(tmp_path, PRESET, {"norm": "video"}, checkpoint, FRAMES)
     check_settings(tmp_path, with_settings(PRESET, memory="low", save_minutes=9.0), {"norm": "video"}, checkpoint,
@@ -143,32 +181,27 @@ def test_settings_of_a_folder_are_not_mixed(checkpoint, tmp_path):
         refused(told, tmp_path, preset, {"norm": "video"}, checkpoint, frames, call=check_settings)
 
 
-def test_long_clips_are_seen_in_windows(dataset, checkpoint, tmp_path, monkeypatch):
-    (first, *_), out = jobs(dataset, ("style",)), tmp_path / "out"
-    image = next(first.entry.video.iterdir())
-    for number in range(2, 4):
-        Image.open(image).save(first.entry.video / f"{number:05}.jpg")
-    for window, seen in ((32, 4), (4, 4), (3, 3)):
-        monkeypatch.setattr("tav_core.evaluation.WINDOW", window)
-        job = replace(first.job, preset=replace(PRESET, context_overlap=2))
-        assert edited([replace(first, job=job)], checkpoint, out / str(window)) == ([first.name], {})
-        assert read_tuned(out / str(window) / "runs" / first.name / "tuned.safetensors").num_frames == seen
-        assert len(files(out / str(window))) == 4
-
-
-def test_figures_are_measured_once_of_the_written_frames(dataset, checkpoint, tmp_path, monkeypatch):
-    wanted, out = jobs(dataset)[:2], tmp_path / "out"
-    edited(wanted, checkpoint, out)
+def test_figures_are_measured_once_of_the_written_frames(checkpoint, tmp_path, monkeypatch):
+    """Those of a list with a mask and a region: outside of it the clip's own pixels stay, and are measured there."""
+    shown = torch.zeros(32, 32, dtype=torch.uint8)
+    shown[:, :16] = 255
+    Image.fromarray(shown.numpy()).save(tmp_path / "mask.png")
+    frames, out = make_tgve(tmp_path / "tgve") / "DAVIS_480p" / "480p_frames" / "stunt", tmp_path / "out"
+    clip = f"- {{video: {frames}, prompt: a ball, edits: {{own: a star, any: a star}}, mask: mask.png, "
+    (tmp_path / "clips.yaml").write_text(clip + "region: {own: subject}, softness: 0, frames: 2}")
+    wanted, faults = jobs_of(read_dataset(tmp_path, 8).entries, PRESET, {}, out)
+    assert not faults and edited(wanted, checkpoint, out) == (["stunt"], {})
     rows, failed = measure_all(wanted, out, Models(), {"clip": "None"})
-    assert not failed and [row.name for row in rows] == [f"{clip.name}/{kind}" for clip in wanted for kind in KINDS[:2]]
-    source = read_noise(out / "runs" / wanted[0].name / "noise.safetensors").frames
-    drawn = Image.open(out / "frames" / rows[0].name / "00000.jpg")
-    assert drawn.size == (32, 32) and 0 < rows[0].figures["mse_rest"] < 1 and source.shape == (2, 32, 32, 3)
-    monkeypatch.setattr("tav_core.evaluation.measure", lambda *args: pytest.fail("measured again"))
-    again, _ = measure_all(wanted, out, Models(), {"clip": "None"})
-    assert [row.figures.keys() for row in again] == [row.figures.keys() for row in rows]
-    with pytest.raises(BaseException, match="measured again"):  # by another model
-        measure_all(wanted, out, Models(), {"clip": "mini"})
+    assert not failed and [row.name for row in rows] == ["stunt/own", "stunt/any"]
+    assert rows[0].figures["psnr_rest"] > 35 > rows[1].figures["psnr_rest"]  # but for what JPEG leaves of them
+    drawn = load_video(out / "frames" / "stunt" / "any").frames
+    source = read_noise(out / "runs" / "stunt" / "noise.safetensors").frames
+    assert rows[1].figures["psnr_rest"] == psnr(drawn, source)
+    monkeypatch.setattr("tav_core.evaluation.measure", lambda *args: 1 / 0)
+    again, failed = measure_all(wanted, out, Models(), {"clip": "None"})
+    assert not failed and [row.figures.keys() for row in again] == [row.figures.keys() for row in rows]
+    rows, failed = measure_all(wanted, out, Models(), {"clip": "mini"})  # by another model
+    assert not rows and failed["stunt"].startswith("ZeroDivisionError")
 
 
 def test_means_of_kinds_and_of_all(tmp_path):
@@ -211,17 +244,3 @@ def test_the_command(dataset, tav, tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "a.jpg")
     assert "a: subject tree is not in the sentence" in tav(*run, fails=True)
     assert "subject" not in tav(*run, "--only", "b", fails=True)
-
-
-def test_masks_hold_what_is_not_edited(checkpoint, tmp_path):
-    """A list with a mask and a region: outside of it the clip's own pixels stay, and are measured there."""
-    shown = torch.zeros(32, 32, dtype=torch.uint8)
-    shown[:, :16] = 255
-    Image.fromarray(shown.numpy()).save(tmp_path / "mask.png")
-    frames = make_tgve(tmp_path / "tgve") / "DAVIS_480p" / "480p_frames" / "stunt"
-    clip = f"- {{video: {frames}, prompt: a ball, edits: {{own: a star, all of it: a star}}, mask: mask.png, "
-    (tmp_path / "clips.yaml").write_text(clip + "region: {own: subject}, softness: 0, frames: 2}")
-    wanted, faults = jobs_of(read_dataset(tmp_path, 8).entries, PRESET, {}, tmp_path / "out")
-    assert not faults and edited(wanted, checkpoint, tmp_path / "out") == (["stunt"], {})
-    (own, everything), _ = measure_all(wanted, tmp_path / "out", Models(), {})
-    assert own.figures["psnr_rest"] > 35 > everything.figures["psnr_rest"]  # but for what JPEG leaves of them
