@@ -151,7 +151,7 @@ def audio_argument(group):
     group.add_argument("--no-audio", dest="audio", action="store_false", help=told)
 
 
-def tuning_arguments(parser):
+def tuning_arguments(parser, resume: bool = True):
     group = parser.add_argument_group("tuning")
     group.add_argument(
         "--attention",
@@ -165,8 +165,9 @@ def tuning_arguments(parser):
         "make the files of tuned weights smaller, by this rank of what the tuning changes (64: a fifteenth of SD 1.5's "
         "300 MB; whole in half precision without it)"
     )
-    _number(group, "--rank", "rank", help=told)
-    group.add_argument("--resume", action="store_true", help="go on with what is unfinished in --output")
+    if resume:
+        _number(group, "--rank", "rank", help=told)
+        group.add_argument("--resume", action="store_true", help="go on with what is unfinished in --output")
 
 
 def edits_arguments(parser):
@@ -308,6 +309,12 @@ def metrics_arguments(parser):
     parser.add_argument("--source-prompt", type=sentence, metavar="TEXT", help="what the source shows; with --clip")
     told = "white where the edit may change something: an image for all frames, a video or a folder"
     parser.add_argument("--mask", type=path, metavar="PATH", help=told)
+    measuring_arguments(parser)
+    told = "where metrics.csv, .json and .html go (the folder of the edit, or the present one)"
+    parser.add_argument("--output", type=path, metavar="DIR", help=told)
+
+
+def measuring_arguments(parser):
     group = parser.add_argument_group(
         "models", "folders as transformers saves them; without one its figures are left out"
     )
@@ -315,8 +322,31 @@ def metrics_arguments(parser):
     group.add_argument("--clip", type=path, metavar="DIR", help=told)
     group.add_argument("--pickscore", type=path, metavar="DIR", help="yuvalkirstain/PickScore_v1")
     group.add_argument("--dino", type=path, metavar="DIR", help="facebook/dino-vitb16")
-    told = "where metrics.csv, .json and .html go (the folder of the edit, or the present one)"
-    parser.add_argument("--output", type=path, metavar="DIR", help=told)
+
+
+def evaluate_arguments(parser):
+    model_arguments(parser)
+    told = ("the folder of LOVEU-TGVE 2023, as it was unpacked; or a list of your clips: a YAML file, or a folder with "
+            "one that is named clips.yaml")  # fmt: skip
+    parser.add_argument("--dataset", required=True, type=path, metavar="PATH", help=told)
+    told = "where frames/, runs/, and the figures go; a run that was stopped, or that failed in part, goes on there"
+    parser.add_argument("--output", required=True, type=path, metavar="DIR", help=told)
+    told = "these clips, by their names, or by those of their sets (all)"
+    parser.add_argument("--only", nargs="+", type=sentence, metavar="NAME", help=told)
+    told = "these kinds of edits, such as style or object (all)"
+    parser.add_argument("--kinds", nargs="+", type=sentence, metavar="KIND", help=told)
+    group = parser.add_argument_group("clips", "of those that don't say it themselves")
+    told = f"how many frames (LOVEU-TGVE: all; of yours: {FRAMES})"
+    _number(group, "--frames", "count", help=told)
+    _number(group, "--stride", "stride", help="take every N-th frame (1)")
+    told = "size to work at (LOVEU-TGVE: 480, or that of a smaller checkpoint; of yours: the size of the checkpoint)"
+    group.add_argument("--size", type=size, metavar="WxH", help=told)
+    told = "how clips of another shape are brought to --size (crop)"
+    group.add_argument("--fit", choices=FITS, default="crop", help=told)
+    tuning_arguments(parser, resume=False)
+    measuring_arguments(parser)
+    add_preset_arguments(parser)
+    run_arguments(parser)
 
 
 _SD15 = "--checkpoint v1-5-pruned-emaonly-fp16.safetensors"
@@ -329,6 +359,7 @@ EXAMPLES = {
     "sample": f"{_SD15} --tuned tuned/tuned.safetensors --noise noise.safetensors "
     '--edit "a cat is skiing" --output sampled',
     "doctor": f"{_SD15} --frames 24",
+    "evaluate": f"{_SD15} --dataset loveu-tgve-2023 --output evaluated",
     "metrics": "--edited skiing",
     "bench": "--layout small --stages tune --no-memory",
 }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import bench, job, pipeline
+from . import bench, evaluation, job, pipeline
 from .arguments import (
     EXAMPLES,
     FRAMES,
@@ -20,6 +20,7 @@ from .arguments import (
     device_argument,
     doctor_arguments,
     edit_arguments,
+    evaluate_arguments,
     invert_arguments,
     metrics_arguments,
     sample_arguments,
@@ -27,10 +28,11 @@ from .arguments import (
 )
 from .checkpoint import Checkpoint, load_checkpoint
 from .clip_metrics import load_clip, load_dino
+from .dataset import chosen, read_dataset
 from .ddim import ddim_timesteps
 from .doctor import about_machine, examine, versions
 from .drawing import Edit, draw
-from .errors import Cancelled, TavError, field
+from .errors import Cancelled, TavError, escaped, field
 from .events import Plan, Stage
 from .inflation import VideoUNet
 from .limits import LIMITS, check_pixels
@@ -452,17 +454,21 @@ def _metrics(args):
         _check_measured(args)
     output = args.output or (folders[0] if folders else Path("."))
     job.check_folder(output, REPORT, mask=args.mask, source=args.source)
-    models = Models(
-        args.clip and load_clip(args.clip),
-        args.pickscore and load_clip(args.pickscore, "pickscore"),
-        args.dino and load_dino(args.dino),
-    )
+    models = _models(args)
     with job.claimed(output):
         rows, videos, source = measure_job(folders[0], models) if folders else _measured(args, models)
         for line in as_table(rows).splitlines():
             tell(line)
         write_report(rows, videos, source, output)
     tell(f"{output}: " + ", ".join(REPORT))
+
+
+def _models(args) -> Models:
+    return Models(
+        args.clip and load_clip(args.clip),
+        args.pickscore and load_clip(args.pickscore, "pickscore"),
+        args.dino and load_dino(args.dino),
+    )
 
 
 def _measured(args, models: Models) -> tuple[list[Measured], list[torch.Tensor], torch.Tensor]:
@@ -486,6 +492,48 @@ def _check_measured(args):
         pipeline.check_prompt(prompt)
     if args.source_prompt is not None and args.clip is None:
         raise TavError("source_prompt", args.source_prompt, f"does nothing without {field('clip')}", "leave it out")
+
+
+def _evaluate(args):
+    preset, inflation, found = _preset(args), _inflation(args), read_dataset(args.dataset, FRAMES)
+    wanted = found.entries if found.faults else chosen(found.entries, args.only, args.kinds)
+    entries = [replace(entry, count=entry.count or args.frames or found.count, stride=entry.stride or args.stride)
+               for entry in wanted]  # fmt: skip
+    jobs, faults = evaluation.jobs_of(entries, preset, inflation, args.output)
+    _check_faults(args, [*found.faults, *faults])
+    job.check_folder(args.output, [*evaluation.REPORT, evaluation.SETTINGS], dataset=args.dataset)
+    models, checkpoint = _models(args), _checkpoint(args, preset)
+    side = min(found.size or checkpoint.size, checkpoint.size)
+    frames = evaluation.Frames(*(args.size or (side, side)), args.fit)
+    pipeline.check_size(checkpoint, width=frames.width, height=frames.height)
+    _check_faults(args, evaluation.word_faults(jobs, checkpoint))
+    with job.claimed(args.output), _told_how_to_go_on("run the command again"):
+        evaluation.check_settings(args.output, preset, inflation, checkpoint, frames)
+        progress = Progress(args.quiet).stop_at_interrupt()
+        failed = evaluation.edit_all(jobs, checkpoint, args.output, frames, progress)
+        names = {name: str(getattr(args, name)) for name in ("clip", "pickscore", "dino")}
+        rows, more = evaluation.measure_all(jobs, args.output, models.to(args.device), names, progress)
+        evaluation.write_evaluation(rows, failed | more, args.output)
+    for line in as_table(evaluation.summed_up(rows)).splitlines():
+        tell(line)
+    for name, why in (failed | more).items():
+        tell(f"{name} failed: {why}")
+    tell(f"{args.output}: " + ", ".join(evaluation.REPORT))
+    if failed or more:
+        remedy = "see above, put it right, and run the command again, which does only what is missing"
+        raise TavError("dataset", args.dataset, f"has clips that failed, {len(failed | more)} of {len(jobs)}", remedy)
+
+
+def _check_faults(args, faults: list[str]):
+    """Tells all of them, a line each.
+
+    Raises:
+        TavError: there are some.
+    """
+    for fault in faults:
+        print(escaped(fault), file=sys.stderr)
+    if faults:
+        raise TavError("dataset", args.dataset, f"can't be used as it is ({len(faults)} faults)", "put them right")
 
 
 def _random_noise(args, checkpoint: Checkpoint, info: TunedInfo, seed: int) -> torch.Tensor:
@@ -530,6 +578,7 @@ COMMANDS = {
     "sample": (_sample, sample_arguments, "sample edited clips from inverted (or random) noise"),
     "doctor": (_doctor, doctor_arguments, "tell what this machine can do: what fits into its memory, and how long it "
                                           "takes, by two real steps of each stage"),
+    "evaluate": (_evaluate, evaluate_arguments, "edit and measure all clips of LOVEU-TGVE 2023, or of a list of yours"),
     "metrics": (_metrics, metrics_arguments, "measure edits beside their source: fidelity, motion, and by CLIP"),
     "bench": (bench.bench, _bench_arguments, "measure the speed and the memory of every stage, against the method "
                                              "written plainly"),

@@ -65,7 +65,7 @@ def load_clip(folder: str | Path, field: str = "clip") -> ClipModel:
     folder = MINI if str(folder) == "mini" else folder
     with _reading(folder, field, "CLIP", "openai/clip-vit-large-patch14 (PickScore: yuvalkirstain/PickScore_v1)"):
         model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        return ClipModel(model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True))
+        return ClipModel(model.float().eval(), AutoProcessor.from_pretrained(folder, local_files_only=True))
 
 
 def load_dino(folder: str | Path) -> DinoModel:
@@ -76,7 +76,7 @@ def load_dino(folder: str | Path) -> DinoModel:
     """
     with _reading(folder, "dino", "DINO", "facebook/dino-vitb16"):
         model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        return DinoModel(model.eval(), AutoImageProcessor.from_pretrained(folder, local_files_only=True))
+        return DinoModel(model.float().eval(), AutoImageProcessor.from_pretrained(folder, local_files_only=True))
 
 
 @contextmanager
@@ -104,10 +104,11 @@ def look(clip: ClipModel, video: Tensor, sentences: list[str], size: int | None 
         frames = [frame.resize((size, size)) for frame in frames]
     model = clip.model
     given = clip.processor(text=sentences, images=frames, return_tensors="pt", padding=True, truncation=True)
+    given = given.to(model.device)
     # by its towers: what `model(...)` and `get_image_features` return beside the embeddings differs between versions
     pooled = model.vision_model(pixel_values=given.pop("pixel_values")).pooler_output
     texts = model.text_projection(model.text_model(**given).pooler_output)
-    frames, texts, pooled = (F.normalize(x, dim=-1) for x in (model.visual_projection(pooled), texts, pooled))
+    frames, texts, pooled = (F.normalize(x, dim=-1).cpu() for x in (model.visual_projection(pooled), texts, pooled))
     return Look(frames, texts, pooled, model.logit_scale.exp().item())
 
 
@@ -155,7 +156,7 @@ def dino_consistency(dino: DinoModel, video: Tensor) -> float:
     their mean (not below 0) over all frames but the first; nan for one frame.
     """
     frames = [Image.fromarray(frame) for frame in video.numpy()]
-    out = dino.model(**dino.processor(images=frames, return_tensors="pt"))
-    seen = F.normalize(out.last_hidden_state[:, 0], dim=-1)
+    out = dino.model(**dino.processor(images=frames, return_tensors="pt").to(dino.model.device))
+    seen = F.normalize(out.last_hidden_state[:, 0], dim=-1).cpu()
     first, before = seen[1:] @ seen[0], (seen[1:] * seen[:-1]).sum(-1)
     return ((first.clamp(min=0) + before.clamp(min=0)) / 2).mean().item()

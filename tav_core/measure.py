@@ -65,6 +65,13 @@ class Models:
     pickscore: ClipModel | None = None
     dino: DinoModel | None = None
 
+    def to(self, device: torch.device) -> "Models":
+        """Moves them there, and gives them back."""
+        for each in (self.clip, self.pickscore, self.dino):
+            if each is not None:
+                torch.nn.Module.to(each.model, device)
+        return self
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -144,7 +151,7 @@ def _own(video: Tensor, source: Tensor, sentences: list[str], models: Models) ->
 
 def as_table(rows: Sequence[Measured]) -> str:
     """For a terminal: a line a figure, a column a video, in brackets the source's own."""
-    names = [key for key in FIGURES if any(key in row.figures for row in rows)]
+    names = _names(rows)
     cells = [["", *(row.name for row in rows)]]
     for name in names:
         cells.append([name, *(_cell(row, name) for row in rows)])
@@ -170,19 +177,28 @@ def write_report(rows: Sequence[Measured], videos: Sequence[Tensor], source: Ten
         videos: of the rows, in their order.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    names = [key for key in FIGURES if any(key in row.figures for row in rows)]
-    with atomic_path(folder / "metrics.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["video", "prompt", *names, *(f"source_{name}" for name in names)])
-        for row in rows:
-            values = [[figures.get(name, "") for name in names] for figures in (row.figures, row.of_source)]
-            writer.writerow([row.name, row.prompt, *values[0], *values[1]])
+    write_csv(rows, folder / "metrics.csv")
     with atomic_path(folder / "metrics.json") as path:
         path.write_text(
             json.dumps({"figures": FIGURES, "videos": [*map(as_json, rows)]}, indent=2) + "\n", encoding="utf-8"
         )
     with atomic_path(folder / "metrics.html") as path:
-        path.write_text(_page(rows, names, videos, source), encoding="utf-8")
+        path.write_text(_page(rows, videos, source), encoding="utf-8")
+
+
+def write_csv(rows: Sequence[Measured], path: Path):
+    """A line a video: its figures, and its source's own."""
+    names = _names(rows)
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["video", "prompt", *names, *(f"source_{name}" for name in names)])
+        for row in rows:
+            values = [[figures.get(name, "") for name in names] for figures in (row.figures, row.of_source)]
+            writer.writerow([row.name, row.prompt, *values[0], *values[1]])
+
+
+def _names(rows: Sequence[Measured]) -> list[str]:
+    return [key for key in FIGURES if any(key in row.figures for row in rows)]
 
 
 def as_json(row: Measured) -> dict[str, Any]:
@@ -190,17 +206,27 @@ def as_json(row: Measured) -> dict[str, Any]:
     return {"video": row.name, "prompt": row.prompt, "figures": _json(row.figures), "source": _json(row.of_source)}
 
 
+def of_json(row: dict[str, Any]) -> Measured:
+    """What `as_json` made a row."""
+    figures = ({name: float(value) for name, value in row[key].items()} for key in ("figures", "source"))
+    return Measured(row["video"], row["prompt"], *figures)
+
+
 def _json(figures: dict[str, float]) -> dict[str, float | str]:
     """JSON knows neither nan nor inf."""
     return {name: value if math.isfinite(value) else str(value) for name, value in figures.items()}
 
 
-def _page(rows: Sequence[Measured], names: list[str], videos: Sequence[Tensor], source: Tensor) -> str:
+def _page(rows: Sequence[Measured], videos: Sequence[Tensor], source: Tensor) -> str:
     picture = io.BytesIO()
     strip([source, *videos], ["source", *(row.name for row in rows)]).save(picture, "PNG")
     shown = base64.b64encode(picture.getvalue()).decode()
-    lines = [(name, FIGURES[name], [_cell(row, name) for row in rows]) for name in names]
-    return page("metrics.html", strip=shown, rows=rows, lines=lines)
+    return page("metrics.html", strip=shown, rows=rows, lines=lines_of(rows))
+
+
+def lines_of(rows: Sequence[Measured]) -> list[tuple[str, str, list[str]]]:
+    """Of the table on a page: each figure, what it is, and its values."""
+    return [(name, FIGURES[name], [_cell(row, name) for row in rows]) for name in _names(rows)]
 
 
 def measure_job(folder: Path, models: Models | None = None) -> tuple[list[Measured], list[Tensor], Tensor]:
@@ -219,6 +245,7 @@ def measure_job(folder: Path, models: Models | None = None) -> tuple[list[Measur
         videos.append(load_video(folder / edit["file"], sound=False).frames)
         rows.append(measure(label, videos[-1], noise.frames, edit["prompt"], noise.prompt, mask, models))
     return rows, videos, noise.frames
+
 
 
 def mask_of(video: Tensor, frames: int) -> Tensor:

@@ -66,6 +66,8 @@ BASES = {
                "--output", "{out}/n.safetensors"],
     "sample": [*MINI, "--tuned", "{work}/tuned.safetensors", "--noise", "{work}/noise.safetensors",
                "--edit", "a blue ball", "--sampling-steps", "1", "--output", "{out}/o"],
+    "evaluate": [*MINI, "--dataset", "{work}/clips.yaml", *SMALL, "--steps", "1", "--sampling-steps", "1",
+                 "--output", "{out}/o"],
     "metrics": ["--edited", "{work}/clip.mp4", "--source", "{work}/clip.mp4", "--prompt", PROMPT,
                 "--output", "{out}/o"],
     "doctor": [*MINI, *SMALL, "--steps", "1", "--sampling-steps", "1"],
@@ -96,6 +98,7 @@ INPUTS = (
     "clip",
     "pickscore",
     "dino",
+    "dataset",
 )
 OUTPUTS = ("output", "work", "sheet", "videos", "json")
 
@@ -363,6 +366,7 @@ def make_files(work: Path, run):
     (work / "images").mkdir()
     for number in range(3):
         Image.fromarray(np.full((32, 32, 3), 80 * number, np.uint8)).save(work / "images" / f"{number}.png")
+    (work / "clips.yaml").write_text(f"- {{video: clip.mp4, prompt: {PROMPT}, edits: {{object: a blue ball}}}}\n")
     os.mkfifo(work / "fifo")
     (work / "loop").symlink_to(work / "loop")
     (work / "taken" / "tuned.safetensors").mkdir(parents=True)
