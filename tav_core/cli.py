@@ -1,18 +1,15 @@
 """The command line: edit a video with one sentence (Tune-A-Video, arXiv 2212.11565)."""
 
-import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from . import bench, evaluation, job, pipeline
+from . import bench, evaluation, given, job, pipeline
 from .arguments import (
     EXAMPLES,
     FRAMES,
@@ -26,180 +23,26 @@ from .arguments import (
     sample_arguments,
     tune_arguments,
 )
-from .checkpoint import Checkpoint, load_checkpoint
-from .clip_metrics import load_clip, load_dino
+from .checkpoint import Checkpoint
 from .dataset import chosen, read_dataset
-from .ddim import ddim_timesteps
 from .doctor import about_machine, examine, versions
 from .drawing import Edit, draw
 from .errors import Cancelled, TavError, escaped, field
 from .events import Plan, Stage
-from .inflation import VideoUNet
-from .limits import LIMITS, check_pixels
 from .measure import REPORT, Measured, Models, as_table, mask_of, measure, measure_job, write_report
 from .noise import InvertedNoise, read_noise, save_noise
-from .pictures import IMAGES, is_animated
-from .precision import DTYPES
-from .presets import Preset
 from .project import SHOWN, SUMMARY, Project, file_name, write_json
 from .record import FAIR, GOOD, explained, record_of
-from .sound import Sound
 from .steps import STEP_STRIP, file_of_step
-from .subject import SOFTNESS, subject_steps
+from .subject import subject_steps
 from .terminal import Parser, Progress, check_needs, preset_of, run, tell
-from .trainable import trainable_parameters
-from .tuned_weights import TunedInfo, load_tuned, read_tuned, weights_fingerprint
+from .tuned_weights import TunedInfo
 from .tuning_state import hash_tensors
-from .video import Clip, load_video
-from .where import MINI, MINI_KNOWS, MINI_SIZE, SD15, find_checkpoint, known_checkpoints
+from .video import load_video
+from .where import SD15, known_checkpoints
 from .windows import check_context_length
 
-FPS = 8.0  # where nothing else says how fast
 SUBJECT = ("contrast", "word", "mask")  # what tells where it is
-
-
-# ------------------------------------------------------------------------------------------------ the stages
-
-
-def _preset(args) -> Preset:
-    """The settings of a command, whose checkpoint is looked for first: before anything is read."""
-    args.found = find_checkpoint(args.checkpoint, args.comfyui)
-    args.dtype = args.dtype or _dtype_for(args.device)
-    return preset_of(args)
-
-
-def _dtype_for(device: torch.device) -> str:
-    """bf16 where it is fast, else fp32."""
-    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return "bf16" if fast else "fp32"
-
-
-def _checkpoint(args, preset: Preset) -> Checkpoint:
-    if args.found == MINI and args.command != "demo" and not args.quiet:
-        width, height = getattr(args, "size", None) or (MINI_SIZE, MINI_SIZE)
-        large = f" ({width} x {height} is larger than anything it has seen)" * (max(width, height) > MINI_SIZE)
-        tell(f"mini {MINI_KNOWS}{large}")
-    checkpoint = load_checkpoint(args.found, prediction_type=args.prediction_type)
-    for part in (checkpoint.vae, checkpoint.text_encoder):  # of the U-Net, only what is inflated from it goes there
-        nn.Module.to(part, args.device)
-    ddim_timesteps(checkpoint.scheduler, preset.sampling_steps)  # a wrong count should not surface after tuning
-    return checkpoint
-
-
-def _clip(args, checkpoint: Checkpoint, video: Path, sound: bool = False) -> Clip:
-    """The wanted frames of a video.
-
-    Raises:
-        TavError: what `load_video` refuses, or what could not be tuned on.
-    """
-    if args.frames == 1 and args.stride != 1:
-        raise TavError("stride", args.stride, "does nothing for a single frame", "leave it out")
-    if args.context_length is not None:
-        check_context_length(args.context_length, args.frames)
-    width, height = _size(args, checkpoint)
-    return load_video(video, start=args.start, stride=args.stride, count=args.frames, width=width, height=height,
-                      fit=args.fit, sound=sound, callback=Progress(args.quiet))  # fmt: skip
-
-
-def _size(args, checkpoint: Checkpoint) -> tuple[int, int]:
-    """The width and height to work at; a TavError if the checkpoint or no memory can take so many such frames."""
-    width, height = args.size or (checkpoint.size, checkpoint.size)
-    pipeline.check_size(checkpoint, width=width, height=height)
-    check_pixels(args.frames, width, height)
-    return width, height
-
-
-def _check_subject(args):
-    if args.word is not None and not args.word.strip():
-        raise TavError("word", args.word, "is no word", f"name the subject as {field('prompt')} does")
-    for name in ("contrast", "word"):
-        if args.mask is not None and getattr(args, name) is not None:
-            problem = f"does nothing with {field('mask')}, which says where the subject is"
-            raise TavError(name, None, problem, "leave it out")
-
-
-def _mask(args, clip: Clip) -> torch.Tensor | None:
-    """That of --mask, `f h w` in 0 ... 1, brought to the clip's size as the clip was."""
-    if args.mask is None:
-        return None
-    count, height, width = clip.frames.shape[:3]
-    one = args.mask.suffix.lower() in IMAGES and args.mask.is_file() and not is_animated(args.mask)
-    cut = dict(count=1) if one else dict(start=args.start, stride=args.stride, count=count)
-    size = dict(width=width, height=height, fit=args.fit)
-    try:
-        return mask_of(load_video(args.mask, **cut, **size, sound=False, callback=Progress(args.quiet)).frames, count)
-    except TavError as error:
-        named = "mask" if error.field == "video" else error.field
-        raise TavError(named, error.value, error.problem, error.remedy) from error
-
-
-def _tuned_info(args) -> TunedInfo | None:
-    return None if args.tuned is None else read_tuned(args.tuned)
-
-
-def _load_tuned_unet(args, checkpoint: Checkpoint) -> tuple[VideoUNet, TunedInfo, str]:
-    """The inflated U-Net with the weights of --tuned, in the --dtype, what the file says of them, their fingerprint.
-
-    Without --tuned, that of a Tune-A-Video --checkpoint, which doesn't say its sentence ("") or its frames (0).
-    """
-    info = _tuned_info(args)
-    if info is None:
-        if not isinstance(checkpoint.unet, VideoUNet):
-            remedy = f"give a file of `tune` or `edit`, or a {field('checkpoint')} that is a Tune-A-Video model"
-            raise TavError("tuned", None, "is missing", remedy)
-        info = TunedInfo(
-            base="",
-            base_name=checkpoint.name,
-            prompt="",
-            num_frames=0,
-            width=checkpoint.size,
-            height=checkpoint.size,
-            inflation=checkpoint.unet.inflation,
-            config={},
-            versions={},
-        )
-        unet = nn.Module.to(checkpoint.unet, args.device)
-    else:
-        unet = pipeline.video_unet(checkpoint, **info.inflation)
-        load_tuned(args.tuned, unet)
-    weights = weights_fingerprint(trainable_parameters(unet))
-    return nn.Module.to(unet, DTYPES[args.dtype]), info, weights
-
-
-def _window_if_longer(args, info: TunedInfo, frames: int):
-    """A clip longer than the tuned one is seen in windows of the tuned length, unless --context-length is given."""
-    if args.context_length is None and LIMITS["context_length"].least <= info.num_frames < frames:
-        args.context_length = info.num_frames
-    check_needs(args, context_overlap="context_length")
-
-
-def _regions(args) -> list[str]:
-    """The region of each edit.
-
-    Raises:
-        TavError: neither one for all nor one for each.
-    """
-    regions = args.region or ["everything"]
-    if len(regions) not in (1, len(args.edit)):
-        problem = f"has {len(regions)} values for {len(args.edit)} {field('edit')}"
-        raise TavError("region", None, problem, "give one for all, or one for each in the same order")
-    return regions * len(args.edit) if len(regions) == 1 else regions
-
-
-def _edits(args) -> list[Edit]:
-    """Every sentence with its region, under each combination of the settings of which there are several values."""
-    swept = [values if values and len(values) > 1 else [None] for values in (args.guidance_scale,
-                                                                            args.attention_injection)]  # fmt: skip
-    sentences = zip(args.edit, _regions(args))
-    return [Edit(prompt, region, *own) for (prompt, region), *own in product(sentences, *swept)]
-
-
-def _softness(args) -> int:
-    return SOFTNESS if args.softness is None else args.softness
-
-
-def _inflation(args) -> dict[str, Any]:
-    return {"attention": args.attention, "temporal_causal": args.temporal_causal, "norm": args.norm}
 
 
 @contextmanager
@@ -210,25 +53,23 @@ def _told_how_to_go_on(how: str = "add --resume") -> Iterator[None]:
         raise Cancelled(f"{stop}; {how} to go on") from None
 
 
-# ---------------------------------------------------------------------------------------------- the commands
-
-
 def _edit(args):
     check_needs(args, context_overlap="context_length", softness=SUBJECT, steady=SUBJECT)
-    _check_subject(args)
+    given.check_subject(args)
     if args.seed is not None and len(args.seed) > 1:
         problem = "has several values, and is that of the tuning: a project is tuned once"
         raise TavError("seed", None, problem, f"give one for each {field('output')}")
-    edits = _edits(args)
+    edits = given.edits(args)
     found_by = dict(word=args.word or "", mask=None if args.mask is None else torch.ones(1, 1, 1))  # till it is read
-    wanted = job.EditJob(args.prompt, edits, _preset(args), args.contrast or (), _softness(args), args.negative_prompt,
-                         _inflation(args), **found_by, rank=args.rank)  # fmt: skip
+    settings = (given.softness(args), args.negative_prompt, given.inflation(args))
+    wanted = job.EditJob(args.prompt, edits, given.preset(args), args.contrast or (), *settings, **found_by,
+                         rank=args.rank)  # fmt: skip
     if args.overwrite and args.resume:
         raise TavError("resume", None, f"has nothing to go on with after {field('overwrite')}", "leave one of them out")
     _check_project(args, wanted, args.resume, video=args.video, mask=args.mask)
-    checkpoint = _checkpoint(args, wanted.preset)
-    clip = _clip(args, checkpoint, args.video, sound=args.audio)
-    wanted = replace(wanted, mask=_mask(args, clip))
+    checkpoint = given.checkpoint(args, wanted.preset)
+    clip = given.clip(args, checkpoint, args.video, sound=args.audio)
+    wanted = replace(wanted, mask=given.mask(args, clip))
     if args.dry_run:
         count, height, width, _ = clip.frames.shape
         _examine(args, checkpoint, wanted, count, width, height)
@@ -258,9 +99,9 @@ def _doctor(args):
         here = list(known_checkpoints(args.comfyui))
         tell("checkpoints by name: " + (", ".join(here[:8]) or f"none; give one, or {SD15}"))
         return
-    preset = _preset(args)
-    checkpoint = _checkpoint(args, preset)
-    width, height = _size(args, checkpoint)
+    preset = given.preset(args)
+    checkpoint = given.checkpoint(args, preset)
+    width, height = given.size(args, checkpoint)
     if args.context_length is not None:
         check_context_length(args.context_length, args.frames)
     _examine(args, checkpoint, job.EditJob("a clip", [job.Edit("an edit")], preset), args.frames, width, height)
@@ -276,11 +117,11 @@ def _demo(args):
 
     check_needs(args, context_overlap="context_length")
     edits = [Edit(prompt, demo.REGIONS[kind]) for kind, prompt in demo.EDITS.items()]
-    wanted = job.EditJob(demo.PROMPT, edits, _preset(args), demo.CONTRASTS)
+    wanted = job.EditJob(demo.PROMPT, edits, given.preset(args), demo.CONTRASTS)
     if args.context_length is not None:
         check_context_length(args.context_length, FRAMES)
     _check_project(args, wanted, resume=True)
-    checkpoint = _checkpoint(args, wanted.preset)
+    checkpoint = given.checkpoint(args, wanted.preset)
     clip = load_video(demo.CLIP, count=FRAMES, width=checkpoint.size, height=checkpoint.size)
     with job.claimed(args.output):
         with _told_how_to_go_on("run the command again"):
@@ -316,19 +157,19 @@ def _tune(args):
         raise TavError("video", None, f"has {videos} values, {field('prompt')} {prompts}", remedy)
     for prompt in args.prompt:
         pipeline.check_prompt(prompt)
-    preset = _preset(args)
+    preset = given.preset(args)
     for video in args.video:
         job.check_folder(args.output, job.tuned_files(preset), video=video)
     job.check_unfinished(args.output, args.resume)
     if (args.output / SUMMARY).exists():
         raise TavError("output", args.output, "holds a project, which has its tuned weights", "choose another one")
-    checkpoint = _checkpoint(args, preset)
-    clips = [_clip(args, checkpoint, video) for video in args.video]
+    checkpoint = given.checkpoint(args, preset)
+    clips = [given.clip(args, checkpoint, video) for video in args.video]
     sources = [pipeline.prepare(checkpoint, clip.frames, prompt) for clip, prompt in zip(clips, args.prompt)]
     with job.claimed(args.output), _told_how_to_go_on():
         progress = Progress(args.quiet).stop_at_interrupt()
         progress(Plan((Stage("tune", preset.tuning.steps),)))
-        _, result = job.tune_into(args.output, checkpoint, sources, preset, inflation=_inflation(args),
+        _, result = job.tune_into(args.output, checkpoint, sources, preset, inflation=given.inflation(args),
                                   rank=args.rank, resume=args.resume, callback=progress)  # fmt: skip
         (args.output / job.STATE).unlink(missing_ok=True)
     print(f"probe loss {result.probe_losses[0][1]:.4f} -> {result.probe_losses[-1][1]:.4f}")
@@ -337,45 +178,33 @@ def _tune(args):
 
 def _invert(args):
     check_needs(args, softness=SUBJECT, seed="contrast")
-    _check_subject(args)
+    given.check_subject(args)
     job.check_file(args.output, (".safetensors",), video=args.video, tuned=args.tuned, mask=args.mask)
-    preset, prompt = _preset(args), _prompt(args, _tuned_info(args))
+    preset, prompt = given.preset(args), given.prompt(args, given.tuned_info(args))
     if prompt:
         pipeline.check_contrasts(prompt, args.contrast or ())
-    checkpoint = _checkpoint(args, preset)
-    unet, info, weights = _load_tuned_unet(args, checkpoint)
+    checkpoint = given.checkpoint(args, preset)
+    unet, info, weights = given.tuned_unet(args, checkpoint)
     args.frames, args.size = args.frames or info.num_frames or FRAMES, args.size or (info.width, info.height)
-    _window_if_longer(args, info, args.frames)
+    given.window_if_longer(args, info, args.frames)
     preset, subject = preset_of(args), None
     if args.word:
         pipeline.places_of(checkpoint, prompt, args.word, preset)
-    clip = _clip(args, checkpoint, args.video, sound=args.audio)
-    mask, source = _mask(args, clip), pipeline.prepare(checkpoint, clip.frames, prompt)
+    clip = given.clip(args, checkpoint, args.video, sound=args.audio)
+    mask, source = given.mask(args, clip), pipeline.prepare(checkpoint, clip.frames, prompt)
     progress = Progress(args.quiet).stop_at_interrupt()
     steps = subject_steps(len(args.contrast or ()), bool(args.word))
     found = [Stage("subject", steps)] * (steps > 0 and mask is None)
     progress(Plan((Stage("invert", preset.sampling_steps), *found)))
     noise = pipeline.invert(checkpoint, unet, source, preset, callback=progress)
     if mask is not None:
-        subject = pipeline.drawn_subject(mask, clip.frames, _softness(args))
+        subject = pipeline.drawn_subject(mask, clip.frames, given.softness(args))
     elif args.contrast or args.word:
-        given = (args.contrast or (), preset, _softness(args), args.word or "")
-        subject = pipeline.find_subject(checkpoint, unet, source, *given, callback=progress)
+        told = (args.contrast or (), preset, given.softness(args), args.word or "")
+        subject = pipeline.find_subject(checkpoint, unet, source, *told, callback=progress)
     inverted = InvertedNoise(noise, prompt, subject, clip.frames, clip.fps, clip.sound, weights)
     save_noise(args.output, inverted, preset)
     tell(args.output)
-
-
-def _prompt(args, info: TunedInfo | None) -> str:
-    """What the clip shows: as --prompt says, or else the file of --tuned; "" if neither does."""
-    if args.prompt is not None:
-        pipeline.check_prompt(args.prompt)
-        return args.prompt
-    if info is not None and info.more_prompts:
-        told = ", ".join(repr(prompt) for prompt in [info.prompt, *info.more_prompts])
-        remedy = f"say with {field('prompt')} what {field('video')} shows"
-        raise TavError("tuned", args.tuned, f"was tuned on several clips ({told})", remedy)
-    return "" if info is None else info.prompt
 
 
 def _sample(args):
@@ -385,8 +214,8 @@ def _sample(args):
         if args.noise is not None and getattr(args, name) is not None:
             problem = f"does nothing with {field('noise')}: it is of random noise"
             raise TavError(name, None, problem, "leave it out")
-    edits, preset = _edits(args), _preset(args)
-    _tuned_info(args)  # a damaged file should not surface after the checkpoint is loaded
+    edits, preset = given.edits(args), given.preset(args)
+    given.tuned_info(args)  # a damaged file should not surface after the checkpoint is loaded
     inverted = None if args.noise is None else read_noise(args.noise, preset)
     subject = inverted and inverted.subject
     if args.steady is not None and subject is None:
@@ -399,16 +228,16 @@ def _sample(args):
         for number, edit in enumerate(edits, Project.at(args.output).next_number)
     ]
     job.check_folder(args.output, [*files, *SHOWN, SUMMARY], noise=args.noise, tuned=args.tuned)
-    checkpoint = _checkpoint(args, preset)
-    unet, info, weights = _load_tuned_unet(args, checkpoint)
-    rate, sound = _pace(args, inverted)
+    checkpoint = given.checkpoint(args, preset)
+    unet, info, weights = given.tuned_unet(args, checkpoint)
+    rate, sound = given.pace(args, inverted)
     if inverted is None:
-        starts = {seed: InvertedNoise(_random_noise(args, checkpoint, info, seed), "", fps=rate)
+        starts = {seed: InvertedNoise(given.random_noise(args, checkpoint, info, seed), "", fps=rate)
                   for seed in args.seed or [preset.tuning.seed]}  # fmt: skip
     else:
-        _check_noise(args.noise, inverted, checkpoint, weights)
+        given.check_noise(args.noise, inverted, checkpoint, weights)
         starts = {None: replace(inverted, fps=rate, sound=sound)}
-    _window_if_longer(args, info, next(iter(starts.values())).latents.shape[2])
+    given.window_if_longer(args, info, next(iter(starts.values())).latents.shape[2])
     preset, drawn = preset_of(args), []
     with job.claimed(args.output):
         project = _shared(args, info, checkpoint, weights, next(iter(starts.values())))
@@ -454,21 +283,13 @@ def _metrics(args):
         _check_measured(args)
     output = args.output or (folders[0] if folders else Path("."))
     job.check_folder(output, REPORT, mask=args.mask, source=args.source)
-    models = _models(args)
+    models = given.models(args)
     with job.claimed(output):
         rows, videos, source = measure_job(folders[0], models) if folders else _measured(args, models)
         for line in as_table(rows).splitlines():
             tell(line)
         write_report(rows, videos, source, output)
     tell(f"{output}: " + ", ".join(REPORT))
-
-
-def _models(args) -> Models:
-    return Models(
-        args.clip and load_clip(args.clip),
-        args.pickscore and load_clip(args.pickscore, "pickscore"),
-        args.dino and load_dino(args.dino),
-    )
 
 
 def _measured(args, models: Models) -> tuple[list[Measured], list[torch.Tensor], torch.Tensor]:
@@ -495,14 +316,14 @@ def _check_measured(args):
 
 
 def _evaluate(args):
-    preset, inflation, found = _preset(args), _inflation(args), read_dataset(args.dataset, FRAMES)
+    preset, inflation, found = given.preset(args), given.inflation(args), read_dataset(args.dataset, FRAMES)
     wanted = found.entries if found.faults else chosen(found.entries, args.only, args.kinds)
     entries = [replace(entry, count=entry.count or args.frames or found.count, stride=entry.stride or args.stride)
                for entry in wanted]  # fmt: skip
     jobs, faults = evaluation.jobs_of(entries, preset, inflation, args.output)
     _check_faults(args, [*found.faults, *faults])
     job.check_folder(args.output, [*evaluation.REPORT, evaluation.SETTINGS], dataset=args.dataset)
-    models, checkpoint = _models(args), _checkpoint(args, preset)
+    models, checkpoint = given.models(args), given.checkpoint(args, preset)
     side = min(found.size or checkpoint.size, checkpoint.size)
     frames = evaluation.Frames(*(args.size or (side, side)), args.fit)
     pipeline.check_size(checkpoint, width=frames.width, height=frames.height)
@@ -534,34 +355,6 @@ def _check_faults(args, faults: list[str]):
         print(escaped(fault), file=sys.stderr)
     if faults:
         raise TavError("dataset", args.dataset, f"can't be used as it is ({len(faults)} faults)", "put them right")
-
-
-def _random_noise(args, checkpoint: Checkpoint, info: TunedInfo, seed: int) -> torch.Tensor:
-    factor, frames = checkpoint.downscale, args.frames or info.num_frames or FRAMES
-    check_pixels(frames, info.width, info.height)
-    shape = (1, checkpoint.unet.config.in_channels, frames, info.height // factor, info.width // factor)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _pace(args, inverted: InvertedNoise | None) -> tuple[float, Sound | None]:
-    """The rate of what is written, and the sound of the clip if it is in time then."""
-    fps, sound = (None, None) if inverted is None else (inverted.fps, inverted.sound)
-    rate = (fps or FPS) if args.fps is None else args.fps
-    return rate, sound if args.audio and math.isclose(rate, fps or 0, rel_tol=1e-3) else None
-
-
-def _check_noise(path: Path, noise: InvertedNoise, checkpoint: Checkpoint, weights: str):
-    """Raises a TavError for noise of another kind of checkpoint, or that was inverted with other weights."""
-    shape, channels = noise.latents.shape, checkpoint.unet.config.in_channels
-    heights = {shape[3] * checkpoint.downscale}
-    heights |= set() if noise.subject is None else {noise.subject.shape[3]}
-    heights |= set() if noise.frames is None else {noise.frames.shape[1]}
-    if shape[1] != channels or len(heights) > 1:
-        problem = f"is of a checkpoint with other latents: {tuple(shape)}, with {channels} channels here"
-        raise TavError("noise", path, problem, f"give the {field('checkpoint')} that it was inverted with")
-    if noise.weights not in (None, weights):  # earlier versions noted none
-        problem = f"was inverted with other weights than those of {field('tuned')}"
-        raise TavError("noise", path, problem, "give the file that it was inverted with, or invert the clip again")
 
 
 def _bench_arguments(parser):

@@ -247,7 +247,6 @@ def measure_job(folder: Path, models: Models | None = None) -> tuple[list[Measur
     return rows, videos, noise.frames
 
 
-
 def mask_of(video: Tensor, frames: int) -> Tensor:
     """A mask `f h w` in 0 ... 1 from a video or a picture of one: white is where the edit may change something.
 

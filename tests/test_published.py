@@ -19,7 +19,7 @@ from support.native_models import relative
 from support.tiny_unets import difference
 from tav_core import TuneConfig, VideoUNet, base_fingerprint, ddim_invert, inflate, load_tuned, pipeline, save_tuned
 from tav_core.checkpoint import load_checkpoint
-from tav_core.cli import _load_tuned_unet
+from tav_core.given import tuned_unet
 from tav_core.presets import Preset
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -210,7 +210,7 @@ def test_commands_need_no_tuned_weights(published, tav, tmp_path):
         "path is missing; give a file of `tune` or `edit`, or a name_or_path that is a Tune-A-Video model",
         SimpleNamespace(tuned=None),
         load_checkpoint("mini"),
-        call=_load_tuned_unet,
+        call=tuned_unet,
     )
 
 

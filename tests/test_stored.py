@@ -9,7 +9,7 @@ import torch
 from fuzz_cli import DAMAGED, damage
 from support.errors import refused
 from support.tuning_runs import CONFIG, equal, make_unet, run, weights
-from tav_core.cli import _check_noise
+from tav_core.given import check_noise
 from tav_core.inflation import inflate
 from tav_core.noise import InvertedNoise, read_noise, save_noise
 from tav_core.presets import PRESETS
@@ -54,7 +54,7 @@ def test_damaged_noise(files, checkpoint, name):
     path = files / f"noise-{name}.safetensors"
 
     def read():
-        _check_noise(path, read_noise(path, PRESET), checkpoint, "")
+        check_noise(path, read_noise(path, PRESET), checkpoint, "")
 
     refused(f"path='.*noise-{name}.safetensors'", call=read)
 
