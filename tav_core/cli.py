@@ -210,10 +210,10 @@ def _invert(args):
 def _sample(args):
     if args.noise is None:
         check_needs(args, attention_injection="noise", caption_as_negative="noise", steady="noise")
-    for name in ("frames", "seed"):
-        if args.noise is not None and getattr(args, name) is not None:
+    for name, value in (("frames", args.frames), ("seed", args.seed and " ".join(map(str, args.seed)))):
+        if args.noise is not None and value is not None:
             problem = f"does nothing with {field('noise')}: it is of random noise"
-            raise TavError(name, None, problem, "leave it out")
+            raise TavError(name, value, problem, "leave it out")
     edits, preset = given.edits(args), given.preset(args)
     given.tuned_info(args)  # a damaged file should not surface after the checkpoint is loaded
     inverted = None if args.noise is None else read_noise(args.noise, preset)
