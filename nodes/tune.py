@@ -118,8 +118,8 @@ class OneShotTune(io.ComfyNode):
                                        "case ComfyUI or the machine fails. 0: after every step."),
                 io.Float.Input("weight_average", optional=True, default=0.0, min=0.0, max=0.9999, step=0.01, round=1e-4,
                                tooltip="Decay of a running average of the weights, such as 0.96, which is taken in "
-                                       "their place: less hangs on the chance of the last steps. 0, as in the "
-                                       "paper: none."),
+                                       "their place: less hangs on the chance of the last steps. 0, as in the paper, "
+                                       "takes none."),
                 io.String.Input("keep", display_name="Keep steps", optional=True, default="",
                                 tooltip="Steps whose weights are kept as well, such as 100, 200, 300: too many steps "
                                         "make edits stiff, so look with Apply Tuned Weights, and choose."),

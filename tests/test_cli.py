@@ -211,7 +211,7 @@ def test_samples_are_added_to_a_folder(tuned, tav, tmp_path):
 
 
 def test_a_seed_is_of_the_tuning_or_of_random_noise(clip, tav, tmp_path):
-    edit = ["edit", "--video", clip, "--prompt", "a red ball", "--edit", "a star", "--output", tmp_path / "o"]
+    edit = ["edit", *MINI, "--video", clip, "--prompt", "a red ball", "--edit", "a star", "--output", tmp_path / "o"]
     told = tav(*edit, "--seed", 1, 2, fails=True)
     assert "--seed has several values, and is that of the tuning: a project is tuned once; give one for each" in told
     assert "--resume has nothing to go on with after --overwrite" in tav(*edit, "--resume", "--overwrite", fails=True)

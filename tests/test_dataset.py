@@ -145,7 +145,7 @@ def test_all_faults_of_a_list_are_told_at_once(tmp_path):
         "clip 2 (3): video is a number; give it as text, in quotes", "clip 2 (3): prompt is yes or no; give it as text",
         "clip 2 (3): edits '../style' is no name of a kind", "clip 2 (3): edits ../style is a list; give it as text",
         "clip 2 (3): edits 'all' is no name of a kind", "clip 2 (3): start -1 is out of range; give an integer from 0",
-        "clip 2 (3): region  'sky' is unknown; choose one of everything, subject, background",
+        "clip 2 (3): region  'sky' is unknown; choose one of everything, subject, shape, background",
         "clip 3: is text; give it video, prompt and edits", "none: video", "none: prompt is empty; describe the clip",
         "car: region subject needs to know where the subject is; give contrast", "car: softness does nothing without",
         "clip 6 (a/b): name 'a/b' is none of a folder", "mine: stepz is no setting; choose among attention_injection",

@@ -21,10 +21,12 @@ from tav_core import (
     encode_prompt,
     encode_video,
     inflate,
+    pipeline,
     subject_mask,
     tune,
 )
 from tav_core.subject import outlined, softened, word_mask
+from tav_core.tuned_weights import _fingerprint
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
@@ -278,6 +280,9 @@ def test_kept_steps_and_files_of_low_rank(pack, mini, tmp_path, monkeypatch):
     ]  # which that run passed: it is tuned anew, beside it
     assert len(set((tmp_path / "tune_a_video").iterdir()) - states) == 1
 
+    # so that what the command line wrote can be used in a graph
+    before = pipeline.untuned_weights(mini.checkpoint)
+    assert _fingerprint(nodes.native.trainable_weights(mini.inflated)) == _fingerprint(before)
     last, first = outputs(learned), outputs(learned, step=1)
     assert torch.equal(outputs(learned, step=2), last)
     for rank, near in ((0, 2e-3), (8, 0.2)):

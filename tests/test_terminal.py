@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from support.commands import environment
-from tav_core import cli, terminal
+from tav_core import cli, given, terminal
 from tav_core.errors import TavError
 from tav_core.events import Step
 from tav_core.limits import Range
@@ -238,7 +238,7 @@ TUNE = ["tune", "--video", "x.mp4", "--prompt", "a", "--output", "o", *MINI]
 ])  # fmt: skip
 def test_what_can_be_seen_before_anything_is_loaded(tav, monkeypatch, tmp_path, arguments, told):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "load_checkpoint", lambda *args: pytest.fail("it has begun"))
+    monkeypatch.setattr(given, "load_checkpoint", lambda *args: pytest.fail("it has begun"))
     (tmp_path / "x.mp4").touch()
     line = tav(*arguments, fails=True)
     assert line.startswith("error: ") and told in line and len(line.splitlines()) == 1 and len(line) < 500

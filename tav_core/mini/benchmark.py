@@ -20,9 +20,9 @@ from ..checkpoint import Checkpoint, decode_video
 from ..errors import TavError, field
 from ..events import Callback, Note, ignored
 from ..inflation import VideoUNet, inflate
-from ..job import write_json
 from ..pipeline import Source, find_subject, invert, prepare, reconstruct, sample, tune_on
 from ..presets import PRESETS, Preset, with_settings
+from ..project import write_json
 from . import world
 from .clips import ARMS, KINDS, REGIONS, BenchmarkClip, benchmark_clips
 from .judge import Judge
