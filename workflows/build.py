@@ -95,7 +95,7 @@ def result(w: Workflow, name: str, clip: Node, clips: list, labels: list[str], e
     w.group("Frames", "pale_blue", below=True)
     w.add("PreviewImage", title="Frames", images=compare.strip)
     for i, (edit, frames) in enumerate(edits.items()):
-        w.group(f"7  The {edit} alone", "pale_blue", below=i % 2 == 1)
+        w.group(f"7  Saved alone: {edit}", "pale_blue", below=i % 2 == 1)
         saved(w, frames, clip, f"{name}-{edit.replace(' ', '-')}")
 
 
