@@ -8,8 +8,9 @@ from comfy_api.latest import io
 
 from ..tav_core import TavError
 from ..tav_core.clip_metrics import MINI, load_clip
-from ..tav_core.measure import Models, as_json, as_table, mask_of, measure
-from .common import from_images, schema
+from ..tav_core.measure import Models, as_json, as_table, by_frame, mask_of, measure
+from ..tav_core.visuals import frame_curves
+from .common import from_images, image_of, schema
 from .errors import plain_errors
 from .folders import found, read_config
 from .inputs import check_name, checked, usable
@@ -64,6 +65,7 @@ class Measure(io.ComfyNode):
                 io.String.Output(display_name="table", tooltip="A line a figure, in brackets the source's own: for "
                                  "Preview Any."),
                 io.String.Output(display_name="json", tooltip="The same for programs."),
+                io.Image.Output(display_name="plot", tooltip="Some of the figures for each frame: where it fails."),
             ],
         )  # fmt: skip
 
@@ -79,7 +81,7 @@ class Measure(io.ComfyNode):
             models = Models(None if folder is None else load_clip(folder))
             if mask is not None:
                 mask = mask_of(from_images(mask[..., None].expand(-1, -1, -1, 3)), len(source))
-            found = measure(
-                "edit", from_images(images), from_images(source), prompt, source_prompt or None, mask, models
-            )
-        return io.NodeOutput(as_table([found]), json.dumps(as_json(found), indent=2))
+            edit, clip = from_images(images), from_images(source)
+            found = measure("edit", edit, clip, prompt, source_prompt or None, mask, models)
+            plot = image_of(frame_curves(by_frame(edit, clip, prompt, mask, models.clip)))
+        return io.NodeOutput(as_table([found]), json.dumps(as_json(found), indent=2), plot)

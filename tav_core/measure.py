@@ -149,6 +149,28 @@ def _own(video: Tensor, source: Tensor, sentences: list[str], models: Models) ->
     return figures
 
 
+def by_frame(
+    video: Tensor, source: Tensor, prompt: str, mask: Tensor | None = None, clip: ClipModel | None = None
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Some of the figures for each frame, which show where an edit fails: those of a video, and of its source.
+
+    Args:
+        video, source, prompt, mask: as for `measure`.
+
+    Returns:
+        by name in `FIGURES`, a value a frame; none for the source where it has no such figure. The first frame has no
+        frame_difference (nan).
+    """
+    masks = [None] * len(video) if mask is None else mask.split(1)
+    fidelity = [metrics.psnr(*each) for each in zip(video.split(1), source.split(1), masks)]
+    steps = [(each[1:].float() - each[:-1].float()).abs().mean((1, 2, 3)) / 255 for each in (video, source)]
+    curves = {"psnr_rest": (fidelity, []), "frame_difference": tuple([math.nan, *each.tolist()] for each in steps)}
+    if clip:
+        looks = [look(clip, each, [prompt], TGVE_SIZE) for each in (video, source)]
+        curves["tgve_text"] = tuple((seen.scale * seen.frames @ seen.texts[0]).tolist() for seen in looks)
+    return curves
+
+
 def as_table(rows: Sequence[Measured]) -> str:
     """For a terminal: a line a figure, a column a video, in brackets the source's own."""
     names = _names(rows)

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from .errors import TavError
+from .flow import at, dis_flow, followed
 
 _TRACKS = 200  # points that are followed, at most
 _STILL = 0.5  # pixels: a track that moves less from frame to frame has no direction
@@ -71,24 +72,11 @@ def warp_error(video: Tensor, source: Tensor) -> float:
 
     The flow is OpenCV's DIS; hidden is what its way there and back doesn't bring to the same place.
     """
-    import cv2
-
-    dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in source.numpy()]
-    frames = video.numpy().astype(np.float32) / 255
-    height, width = grey[0].shape
-    places = np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1).astype(np.float32)  # h w (x y)
-    errors = []
-    for (now, then), (drawn, next_drawn) in zip(pairwise(grey), pairwise(frames)):
-        there, back = dis.calc(now, then, None), dis.calc(then, now, None)
-        target = places + there
-        returned = there + cv2.remap(back, target, None, cv2.INTER_LINEAR)
-        inside = ((target >= 0) & (target <= (width - 1, height - 1))).all(-1)
-        # the bound of Sundaram et al. 2010, as Lai et al. have it
-        seen = inside & ((returned**2).sum(-1) <= 0.01 * ((there**2).sum(-1) + (back**2).sum(-1)) + 0.5)
-        warped = cv2.remap(next_drawn, target, None, cv2.INTER_LINEAR)
+    flow, frames, errors = dis_flow(), video.numpy().astype(np.float32) / 255, []
+    for (now, then), (drawn, next_drawn) in zip(pairwise(source.numpy()), pairwise(frames)):
+        target, seen = followed(flow(now, then), flow(then, now))
         if seen.any():
-            errors.append(((warped - drawn) ** 2).mean(-1)[seen].mean())
+            errors.append(((at(next_drawn, target) - drawn) ** 2).mean(-1)[seen].mean())
     return float(np.mean(errors)) if errors else math.nan
 
 
@@ -105,6 +93,26 @@ def motion_fidelity(video: Tensor, source: Tensor) -> float:
     units = [steps / np.maximum(np.linalg.norm(steps, axis=-1, keepdims=True), _STILL) for steps in (ours, theirs)]
     similar = np.einsum("n f d, m f d -> n m", *units) / ours.shape[1]
     return float((similar.max(1).mean() + similar.max(0).mean()) / 2)
+
+
+def mask_iou(mask: Tensor, truth: Tensor) -> float:
+    """How much of what either of two masks, 0 ... 1, `f h w`, has both of them have: 0 ... 1, mean over frames.
+
+    nan where no frame has anything in either of them.
+    """
+    mask, truth = mask > 0.5, truth > 0.5
+    either = (mask | truth).sum((1, 2))
+    return ((mask & truth).sum((1, 2)) / either)[either > 0].mean().item()
+
+
+def missed(mask: Tensor, truth: Tensor) -> float:
+    """The share of the truth that a mask lacks, 0 ... 1, both `f h w` of 0 ... 1, mean over the frames that have some.
+
+    nan where the truth is empty.
+    """
+    mask, truth = mask > 0.5, truth > 0.5
+    all_ = truth.sum((1, 2))
+    return ((truth & ~mask).sum((1, 2)) / all_)[all_ > 0].mean().item()
 
 
 def _moving_tracks(video: Tensor) -> np.ndarray:

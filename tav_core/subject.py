@@ -25,11 +25,13 @@ from .condition import Condition, VideoModel, predict
 from .ddim import ddim_invert
 from .errors import TavError
 from .events import Callback, Step, ignored
+from .flow import told_by_neighbours
 from .limits import check
 
 WORD_STEPS = 10  # of the inversion in which a word is looked for
 _LEVELS = (0.16, 0.28, 0.40, 0.52)  # of the training timesteps: below, the picture says it all, above, it says nothing
 SOFTNESS = 3  # pixels
+ROUNDS = 2  # in which frames learn of the subject from those around them
 
 
 @torch.no_grad()
@@ -193,7 +195,9 @@ def outlined(mask: Tensor, frames: Tensor) -> Tensor:
     """A mask of latents, `1 1 f h w`, at the pixels of the clip, along the outline of what it covers.
 
     GrabCut: colours in and out of the mask are learned from all frames; then each frame is cut where the colours say so
-    and the picture has an edge, at most 1.5 latent pixels outside of the mask, and not in its core.
+    and the picture has an edge, at most 1.5 latent pixels outside of the mask, and not in its core. What the frames
+    around a frame found of the subject, and itself did not, is then held for probable in it (see `told_by_neighbours`),
+    and all are cut anew. Last, holes go that are smaller than a latent pixel.
 
     Args:
         mask: of 0 and 1.
@@ -202,14 +206,22 @@ def outlined(mask: Tensor, frames: Tensor) -> Tensor:
     Returns:
         float32 of 0 and 1, `1 1 f h w` of pixels.
     """
-    import cv2
-
     scale = frames.shape[1] // mask.shape[-2]
     coarse = rearrange(mask.cpu(), "1 1 f h w -> f 1 h w").repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    core = 1 - _grown(1 - coarse, scale)
-    near = _grown(coarse, scale * 3 // 2)
+    core, near = 1 - _grown(1 - coarse, scale), _grown(coarse, scale * 3 // 2)
+    inside = _cut(coarse, near, core, frames)
+    for _ in range(ROUNDS):
+        told = torch.from_numpy(told_by_neighbours(inside[:, 0], frames))[:, None].float()
+        inside = _cut(torch.maximum(coarse, told), torch.maximum(near, told), core, frames)
+    return rearrange(torch.stack([_closed(frame, scale**2) for frame in inside]), "f 1 h w -> 1 1 f h w")
+
+
+def _cut(probable: Tensor, near: Tensor, core: Tensor, frames: Tensor) -> Tensor:
+    """GrabCut of all frames, given what is probable, possible and certain of them: all `f 1 h w`, of 0 and 1."""
+    import cv2
+
     kinds = (
-        torch.where(coarse > 0, cv2.GC_PR_FGD, torch.where(near > 0, cv2.GC_PR_BGD, cv2.GC_BGD))[:, 0]
+        torch.where(probable > 0, cv2.GC_PR_FGD, torch.where(near > 0, cv2.GC_PR_BGD, cv2.GC_BGD))[:, 0]
         .to(torch.uint8)
         .numpy()
     )
@@ -221,8 +233,17 @@ def outlined(mask: Tensor, frames: Tensor) -> Tensor:
     )
     for frame, kind in zip(frames, kinds):
         cv2.grabCut(np.ascontiguousarray(frame), kind, None, *colours, 1, cv2.GC_EVAL_FREEZE_MODEL)
-    inside = torch.from_numpy((kinds == cv2.GC_FGD) | (kinds == cv2.GC_PR_FGD))[:, None] | (core > 0)
-    return rearrange(inside.float(), "f 1 h w -> 1 1 f h w")
+    return (torch.from_numpy((kinds == cv2.GC_FGD) | (kinds == cv2.GC_PR_FGD))[:, None] | (core > 0)).float()
+
+
+def _closed(mask: Tensor, pixels: int) -> Tensor:
+    """A mask of one frame, `1 h w`, without holes of fewer pixels."""
+    import cv2
+
+    _, parts, stats, _ = cv2.connectedComponentsWithStats((mask[0] == 0).to(torch.uint8).numpy(), connectivity=4)
+    small = stats[:, cv2.CC_STAT_AREA] < pixels
+    small[0] = False  # the mask itself
+    return torch.where(torch.from_numpy(small[parts])[None], torch.ones(()), mask)
 
 
 def put_back(edit: Tensor, source: Tensor, region: Tensor) -> Tensor:

@@ -140,6 +140,28 @@ def loss_curve(
     return _written(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), path)
 
 
+def frame_curves(curves: dict[str, tuple[list[float], list[float]]]) -> Image.Image:
+    """Figures along the frames, one below the other (see `tav_core.measure.by_frame`): those of an edit, and dashed
+    those of its source."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, needed here alone
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 1.7 * len(curves) + 0.5), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    rows = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
+    for axes, (name, lines) in zip(rows, curves.items()):
+        for values, label, style in zip(lines, ("edit", "source"), ("o-", "--")):
+            if values:
+                axes.plot(range(1, len(values) + 1), values, style, color="tab:blue", markersize=4, label=label)
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.2)
+    rows[-1].set_xlabel("frame")
+    rows[-1].xaxis.get_major_locator().set_params(integer=True)
+    rows[-1].legend(frameon=False)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
 def _enlarged(video: Tensor) -> Tensor:
     """Frames `f h w c` repeated by the whole number that brings them to a readable size."""
     factor = max(1, math.ceil(FRAME / min(video.shape[1:3])))

@@ -18,6 +18,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from support import ROOT
 from support.browser_install import chromium
 from tav_core import load_video
+from tav_core.mini.demo import CLIP
 from tav_core.project import Project
 from workflows import build
 from workflows.build import WORKFLOWS
@@ -32,6 +33,7 @@ MINI = {  # workflow -> columns, rows and size of the tiles of its video
     "09-regions-mini": (2, 2, 128),
     "10-controlnet-mini": (2, 2, 128),
     "11-lora-mini": (3, 1, 128),
+    "12-metrics-mini": (2, 1, 128),
 }  # fmt: skip
 FEW = {"TAVOneShotTune": {"steps": 2, "preview_every": 2}, "TAVDDIMInversion": {"steps": 2},
        "TAVVideoSampler": {"steps": 2}, "KSamplerAdvanced": {"steps": 2}, "KSampler": {"steps": 2}}  # fmt: skip
@@ -73,7 +75,7 @@ def page(browser, server):
 
 @pytest.fixture(scope="module")
 def results(page, server):
-    """The video of a mini workflow, uint8 `f h w c`: converted by the frontend, executed with few steps."""
+    """The videos of a mini workflow by the names of their files, converted by the frontend, executed with few steps."""
     videos = {}
 
     def run(name: str):
@@ -86,9 +88,10 @@ def results(page, server):
             )
             for node in prompt.values():
                 node["inputs"].update(FEW.get(node["class_type"], {}))
-            (save,) = (id_ for id_, node in prompt.items() if node["class_type"] == "SaveVideo")
-            (file,) = server.run(prompt)[save]["images"]
-            videos[name] = load_video(server.file(file)).frames
+            saves = [id_ for id_, node in prompt.items() if node["class_type"] == "SaveVideo"]
+            shown = server.run(prompt)
+            files = {prompt[save]["inputs"]["filename_prefix"]: shown[save]["images"][0] for save in saves}
+            videos[name] = {prefix: load_video(server.file(file)) for prefix, file in files.items()}
         return videos[name]
 
     return run
@@ -125,9 +128,9 @@ def test_first_workflow_with_the_mouse(browser, server):
         f"() => /step \\d+.\\d+, loss 0\\.\\d+/.test({node}.widgets.find(w => w.name == '$$node-text-preview')?.value)"
     )
     page.wait_for_function(f"() => {node}.imgs?.[0]?.naturalWidth > 500", timeout=300_000)  # the preview: 8 frames
-    video = page.locator(f"video[src*='{FIRST}']")
+    video = page.locator(f"video[src*='{FIRST}_']")
     video.wait_for(timeout=500_000)
-    page.wait_for_function("name => document.querySelector(`video[src*='${name}']`).videoWidth == 272", arg=FIRST)
+    page.wait_for_function("name => document.querySelector(`video[src*='${name}_']`).videoWidth == 272", arg=FIRST)
     page.wait_for_function(f"() => {node}.imgs?.[0]?.naturalHeight == 432")  # the loss curve, in place of the preview
     if PICTURES:
         page.evaluate(
@@ -257,7 +260,8 @@ def test_thumbnails_differ():
 
 @pytest.mark.parametrize("name", MINI)
 def test_result(results, name):
-    video = results(name).float()
+    videos = {key: clip.frames.float() for key, clip in results(name).items()}
+    video = videos.pop(f"video/{name}")
     columns, rows, size = MINI[name]
     f, h, w, _ = video.shape
     assert f == 8 and w == columns * (size + 8)
@@ -272,6 +276,16 @@ def test_result(results, name):
         assert edit.std() > 20, "black, or of one colour"
         assert (edit - source).abs().mean() > 2, "not edited"
         assert edit.diff(dim=0).abs().mean() > 0.5, "stands still"
+    assert videos, "no edit is saved alone"
+    for alone in videos.values():
+        assert alone.shape == (8, size, size, 3)
+        assert min((alone - tile).abs().mean() for tile in tiles) < 4, "none of those that are compared"
+
+
+def test_an_edit_alone_has_the_rate_of_the_clip(results):
+    (source,) = (node for node in saved(FIRST)["nodes"] if node["type"] == "TAVLoadVideo")
+    assert source["widgets_values"][0] == build.DEMO
+    assert {clip.fps for clip in results(FIRST).values()} == {load_video(CLIP).fps}
 
 
 @pytest.mark.parametrize("node", NODES)

@@ -4,12 +4,15 @@ import csv
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from support.errors import refused
 from tav_core import measure
+from tav_core.clip_metrics import load_clip
 from tav_core.mini import world
+from tav_core.visuals import frame_curves
 
 
 def clip(**changes):
@@ -52,6 +55,22 @@ def test_the_report_is_read_by_programs_and_people(rows, tmp_path):
     assert told["videos"][2]["figures"]["psnr_rest"] == "inf" and set(lines[0]) > set(told["videos"][0]["figures"])
     page = (tmp_path / "metrics.html").read_text()
     assert "blue &lt;b&gt;" in page and "data:image/png;base64," in page and "<b>blue" not in page
+
+
+def test_curves_tell_which_frame_fails(rows):
+    source, (edit, _), _ = rows
+    mask, clip_model = torch.zeros(4, 128, 128), load_clip("mini")
+    broken = edit.clone()
+    broken[2] = 0
+    curves = measure.by_frame(broken, source, "a blue ball", mask, clip_model)
+    assert list(curves) == ["psnr_rest", "frame_difference", "tgve_text"]
+    fidelity, steps, text = (values for values, _ in curves.values())
+    assert fidelity.index(min(fidelity)) == 2 and max(steps[2:]) > 5 * steps[1] and math.isnan(steps[0])
+    figures = measure.measure("", broken, source, "a blue ball", mask=mask, models=measure.Models(clip_model)).figures
+    assert np.mean(text) == pytest.approx(figures["tgve_text"], rel=1e-3)  # of half precision
+    assert np.mean(steps[1:]) == pytest.approx(figures["frame_difference"], rel=1e-4)
+    assert curves["psnr_rest"][1] == [] and len(curves["tgve_text"][1]) == 4
+    assert frame_curves(curves).size == (768, 672)
 
 
 def test_mistakes(rows):

@@ -83,3 +83,14 @@ def test_motion_fidelity():
     same, kept, against = (metrics.motion_fidelity(video, source) for video in (source, recoloured, backwards))
     assert same == pytest.approx(1, abs=1e-3) and kept > 0.9 and against < 0
     assert math.isnan(metrics.motion_fidelity(still, source))
+
+
+def test_masks_beside_the_truth():
+    truth = torch.zeros(3, 8, 8)
+    truth[:2, :, :4] = 1  # nothing is there in the third frame
+    half = truth.clone()
+    half[0, :4], half[1, :, 4] = 0, 1
+    assert metrics.mask_iou(truth, truth) == 1 and metrics.missed(truth, truth) == 0
+    assert metrics.mask_iou(half, truth) == pytest.approx((0.5 + 0.8) / 2)
+    assert metrics.missed(half, truth) == 0.25 and metrics.missed(truth, half) == pytest.approx(0.1)
+    assert math.isnan(metrics.mask_iou(truth[2:], truth[2:])) and math.isnan(metrics.missed(truth, 0 * truth))

@@ -66,14 +66,15 @@ def test_measure_tells_what_the_core_measures(pack, arguments):
 
     frames = [(arguments[name] * 255).round().to(torch.uint8) for name in ("images", "clip")]
     given = dict(images=arguments["images"], source=arguments["clip"], prompt="a blue ball on the sand")
-    table, told = pack.nodes.Measure.execute(
+    table, told, _ = pack.nodes.Measure.execute(
         **given, source_prompt="", clip_model="none", mask=arguments["subject"]
     ).args
     wanted = measure.measure("edit", *frames, given["prompt"], mask=arguments["subject"])
     assert json.loads(told)["figures"] == pytest.approx(wanted.figures, rel=1e-3)
     assert table.splitlines()[1].startswith("psnr_rest") and "tgve" not in table
-    table, told = pack.nodes.Measure.execute(**given, source_prompt="a red ball", clip_model="mini").args
+    table, told, plot = pack.nodes.Measure.execute(**given, source_prompt="a red ball", clip_model="mini").args
     assert {"tgve_text", "fram_acc", "directional"} <= set(json.loads(told)["figures"]) and "tem_con" in table
+    assert plot.shape == (1, 672, 768, 3) and 0 <= plot.min() < plot.max() <= 1
     for changes, said in (
         ({"images": given["images"][:2]}, "images edit has 2 frames of 128x128, its source 3"),
         ({"mask": torch.ones(2, 128, 128)}, "mask has 2 frames for 3"),

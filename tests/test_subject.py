@@ -23,6 +23,8 @@ from tav_core import (
 )
 from tav_core.attention import FrameContext
 from tav_core.checkpoint_parts import CONFIGS
+from tav_core.flow import told_by_neighbours
+from tav_core.metrics import mask_iou, missed
 from tav_core.mini import world
 from tav_core.mini.clips import BenchmarkClip
 from tav_core.subject import (
@@ -129,6 +131,50 @@ def test_the_outline_is_found_in_the_clip():
     # the same of larger frames, on which colours are learned from every second pixel
     twice = outlined(squares.transpose(0, 1)[None], frames.repeat_interleave(2, 1).repeat_interleave(2, 2))
     assert twice.shape == (1, 1, 3, 256, 256) and (pooled(twice, 2) - mask).abs().mean() < 0.01
+
+
+def sliding(frames=5, **changes):
+    """A clip, and its truth of 0 and 1, `f h w`."""
+    scenes = world.clip_scenes(world.Scene(**{"background": "sand", "layout": 3, **changes}), "slide", frames)
+    truth = np.stack([world.subject_mask(scene) for scene in scenes]) > 0.5
+    return torch.from_numpy(world.render_clip(scenes)), torch.from_numpy(truth).float()
+
+
+def test_what_a_frame_misses_the_frames_around_it_tell():
+    """Half of a ball of two colours in one frame, a hole in another; in a single frame nobody tells it."""
+    frames, truth = sliding(colour="blue", pattern="two-tone", second_colour="yellow")
+    squares = F.max_pool2d(truth, 8)
+    middle = int(truth[2].any(1).nonzero().float().mean()) // 8
+    squares[2, middle:] = 0
+    x, y = (int(truth[3].any(i).nonzero().float().mean()) // 8 for i in (0, 1))
+    squares[3, y - 1 : y + 2, x - 1 : x + 2] = 0
+    found, alone = outlined(squares[None, None], frames)[0, 0], outlined(squares[None, None, 2:3], frames[2:3])[0, 0]
+    assert missed(alone, truth[2:3]) > 0.3 > 0.03 > missed(found, truth)
+    assert min(mask_iou(*frame) for frame in zip(found.split(1), truth.split(1))) > 0.95
+
+
+def test_what_is_hidden_or_gone_is_not_told():
+    frames, truth = sliding(colour="red")
+    without, _ = sliding(colour="red", radius=0.001)
+    gone, hidden = frames.clone(), frames.clone()
+    gone[2], hidden[2, :, 64:] = without[2], 90
+    for video, there in ((gone, truth[2] * 0), (hidden, truth[2] * (torch.arange(128) < 64)), (frames, truth[2])):
+        masks = truth.clone()
+        masks[2] = 0  # nothing was found in this frame
+        told = torch.from_numpy(told_by_neighbours(masks, video))[2].float()
+        more, less = ((a > b).sum() / truth[2].sum() for a, b in ((told, there), (there, told)))
+        assert more < 0.02 and less < 0.2, (more, less)
+    assert not told_by_neighbours(truth[:2], frames[:2]).any()  # one neighbour alone says nothing
+
+
+def test_holes_of_the_subject_stay_and_those_of_the_mask_go():
+    frames, truth = (x[:1] for x in sliding(shape="ring", colour="red", radius=0.3))
+    mask = outlined(F.max_pool2d(truth, 8)[None, None], frames)[0, 0]
+    assert mask_iou(mask, truth) > 0.95
+    speckled = frames.clone()
+    y, x = (truth[0] > 0).nonzero()[400].tolist()
+    speckled[0, y - 1 : y + 2, x - 1 : x + 2] = frames[0, 0, 0]  # a highlight, of the colour of the stage
+    assert mask_iou(outlined(F.max_pool2d(truth, 8)[None, None], speckled)[0, 0], mask) > 0.99
 
 
 def test_soft_edges_are_ramps_of_the_given_width():

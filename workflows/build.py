@@ -86,15 +86,23 @@ def injected(w: Workflow, model, described) -> Node:
     return w.add("TAVAttentionInjection", model=model, conditioning=described)
 
 
-def result(w: Workflow, name: str, clip: Node, clips: list, labels: list[str]):
-    """Compares IMAGE batches and saves the video."""
+def result(w: Workflow, name: str, clip: Node, clips: list, labels: list[str], edits: dict[str, Node | tuple]):
+    """Compares IMAGE batches and saves the video, then each of the edits, by its name, as a video of its own."""
     w.group("6  Compare and save", "pale_blue", 400)
     images = {f"images_{i}": images for i, images in enumerate(clips, 1)}
     compare = w.add("TAVCompare", labels="\n".join(labels), **images)
-    video = w.add("CreateVideo", images=compare.video, fps=clip.fps, audio=clip.audio)
-    w.add("SaveVideo", video=video, filename_prefix=f"video/{name}")
+    saved(w, compare.video, clip, name)
     w.group("Frames", "pale_blue", below=True)
     w.add("PreviewImage", title="Frames", images=compare.strip)
+    for i, (edit, frames) in enumerate(edits.items()):
+        w.group(f"7  Saved alone: {edit}", "pale_blue", below=i % 2 == 1)
+        saved(w, frames, clip, f"{name}-{edit.replace(' ', '-')}")
+
+
+def saved(w: Workflow, frames: Node | tuple, clip: Node, name: str):
+    """A video file with the clip's rate and sound."""
+    video = w.add("CreateVideo", images=frames, fps=clip.fps, audio=clip.audio)
+    w.add("SaveVideo", video=video, filename_prefix=f"video/{name}")
 
 
 def one_shot(w: Workflow, name: str, mini: bool = True, note: str = ""):
@@ -127,7 +135,7 @@ def one_shot(w: Workflow, name: str, mini: bool = True, note: str = ""):
         cfg=5.0 if mini else 12.5,
     )
     frames = w.add("VAEDecode", samples=sample, vae=vae)
-    result(w, name, clip, [clip.images, frames], ["source", edited])
+    result(w, name, clip, [clip.images, frames], ["source", edited], {"edit": frames})
 
 
 def mini_edit(w: Workflow, name: str):
@@ -144,6 +152,7 @@ Press **Run**. Everything needed ships with the pack, and a CPU is enough.
 4. *DDIM Inversion* finds the noise that holds the motion of the clip.
 5. *Video Sampler* draws the edit from that noise. *Attention Injection* keeps it close to the clip: lower *share* for a freer edit.
 6. Source and edit, side by side, are saved as a video.
+7. So is the edit alone, with the rate and the sound of the clip.
 
 **Try**: change the words of the second sentence and run again. Only the edit is computed anew. The mini checkpoint knows shapes (ball, star, ...), colours, places (grass, snow, sand, ...) and styles (sketch, ...):
 
@@ -215,7 +224,7 @@ If you ran 01 before, the tuning isn't repeated.
             cfg=5.0,
         )
         frames.append(w.add("VAEDecode", samples=sample, vae=vae))
-    result(w, name, clip, [clip.images, *frames], ["source", *EDITS])
+    result(w, name, clip, [clip.images, *frames], ["source", *EDITS], dict(zip(EDITS, frames)))
 
 
 def reuse(w: Workflow, name: str):
@@ -243,7 +252,7 @@ Checkpoint, LoRAs and the settings of *Inflate* must be those of the tuning, and
     model = injected(w, tuned, described)
     sample = sampled(w, model, edit, empty, noise)
     frames = w.add("VAEDecode", samples=sample, vae=vae)
-    result(w, name, clip, [clip.images, frames], ["source", EDITS["style"]])
+    result(w, name, clip, [clip.images, frames], ["source", EDITS["style"]], {"edit": frames})
 
 
 def stock_sampler(w: Workflow, name: str):
@@ -285,7 +294,7 @@ What matters:
         scheduler=scheduler,
     )
     frames = w.add("VAEDecode", samples=sample, vae=vae)
-    result(w, name, clip, [clip.images, frames], ["source", f"{EDIT} ({sampler}, {scheduler})"])
+    result(w, name, clip, [clip.images, frames], ["source", f"{EDIT} ({sampler}, {scheduler})"], {"edit": frames})
 
 
 def upscale(w: Workflow, name: str):
@@ -328,7 +337,8 @@ Instead of *Upscale Image By* you can use *Upscale Image (using Model)*. With th
         denoise=0.4,
     )
     by_latent = w.add("VAEDecode", samples=refined, vae=vae)
-    result(w, name, clip, [by_image, by_latent], ["image upscale", "latent upscale"])
+    labels = ["image upscale", "latent upscale"]
+    result(w, name, clip, [by_image, by_latent], labels, dict(zip(labels, (by_image, by_latent))))
 
 
 def long_clip(w: Workflow, name: str):
@@ -355,7 +365,7 @@ With a clip of your own: set *count* of *Load Video* to 60, 120 or what you like
     model = injected(w, tuned.MODEL, described)
     sample = sampled(w, model, edit, empty, noise)
     frames = w.add("VAEDecode", samples=sample, vae=vae)
-    result(w, name, clip, [clip.images, frames], ["source", EDIT])
+    result(w, name, clip, [clip.images, frames], ["source", EDIT], {"edit": frames})
 
 
 def two_takes(w: Workflow, name: str):
@@ -386,7 +396,7 @@ Each take can be edited afterwards. Here it is the second: it is inverted and sa
     model = injected(w, tuned.MODEL, also)
     sample = sampled(w, model, edit, empty, noise)
     frames = w.add("VAEDecode", samples=sample, vae=vae)
-    result(w, name, clip, [mirrored, frames], ["second take", EDIT])
+    result(w, name, clip, [mirrored, frames], ["second take", EDIT], {"edit": frames})
 
 
 def regions(w: Workflow, name: str):
@@ -454,7 +464,9 @@ Instead of *Subject Mask*, connect a mask that you drew or that another pack fou
             figures = dict(prompt=EDITS["colour"], source_prompt=PROMPT, clip_model="mini", mask=subject)
             measured = w.add("TAVMeasure", images=frames[0], source=clip.images, **figures)
             w.add("PreviewAny", title="Figures", source=measured.table)
-    result(w, name, clip, [clip.images, mask, *frames], ["source", "subject", EDITS["colour"], EDITS["background"]])
+    labels = ["source", "subject", EDITS["colour"], EDITS["background"]]
+    edits = {"other colour": frames[0], "other place": frames[1]}
+    result(w, name, clip, [clip.images, mask, *frames], labels, edits)
 
 
 def controlnet(w: Workflow, name: str):
@@ -498,7 +510,8 @@ With Stable Diffusion 1.5: a ControlNet as a diffusers folder in `models/control
             add_noise=True,
         )
         frames.append(w.add("VAEDecode", samples=sample, vae=vae))
-    result(w, name, clip, [clip.images, hints.images, *frames], ["source", "hints", edited, "without the hints"])
+    labels = ["source", "hints", edited, "without the hints"]
+    result(w, name, clip, [clip.images, hints.images, *frames], labels, {"edit": frames[0]})
 
 
 def lora_style(w: Workflow, name: str):
@@ -536,7 +549,51 @@ With Stable Diffusion 1.5: any LoRA in `models/loras`, and its own words in the 
             cfg=5.0,
         )
         frames.append(w.add("VAEDecode", samples=sample, vae=vae))
-    result(w, name, clip, [clip.images, *frames], ["source", "neon 0.5", "neon 1.0"])
+    labels = ["neon 0.5", "neon 1.0"]
+    result(w, name, clip, [clip.images, *frames], ["source", *labels], dict(zip(labels, frames)))
+
+
+def metrics(w: Workflow, name: str):
+    w.group("Read me", "yellow", 360)
+    w.note(
+        """# How good is the edit?
+
+*Measure* compares the edit with its clip and shows a line a figure, in brackets the clip's own:
+
+- outside of the *mask* the edit should be the clip (**psnr_rest**, **ssim_rest**): *Put Back the Clip* sees to that
+- it should move as the clip does (**motion_fidelity**, **warp_error**) and not **flicker**
+- a CLIP says how well it shows its sentence (**tgve_text**: higher than the clip's own), and how alike its frames are
+
+Alike frames alone prove nothing: a video that stands still has them. The plot shows some of the figures along the frames, so which of them failed.
+
+The small CLIP that ships with the pack knows the mini world alone, and its scores compare with nothing else. For your clips put a CLIP such as openai/clip-vit-large-patch14 as a folder into `models/clip_vision`, and choose it in *clip_model*.
+""",
+        520,
+    )
+    clip, inflated, clip_model, vae, latent = source(w)
+    w.group("2  Sentences", "green")
+    described = sentence(w, clip_model, "What the clip shows", PROMPT)
+    others = [sentence(w, clip_model, "The same with another subject", text) for text in CONTRASTS[:2]]
+    edit = sentence(w, clip_model, "What it should show", EDITS["colour"])
+    empty = sentence(w, clip_model, "Nothing (leave it empty)", "")
+    tuned = tuning(w, inflated, latent, described, edit, vae)
+    w.group("4  Invert, and find the subject", "cyan")
+    noise = w.add("TAVDDIMInversion", model=tuned.MODEL, latent=latent, conditioning=described, steps=25, measure=False)
+    contrast = w.add("ConditioningCombine", conditioning_1=others[0], conditioning_2=others[1])
+    found = dict(latent=latent, images=clip.images, conditioning=described, contrast=contrast)
+    subject = w.add("TAVSubjectMask", model=tuned.MODEL, **found)
+    w.group("5  Edit the subject", "cyan")
+    held = dict(conditioning=described, region="subject", subject=subject)
+    model = w.add("TAVAttentionInjection", model=tuned.MODEL, **held)
+    sample = sampled(w, model, edit, empty, noise)
+    decoded = w.add("VAEDecode", samples=sample, vae=vae)
+    frames = w.add("TAVPutBack", images=decoded, clip=clip.images, subject=subject, region="subject")
+    result(w, name, clip, [clip.images, frames], ["source", EDITS["colour"]], {"edit": frames})
+    w.group("8  Measure", "red", 400)
+    figures = dict(prompt=EDITS["colour"], source_prompt=PROMPT, clip_model="mini", mask=subject)
+    measured = w.add("TAVMeasure", images=frames, source=clip.images, **figures)
+    w.add("PreviewAny", title="Figures", source=measured.table)
+    w.add("SaveImage", title="Along the frames", images=measured.plot, filename_prefix=f"{name}-plot")
 
 
 WORKFLOWS = {
@@ -551,6 +608,7 @@ WORKFLOWS = {
     "09-regions-mini": regions,
     "10-controlnet-mini": controlnet,
     "11-lora-mini": lora_style,
+    "12-metrics-mini": metrics,
 }
 
 

@@ -16,8 +16,8 @@ WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", BUTTON}
 TITLE, ROW, WIDGET, TEXT, GAP, HEADING = 30, 20, 24, 52, 24, 44
 # room for what a node shows below its widgets: a picture, a video, progress; as much as the renderer that takes the
 # most
-SHOWS = {"PreviewImage": 220, "PreviewAny": 52, "SaveVideo": 270, "TAVLoadVideo": 300, "TAVOneShotTune": 380,
-         "TAVDDIMInversion": 375,
+SHOWS = {"PreviewImage": 220, "SaveImage": 220, "PreviewAny": 52, "SaveVideo": 270, "TAVLoadVideo": 300,
+         "TAVOneShotTune": 380, "TAVDDIMInversion": 375,
          "TAVVideoSampler": 300, "KSampler": 300, "KSamplerAdvanced": 300}  # fmt: skip
 # below the others, since rows of "Nodes 2.0" are higher than those of the classic renderer, and for a widget that a
 # core adds

@@ -23,6 +23,7 @@ PICTURES = {
     "08-two-takes-mini": ("One tuning, two takes", [[(0, 0), "+", (0, 2)], ["=", (1, 1), ""]]),
     "09-regions-mini": ("The subject, or all but it", [[(0, 1), (1, 1)], [(2, 1), (3, 1)]]),
     "10-controlnet-mini": ("Another shape and motion", [[(1, 0), (1, 1), (1, 2)], [(2, 0), (2, 1), (2, 2)]]),
+    "12-metrics-mini": ("How good is the edit?", [[(0, 1), (1, 1)], ["PSNR  SSIM  CLIP"]]),
     "11-lora-mini": ("A style from a LoRA", [[(0, 1), (1, 1), (2, 1)], ["neon 0, 0.5, 1"]]),
 }  # fmt: skip
 MARGIN = 8  # of a strip, and around the tiles
