@@ -141,9 +141,9 @@ def _report(output: Path, summary: dict[str, Any]):
     loss, seconds = summary["probe_loss"], summary["seconds"]
     print(f"probe loss {loss['before']:.4f} -> {loss['after']:.4f}: error of the predicted noise, before and after the "
           "tuning; it says that the clip was learned, not that edits are good")  # fmt: skip
-    reached, ceiling = summary["reconstruction_psnr"], summary["vae_psnr"]
+    reached, walk, ceiling = (summary[f"{name}_psnr"] for name in ("reconstruction", "walk", "vae"))
     quality, limits = summary["reconstruction_quality"], f"good from {GOOD[0]} dB on, fair from {FAIR[0]}"
-    print(f"reconstruction {reached} dB: {quality} ({limits}; the VAE alone reaches {ceiling} dB)")
+    print(f"reconstruction {reached} dB: {quality} ({limits}; without guidance {walk} dB, the VAE alone {ceiling} dB)")
     print(", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
     files = [each["file"] for each in (summary["reconstruction"], *summary["edits"])]
     strips = [STEP_STRIP] if (output / STEP_STRIP).exists() else []

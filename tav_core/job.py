@@ -439,7 +439,10 @@ class _Run:
         video = project.timed("sample", pipeline.sample, self.checkpoint, unet, noise.latents, job.prompt, job.preset,
                               source_prompt=job.prompt, negative_prompt=job.negative_prompt, subject=noise.subject,
                               callback=self.callback)  # fmt: skip
-        by_vae = decode_video(self.checkpoint, self.source.take.latents)  # what the VAE alone leaves of the clip
-        for name, of in (("reconstruction_psnr", video), ("vae_psnr", by_vae)):
+        # without guidance, and what the VAE alone leaves of the clip
+        walk = project.timed("sample", pipeline.reconstruct, self.checkpoint, unet, noise.latents, job.prompt,
+                             job.preset, callback=self.callback)  # fmt: skip
+        by_vae = decode_video(self.checkpoint, self.source.take.latents)
+        for name, of in (("reconstruction_psnr", video), ("walk_psnr", walk), ("vae_psnr", by_vae)):
             project.summary[name] = round(psnr(of, self.clip.frames), 2)
         project.put("reconstruction", video, noise.fps, noise.sound, settings)

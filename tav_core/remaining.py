@@ -15,11 +15,11 @@ _TUNING = 2.4  # forward passes that a tuning step takes as long as, measured (S
 
 def plan_of(job: "EditJob", done: Collection[str] = ()) -> Plan:
     """The stages of `run_edit`, but for those that are done."""
-    preset, sampling = job.preset, 0.0
+    preset, sampling = job.preset, 1.0  # the walk back, without guidance
     for edit in [None, *job.edits]:  # the reconstruction is one as well
         holds = edit is not None and (edit.region != "everything" or (job.knows_subject and preset.steady))
         sampling += 1 + (preset.guidance_scale > 1) + (1 if holds else preset.attention_injection)
-    samplings = 1 + len(job.edits)
+    samplings = 2 + len(job.edits)
     stages = [
         Stage("encode", 1, 0.0),
         Stage("tune", preset.tuning.steps, _TUNING),

@@ -20,7 +20,7 @@ HELD[..., 4:12, 2:11] = 0
 def model(pack, inference_mode):
     """An inflated MODEL whose temporal attention has an effect."""
     wrapped = inflated(pack, native(), norm="frame")
-    awake = {name: weight + 0.02 for name, weight in pack.nodes.native.trainable_names(wrapped).items()}
+    awake = {name: weight + 0.02 for name, weight in pack.nodes.native.trainable_weights(wrapped).items()}
     return pack.nodes.native.with_tuned_weights(wrapped, awake, 3)
 
 

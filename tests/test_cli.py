@@ -70,7 +70,7 @@ def test_edit_writes_videos_pictures_weights_and_a_summary(edited):
             assert len(load_video(edited / name).frames) == 4
     summary = json.loads((edited / "summary.json").read_text())
     assert summary["steps"] == 4 and summary["frames"] == 4 and summary["size"] == [128, 128]
-    assert summary["vae_psnr"] > 15 and summary["vae_psnr"] > summary["reconstruction_psnr"] > 5
+    assert summary["vae_psnr"] > 15 and summary["vae_psnr"] > summary["walk_psnr"] > summary["reconstruction_psnr"] > 5
     assert [edit["region"] for edit in summary["edits"]] == ["subject", "everything"]
     assert summary["reconstruction_quality"] == verdict(summary["reconstruction_psnr"], summary["vae_psnr"])
     assert "dB" in summary["meanings"]["vae_psnr"]

@@ -128,7 +128,7 @@ def test_tuned_weights_belong_to_their_lora_and_strength(pack, load, mini, infer
         config={},
         base_name="",
     )
-    tensors = {name: weight + 0.02 for name, weight in nodes.native.trainable_names(styled).items()}
+    tensors = {name: weight + 0.02 for name, weight in nodes.native.trainable_weights(styled).items()}
     weights = nodes.common.TunedWeights(tensors, info)
     tuned = nodes.ApplyTunedWeights.execute(upstream(1.0), weights).args[0]
     assert relative(drawn(tuned, mini, 3), drawn(styled, mini, 3)) > 1e-3
@@ -139,7 +139,7 @@ def test_tuned_weights_belong_to_their_lora_and_strength(pack, load, mini, infer
 
 def test_a_lora_on_a_tuned_model_adds_to_what_was_tuned(pack, load, mini, inference_mode):
     bridge = pack.nodes.native
-    learned = {name: weight + 0.02 for name, weight in bridge.trainable_names(mini.inflated).items()}
+    learned = {name: weight + 0.02 for name, weight in bridge.trainable_weights(mini.inflated).items()}
     tuned = bridge.with_tuned_weights(mini.inflated, learned, 3)
     styled, tensors = bridge.weights(load(tuned, 0.5)), load_lora()
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

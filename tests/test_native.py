@@ -115,7 +115,7 @@ def test_inflating_while_a_lora_is_loaded_in_place(pack):
 def test_partly_loaded_models_compute_the_same(pack):
     wrapped = inflated(pack, native())
     tuned = pack.nodes.native.with_tuned_weights(
-        wrapped, {n: p + 0.05 for n, p in pack.nodes.native.trainable_names(wrapped).items()}, 3
+        wrapped, {n: p + 0.05 for n, p in pack.nodes.native.trainable_weights(wrapped).items()}, 3
     )
     whole = sample(tuned, 3)
     tuned.detach()
@@ -235,7 +235,7 @@ def test_text_and_latents_of_another_family_are_refused(pack, each_node, node):
 def test_tuned_weights_stay_off_the_model_they_came_from(pack):
     wrapped = inflated(pack, native())
     before = sample(wrapped, 3)
-    weights = {n: p + 0.1 for n, p in pack.nodes.native.trainable_names(wrapped).items()}
+    weights = {n: p + 0.1 for n, p in pack.nodes.native.trainable_weights(wrapped).items()}
     tuned = pack.nodes.native.with_tuned_weights(wrapped, weights, 3)
     assert relative(sample(tuned, 3), before) > 1e-2
     assert relative(sample(wrapped, 3), before) < 1e-6
@@ -246,7 +246,7 @@ def test_tuned_weights_stay_off_the_model_they_came_from(pack):
 
 def test_two_clips_in_one_latent_do_not_see_each_other(pack):
     wrapped = inflated(pack, native())
-    weights = {n: p + 0.02 for n, p in pack.nodes.native.trainable_names(wrapped).items()}
+    weights = {n: p + 0.02 for n, p in pack.nodes.native.trainable_weights(wrapped).items()}
     tuned = pack.nodes.native.with_tuned_weights(wrapped, weights, 3)
     first, second = clip(3, 1), clip(3, 2)
     both = sample(tuned, noise=torch.cat([first, second]))

@@ -208,7 +208,7 @@ def test_frames_still_see_each_other(pack):
 def test_attention_injection_leads_patched_attention(pack, models, name):
     wrapped, noise = inflated(pack, models[0], norm="frame"), clip(3)
     wrapped = pack.nodes.native.with_tuned_weights(
-        wrapped, {n: p + 0.02 for n, p in pack.nodes.native.trainable_names(wrapped).items()}, 3
+        wrapped, {n: p + 0.02 for n, p in pack.nodes.native.trainable_weights(wrapped).items()}, 3
     )
     patched = wrapped.clone()
     patched = instead_of_attn2(patched) or patched if name == "IP-Adapter" else STOCK[name](patched)

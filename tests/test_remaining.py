@@ -56,8 +56,8 @@ def test_a_plan_has_the_steps_that_an_edit_takes():
     preset = with_settings(PRESETS["mini"], steps=30, sampling_steps=10, guidance_scale=5.0, attention_injection=0.5)
     plan = plan_of(EditJob("a red ball", [Edit("one"), Edit("two")], preset))
     assert [(stage.name, stage.steps) for stage in plan.stages] == [
-        ("encode", 1), ("tune", 30), ("invert", 10), ("sample", 30)]  # fmt: skip
-    assert plan.stages[-1].cost == 2.5  # guided, and for half of the steps beside the clip
+        ("encode", 1), ("tune", 30), ("invert", 10), ("sample", 40)]  # fmt: skip
+    assert plan.stages[-1].cost == (1 + 3 * 2.5) / 4  # the walk, and three guided, for half of the steps beside it
     found = plan_of(EditJob("a red ball", [Edit("one", "subject")], preset, ["a blue star", "a ring"], word="ball"))
     assert [(stage.name, stage.steps) for stage in found.stages][3] == ("subject", 4 * 3 + 10)
 

@@ -383,7 +383,7 @@ def tuned_on_4(pack, inference_mode):
     bridge, model = pack.nodes.native, inflated(pack, native())
     generator = torch.Generator().manual_seed(0)
     weights = {
-        n: p + 0.05 * torch.randn(p.shape, generator=generator) for n, p in bridge.trainable_names(model).items()
+        n: p + 0.05 * torch.randn(p.shape, generator=generator) for n, p in bridge.trainable_weights(model).items()
     }
     tuned = bridge.with_tuned_weights(model, weights, 4)
     free = tuned.clone()

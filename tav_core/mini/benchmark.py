@@ -20,15 +20,16 @@ from ..checkpoint import Checkpoint, decode_video
 from ..errors import TavError, field
 from ..events import Callback, Note, ignored
 from ..inflation import VideoUNet, inflate
+from ..metrics import mask_iou, missed
 from ..pipeline import Source, find_subject, invert, prepare, reconstruct, sample, tune_on
 from ..presets import PRESETS, Preset, with_settings
 from ..project import write_json
 from . import world
 from .clips import ARMS, KINDS, REGIONS, BenchmarkClip, benchmark_clips
 from .judge import Judge
-from .scores import SCORES, rmse, score_edit
+from .scores import SCORES, masks, rmse, score_edit
 
-CLIP_ERRORS = ("vae", "walk", "guided")
+CLIP_ERRORS = ("vae", "walk", "guided", "mask_iou", "mask_missed")
 OnVideo = Callable[[str, np.ndarray], None]
 
 
@@ -131,6 +132,9 @@ class _Runs:
             settings["subject"] = find_subject(self.checkpoint, unet, self.source, self.clip.contrasts(), preset)
         draw = partial(sample, self.checkpoint, unet, noise, preset=preset, **settings)
         rows = [self._whole_clip(draw, show)]
+        if "subject" in settings:
+            found, truth = settings["subject"][0, 0], torch.from_numpy(masks(self.clip.scenes()))
+            rows[0] |= {"mask_iou": mask_iou(found, truth), "mask_missed": missed(found, truth)}
         for kind, value in self.clip.edits.items():
             region = REGIONS[kind] if "subject" in settings else "everything"
             video = draw(self.clip.caption(**{KINDS[kind]: value}), region=region).numpy()

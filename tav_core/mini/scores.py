@@ -44,7 +44,7 @@ def trajectory_agreement(found: np.ndarray, truth: np.ndarray) -> tuple[float, f
     return correlation, float(np.linalg.norm(found[:, :2] - truth[:, :2], axis=1).mean())
 
 
-def _masks(scenes: list[world.Scene]) -> np.ndarray:
+def masks(scenes: list[world.Scene]) -> np.ndarray:
     """Coverage of the subject, `f h w` in 0..1."""
     return np.stack([world.subject_mask(s) for s in scenes])
 
@@ -91,11 +91,11 @@ def score_edit(judge: Judge, video: np.ndarray, clip: BenchmarkClip, kind: str) 
     if attribute == "colour":
         wanted["colour"] = {value}
     right = {a: float(np.mean([v in wanted[a] for v in getattr(seen, a)])) for a in ATTRIBUTES}
-    truth = _masks(scenes)
+    truth = masks(scenes)
     correlation, distance = trajectory_agreement(
         _trajectory(seen.centre, seen.radius), _trajectory(*locate(torch.from_numpy(truth)))
     )
-    either = np.maximum(truth, _masks(before))  # the subject as it was and as it should be
+    either = np.maximum(truth, masks(before))  # the subject as it was and as it should be
     # the stage of two frames, away from the subject in either (as it should be and as it is)
     drawn = np.maximum(truth, seen.mask.numpy())
     wide = np.stack([cv2.dilate(m, np.ones((13, 13))) for m in drawn]) > 0.05
