@@ -26,8 +26,8 @@ MEANINGS = {
     "reconstruction_psnr": "dB, the clip drawn again from its noise with its own sentence, against the clip; "
     f"good from {GOOD[0]} dB on and at most {GOOD[1]} dB below vae_psnr, fair from {FAIR[0]} dB on and at most "
     f"{FAIR[1]} dB below it, else poor: edits keep no more of the clip than it does",
-    "walk_psnr": "dB, the same without guidance, against the clip: what the inversion kept of it; guidance takes what the "
-    "reconstruction has less",
+    "walk_psnr": "dB, the same without guidance, against the clip: what the inversion kept of it; guidance takes what "
+    "the reconstruction has less",
     "vae_psnr": "dB, the clip coded and decoded by the VAE alone: no video of this checkpoint comes nearer",
     "frame_difference": "mean absolute difference of neighbouring frames, 0 ... 1: motion and flicker together, about "
     "the source's in a good edit",
