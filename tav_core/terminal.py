@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -203,8 +204,19 @@ def check_needs(args: argparse.Namespace, **needs: str | tuple[str, ...]):
 # ---------------------------------------------------------------------------------------------- the command
 
 
+class _Help(argparse.HelpFormatter):
+    """Breaks the lines of an example at its blanks alone: names of files have hyphens."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        wrapping = dict(initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
+        return textwrap.fill(" ".join(text.split()), width, **wrapping)
+
+
 class Parser(argparse.ArgumentParser):
     """Tells in one line what is wrong with the arguments, and takes some from the file that --config names."""
+
+    def __init__(self, *args, formatter_class: type = _Help, **kwargs):
+        super().__init__(*args, formatter_class=formatter_class, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
         try:

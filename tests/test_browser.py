@@ -279,7 +279,7 @@ def test_result(results, name):
     assert videos, "no edit is saved alone"
     for alone in videos.values():
         assert alone.shape == (8, size, size, 3)
-        assert min((alone - tile).abs().mean() for tile in tiles) < 4, "none of those that are compared"
+        assert min((alone - tile).abs().mean() for tile in tiles) < 8, "none of those that are compared"
 
 
 def test_an_edit_alone_has_the_rate_of_the_clip(results):

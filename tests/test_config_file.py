@@ -58,7 +58,13 @@ def test_a_file_of_yaml(parsed, tmp_path):
         "seed: 5\noutput: out\ncheckpoint: mini\nsize: 64\nsteady:\n"
     )
     args = parsed("--config", path, "--seed", 6)
-    assert (args.edit, args.sampling_steps, args.audio, args.resume, args.seed) == (["one", "two"], 3, False, False, 6)
+    assert (args.edit, args.sampling_steps, args.audio, args.resume, args.seed) == (
+        ["one", "two"],
+        3,
+        False,
+        False,
+        [6],
+    )
 
 
 @pytest.mark.parametrize("text, told", [

@@ -42,7 +42,7 @@ def test_what_fits_and_how_long_it_takes(checkpoint, memory):
     rows = {row[0]: row[3:] for row in map(str.split, lines) if row[0] in MEMORY}
     assert rows["fast"] == ["10", "18", "40"] and rows["low"] == ["81", "144", "325"]  # of 64 x 32, 48 x 24, 32 x 16
     text = "\n".join(lines)
-    assert "clip: 3 frames of 64 x 32, in fp32" in text and "(900 steps)" in lines[-1]
+    assert "clip: 3 frames of 64 x 32, in fp32" in text and "(1200 steps)" in lines[-1]
     rate = {name: float(value) for name, value in re.findall(r"(tuning|inversion|sampling) ([\d.]+) s", text)}
     assert all(value >= 0 for value in rate.values()) and len(rate) == 3
     assert lines[-1].startswith("2 edits and the reconstruction take about ")

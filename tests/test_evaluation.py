@@ -94,7 +94,7 @@ def test_a_killed_run_goes_on_and_does_only_what_is_missing(dataset, checkpoint,
 
         def kill(begun, event):  # while the edit of the second clip is drawn, after its reconstruction
             seen.append(len(begun) == 2 and isinstance(event, DDIMStep) and event.stage == "sample")
-            if sum(seen) == 2:
+            if sum(seen) == 3:  # behind the reconstruction and the walk back
                 os.kill(os.getpid(), signal.SIGKILL)
 
         edited(wanted, checkpoint, out, kill)
