@@ -510,7 +510,7 @@ def test_videos_outside_of_the_input_folder(server, info, file):
 
 
 @pytest.mark.parametrize("name, told", [
-    ("../../x", "leads out of tune_a_video"), ("/tmp/x", "leads out of tune_a_video"), ("a/../../x", "leads out of "
+    ("../../x", "leads out of tune_a_video"), ("/x", "leads out of tune_a_video"), ("a/../../x", "leads out of "
                                                                                                      "tune_a_video"),
     (" ", "name is empty"), ("x" * 300, "name is a name of 300 bytes; give a shorter one"), ("..", "names no file"),
     ("a\0b", "holds characters that are no letters"), ("sub/NUL", "names a device or drive of Windows"),
