@@ -284,8 +284,8 @@ def sample_arguments(parser):
     told = "frame rate of the written videos (that of the clip in --noise; else 8)"
     _number(parser, "--fps", "fps", metavar="X", help=told)
     audio_argument(parser)
-    names = ("seed", "dtype", "sampling_steps", "guidance_scale", "attention_injection", "caption_as_negative",
-             "steady", "context_length", "context_overlap")  # fmt: skip
+    names = ("seed", "dtype", "sampling_steps", "guidance_scale", "guidance_rescale", "guidance_start", "guidance_end",
+             "attention_injection", "caption_as_negative", "steady", "context_length", "context_overlap")  # fmt: skip
     add_preset_arguments(parser, *names, several=SWEEPS | {"seed": "of random noise; several for a grid of edits"})
     run_arguments(parser, config=True)
 

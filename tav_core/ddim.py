@@ -7,6 +7,7 @@ signal level alphas_cumprod is `1 / (1 + sigma^2)`. Arithmetic runs in float32, 
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from .condition import Condition, VideoModel, joined, predict
 from .errors import TavError
 from .events import Callback, DDIMStep, ignored
+from .limits import check
 
 if TYPE_CHECKING:
     from .injection import Led, SourceWalk
@@ -143,6 +145,54 @@ def inversion_steps(
         yield x, x0
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598).
+
+    Attributes:
+        scale: the paper uses 12.5; at most 1 runs the condition alone, at half the cost.
+        rescale: how far the spread of what is predicted is brought back to what it is without guidance, 0 ... 1
+            (Lin et al., arXiv 2305.08891, section 3.4): a strong guidance has pale or gaudy pictures otherwise.
+        start, end: the shares of the sampling steps between which there is guidance, 0 ... 1 (Kynkäänniemi et al.,
+            arXiv 2404.07724): the first decide on the layout, the last draw what is fine.
+
+    Raises:
+        TavError: a rescale, start or end outside 0 ... 1, or an end before the start.
+    """
+
+    scale: float = 7.5
+    rescale: float = 0.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self):
+        check(guidance_rescale=self.rescale, guidance_start=self.start, guidance_end=self.end)
+        if self.start > self.end:
+            problem = f"is behind guidance_end, which is {self.end:g}"
+            raise TavError("guidance_start", self.start, problem, "give a smaller number")
+
+    def acts(self, step: int, num_steps: int) -> bool:
+        """Whether a step, 0 ... `num_steps` - 1, is guided."""
+        return self.scale > 1 and round(self.start * num_steps) <= step < round(self.end * num_steps)
+
+    def __call__(self, x0: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """The clean latents that `x` is guided to at a level.
+
+        Args:
+            x0: as they are seen with the negative prompt, and behind it with the condition, `(2 b) c f h w`.
+            x: `b c f h w`.
+        """
+        negative, positive = x0.chunk(2)
+        guided = negative + self.scale * (positive - negative)
+        if self.rescale == 0:
+            return guided
+        # the spread is that of v, which is (z signal - x0) / noise: the same whatever the model predicts
+        centre = x / (1 + sigma**2)
+        of_v, wanted = guided - centre, positive - centre
+        spread, wanted = (v.std(dim=(1, 2, 3, 4), keepdim=True) for v in (of_v, wanted))
+        return centre + of_v * torch.lerp(torch.ones_like(spread), wanted / spread, self.rescale)
+
+
 @torch.no_grad()
 def ddim_invert(
     unet: VideoModel,
@@ -196,6 +246,9 @@ def ddim_sample(
     num_steps: int,
     *,
     guidance_scale: float = 7.5,
+    guidance_rescale: float = 0.0,
+    guidance_start: float = 0.0,
+    guidance_end: float = 1.0,
     negative_hidden_states: Tensor | Condition | None = None,
     source_walk: "SourceWalk | None" = None,
     source_hidden_states: Tensor | Condition | None = None,
@@ -208,7 +261,7 @@ def ddim_sample(
     Args:
         unet, condition, scheduler, num_steps: as in `ddim_invert`.
         latents: noise, `b c f h w`; random or from `ddim_invert`.
-        guidance_scale: the paper uses 12.5; at most 1 runs the condition alone, at half the cost.
+        guidance_scale, guidance_rescale, guidance_start, guidance_end: see `Guidance`.
         negative_hidden_states: the negative (or empty) prompt, of any length; labels by default as there.
         source_walk: takes the source clip back beside the edit, from the same noise without guidance, and lets it lead
             the edit's attention or hold a part of it (see `injection`); needs a model with a `frame_context`.
@@ -220,9 +273,10 @@ def ddim_sample(
         float32 `b c f h w`.
 
     Raises:
-        TavError: guidance without `negative_hidden_states`, a walk without `source_hidden_states`, an eta outside
-            0 ... 1, texts of several widths; see also `ddim_invert`.
+        TavError: guidance out of range or without `negative_hidden_states`, a walk without `source_hidden_states`, an
+            eta outside 0 ... 1, texts of several widths; see also `ddim_invert`.
     """
+    guidance = Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_end)
     guided = guidance_scale > 1
     if guided and negative_hidden_states is None:
         raise TavError("guidance_scale", guidance_scale, "needs negative_hidden_states", "pass it or set 1")
@@ -237,7 +291,7 @@ def ddim_sample(
     if source_walk is not None:
         source_walk.begin()
         source = Condition.of(source_hidden_states).or_labels_of(condition)
-    denoise = _edit_denoiser(unet, schedule, latents.shape, prompts, guidance_scale, source_walk, source)
+    denoise = _edit_denoiser(unet, schedule, latents.shape, prompts, guidance, source_walk, source)
     x = from_latents(latents.float().contiguous(), schedule.sigmas[0])
     for step, (sigma, lower) in enumerate(pairwise(schedule.sigmas)):
         x0 = denoise(x, step)
@@ -255,7 +309,7 @@ def _edit_denoiser(
     schedule: Schedule,
     shape: torch.Size,
     prompts: Mapping[str, Condition],
-    guidance_scale: float,
+    guidance: Guidance,
     source_walk: "SourceWalk | None",
     source: Condition | None,
 ) -> Callable[[Tensor, int], Tensor]:
@@ -266,22 +320,26 @@ def _edit_denoiser(
         prompts: the condition, behind the negative one where there is guidance; names are for errors.
     """
     b, _, f, _, _ = shape
-    edits = joined(prompts, b, f)
     walks = source_walk is not None and (source_walk.share > 0 or source_walk.holds)
-    with_source = joined({"source_hidden_states": source, **prompts}, b, f) if walks else None
+
+    @cache
+    def texts(guided: bool, with_source: bool) -> Condition:
+        used = prompts if guided else {"condition": prompts["condition"]}
+        return joined({"source_hidden_states": source, **used} if with_source else used, b, f)
+
+    texts(len(prompts) > 1, walks)  # what doesn't go together is told at once
 
     def denoise(x: Tensor, step: int) -> Tensor:
+        guided = len(prompts) > 1 and guidance.acts(step, len(schedule.timesteps))
+
         def ask(x: Tensor, led: "Led | None") -> Tensor:
             if led is None:
-                return schedule.denoised(unet, x, step, edits)
+                return schedule.denoised(unet, x, step, texts(guided, False))
             with unet.frame_context.running(sources=led.sources):
-                return schedule.denoised(unet, x, step, with_source, **led.keywords)
+                return schedule.denoised(unet, x, step, texts(guided, True), **led.keywords)
 
-        x, sigma = torch.cat([x] * len(prompts)), schedule.sigmas[step]
-        x0 = ask(x, None) if not walks else source_walk(ask, x, sigma, schedule.sigmas, len(prompts))
-        if len(prompts) == 1:
-            return x0
-        negative, positive = x0.chunk(2)
-        return negative + guidance_scale * (positive - negative)
+        videos, sigma = torch.cat([x] * (1 + guided)), schedule.sigmas[step]
+        x0 = source_walk(ask, videos, sigma, schedule.sigmas, 1 + guided) if walks else ask(videos, None)
+        return guidance(x0, x, sigma) if guided else x0
 
     return denoise

@@ -55,6 +55,9 @@ LIMITS = {
     # inversion and sampling
     "sampling_steps": Range(1, 1000),
     "guidance_scale": Range(0.0, 100.0),
+    "guidance_rescale": Range(0.0, 1.0),
+    "guidance_start": Range(0.0, 1.0),
+    "guidance_end": Range(0.0, 1.0),
     "attention_injection": Range(0.0, 1.0),
     "caption_as_negative": Range(0.0, 1.0),
     "context_length": Range(3, 10_000),  # frame 0, the previous frame, and one that sees both

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
+from .ddim import Guidance
 from .errors import TavError
 from .limits import check_fields
 from .tuning import TuneConfig
@@ -15,6 +16,7 @@ class Preset:
     Attributes:
         attention_injection: share of the sampling steps in which the edit attends as the clip does, 0 ... 1: more
             keeps more of its layout and motion (see `injection`; 0 in the paper).
+        guidance_scale, guidance_rescale, guidance_start, guidance_end: see `Guidance`.
         caption_as_negative: how much of the negative prompt is the clip's own sentence, 0 ... 1: guidance then
             follows what an edit changes in it, and the clip is inverted with it. 0 is the paper, 1 negative-prompt
             inversion (arXiv 2305.16807).
@@ -27,6 +29,9 @@ class Preset:
     tuning: TuneConfig
     sampling_steps: int = 50
     guidance_scale: float = 12.5
+    guidance_rescale: float = 0.0
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
     attention_injection: float = 0.0
     caption_as_negative: float = 0.0
     steady: bool = True
@@ -34,6 +39,7 @@ class Preset:
 
     def __post_init__(self):
         check_fields(self)
+        Guidance(self.guidance_scale, self.guidance_rescale, self.guidance_start, self.guidance_end)
         if self.tuning.context_length is not None:
             ContextWindows(self.tuning.context_length, self.context_overlap)
 

@@ -17,8 +17,8 @@ from .video import Clip
 # of the machine or of one run alone
 _NOT_KEPT = ("help", "output", "config", "resume", "overwrite", "quiet", "dry_run", "threads", "device", "comfyui")
 # of a preset, which another version may have changed
-_RESOLVED = ("steps", "learning_rate", "seed", "dtype", "sampling_steps", "guidance_scale", "attention_injection",
-             "caption_as_negative")  # fmt: skip
+_RESOLVED = ("steps", "learning_rate", "seed", "dtype", "sampling_steps", "guidance_scale", "guidance_rescale",
+             "guidance_start", "guidance_end", "attention_injection", "caption_as_negative")  # fmt: skip
 GOOD, FAIR = (24, 8), (19, 14)  # dB that a reconstruction must have, and may be below what the VAE alone leaves
 MEANINGS = {
     "probe_loss": "mean squared error of the predicted noise (without unit, about 1 where nothing is known) on the "

@@ -18,7 +18,8 @@ def plan_of(job: "EditJob", done: Collection[str] = ()) -> Plan:
     preset, sampling = job.preset, 1.0  # the walk back, without guidance
     for edit in [None, *job.edits]:  # the reconstruction is one as well
         holds = edit is not None and (edit.region != "everything" or (job.knows_subject and preset.steady))
-        sampling += 1 + (preset.guidance_scale > 1) + (1 if holds else preset.attention_injection)
+        guided = (preset.guidance_scale > 1) * (preset.guidance_end - preset.guidance_start)
+        sampling += 1 + guided + (1 if holds else preset.attention_injection)
     samplings = 2 + len(job.edits)
     stages = [
         Stage("encode", 1, 0.0),

@@ -150,6 +150,10 @@ SETTINGS = {
                      "stiff, so look and choose"},
     "sampling_steps": _number("sampling_steps", "N", "DDIM steps of inversion and of sampling"),
     "guidance_scale": _number("guidance_scale", "X", "classifier-free guidance of the edits"),
+    "guidance_rescale": _number("guidance_rescale", "X", "how far strong guidance is kept from gaudy or pale colours, "
+                                "0 to 1 (0)"),
+    "guidance_start": _number("guidance_start", "X", "share of the sampling steps before guidance begins (0)"),
+    "guidance_end": _number("guidance_end", "X", "share of the sampling steps after which guidance ends (1)"),
     "attention_injection": _number("attention_injection", "X", "share of the sampling steps in which edits attend as "
                                    "the clip does (0 to 1): more keeps more of its layout and motion"),
     "caption_as_negative": _number("caption_as_negative", "X", "how far guidance starts from the clip's own sentence "

@@ -13,9 +13,10 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
 )
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from tav_core.condition import per_frame
-from tav_core.ddim import ddim_invert, ddim_sample, ddim_step, ddim_timesteps, from_latents, to_x0
+from tav_core.ddim import Guidance, ddim_invert, ddim_sample, ddim_step, ddim_timesteps, from_latents, to_x0
 from tav_core.errors import Cancelled, TavError
 
 SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1)
@@ -192,6 +193,26 @@ def test_guidance():
     )
 
 
+def test_guidance_of_some_steps():
+    """Steps without guidance are half a batch, and are those of no guidance at all."""
+    model, settings = Model(), dict(guidance_scale=4.0, negative_hidden_states=NEGATIVE)
+    end = ddim_sample(model, latents(), TEXT, DDIM, 10, guidance_start=0.2, guidance_end=0.7, **settings)
+    assert model.batches == [1] * 2 + [2] * 5 + [1] * 3
+    none = ddim_sample(Model(), latents(), TEXT, DDIM, 10, guidance_scale=1.0)
+    assert torch.equal(ddim_sample(Model(), latents(), TEXT, DDIM, 10, guidance_end=0.0, **settings), none)
+    assert not torch.allclose(end, none, atol=1e-2)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7, 1.0])
+def test_rescaled_guidance_is_that_of_diffusers(rescale):
+    generator, sigma = torch.Generator().manual_seed(1), torch.tensor(2.5)
+    z, negative, positive = torch.randn(3, 1, 4, 3, 5, 6, generator=generator)
+    expected = rescale_noise_cfg(negative + 6.0 * (positive - negative), positive, rescale)  # of velocities
+    clean = [to_x0(v, z, sigma, "v_prediction") for v in (negative, positive)]
+    found = Guidance(6.0, rescale)(torch.cat(clean), from_latents(z, sigma), sigma)
+    assert torch.allclose(found, to_x0(expected, z, sigma, "v_prediction"), atol=1e-5)
+
+
 def test_callback_reports_and_stops():
     seen = []
     ddim_invert(Model(), latents(), TEXT, DDIM, 4, callback=seen.append)
@@ -236,6 +257,9 @@ def test_the_model_runs_in_its_dtype_and_the_schedule_in_float32():
     (lambda: ddim_sample(Model(), latents(), TEXT, DDIM, 3, negative_hidden_states=NEGATIVE[..., :3]),
      r"in its width \(negative_hidden_states 3, condition .*use one text encoder"),
     (lambda: ddim_sample(Model(), latents(), TEXT, DDIM, 3, guidance_scale=1.0, eta=1.5), "eta=1.5"),
+    (lambda: ddim_sample(Model(), latents(), TEXT, DDIM, 3, guidance_rescale=1.1), "guidance_rescale=1.1"),
+    (lambda: ddim_sample(Model(), latents(), TEXT, DDIM, 3, guidance_start=0.6, guidance_end=0.5),
+     "guidance_start=0.6 is behind guidance_end, which is 0.5; give a smaller number"),
 ])  # fmt: skip
 def test_mistakes_are_named(call, message):
     with pytest.raises(TavError, match=message):
