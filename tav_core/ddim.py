@@ -20,6 +20,7 @@ from .errors import TavError
 from .events import Callback, DDIMStep, ignored
 
 if TYPE_CHECKING:
+    from .control import Control
     from .injection import Led, SourceWalk
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -199,6 +200,7 @@ def ddim_sample(
     negative_hidden_states: Tensor | Condition | None = None,
     source_walk: "SourceWalk | None" = None,
     source_hidden_states: Tensor | Condition | None = None,
+    control: "Control | None" = None,
     eta: float = 0.0,
     generator: torch.Generator | None = None,
     callback: Callback = ignored,
@@ -213,6 +215,7 @@ def ddim_sample(
         source_walk: takes the source clip back beside the edit, from the same noise without guidance, and lets it lead
             the edit's attention or hold a part of it (see `injection`); needs a model with a `frame_context`.
         source_hidden_states: what the source clip was inverted with, for `source_walk`.
+        control: hints for the edit, for a `ControlledUNet`.
         eta: 0 (DDIM) to 1 (DDPM) share of fresh noise, drawn from `generator`.
         callback: as in `ddim_invert`, with stage "sample".
 
@@ -237,7 +240,7 @@ def ddim_sample(
     if source_walk is not None:
         source_walk.begin()
         source = Condition.of(source_hidden_states).or_labels_of(condition)
-    denoise = _edit_denoiser(unet, schedule, latents.shape, prompts, guidance_scale, source_walk, source)
+    denoise = _edit_denoiser(unet, schedule, latents.shape, prompts, guidance_scale, source_walk, source, control)
     x = from_latents(latents.float().contiguous(), schedule.sigmas[0])
     for step, (sigma, lower) in enumerate(pairwise(schedule.sigmas)):
         x0 = denoise(x, step)
@@ -258,6 +261,7 @@ def _edit_denoiser(
     guidance_scale: float,
     source_walk: "SourceWalk | None",
     source: Condition | None,
+    control: "Control | None",
 ) -> Callable[[Tensor, int], Tensor]:
     """What a U-Net sees in an edit at a step, `(x, step) -> x0`: under guidance, and beside the source where it walks.
 
@@ -272,10 +276,13 @@ def _edit_denoiser(
 
     def denoise(x: Tensor, step: int) -> Tensor:
         def ask(x: Tensor, led: "Led | None") -> Tensor:
+            sources, hints = 0 if led is None else b, {}
+            if control is not None:
+                hints = control.settings(step, len(schedule.timesteps), len(x), sources, f)
             if led is None:
-                return schedule.denoised(unet, x, step, edits)
+                return schedule.denoised(unet, x, step, edits, **hints)
             with unet.frame_context.running(sources=led.sources):
-                return schedule.denoised(unet, x, step, with_source, **led.keywords)
+                return schedule.denoised(unet, x, step, with_source, **led.keywords, **hints)
 
         x, sigma = torch.cat([x] * len(prompts)), schedule.sigmas[step]
         x0 = ask(x, None) if not walks else source_walk(ask, x, sigma, schedule.sigmas, len(prompts))

@@ -17,7 +17,8 @@ from torch import Tensor
 from . import errors, pipeline
 from .atomic import sole_user
 from .checkpoint import Checkpoint, decode_video
-from .drawing import Edit, draw, settings_of
+from .control import Control
+from .drawing import Edit, draw, reading_of, settings_of
 from .errors import TavError
 from .events import Callback, Note, Step, ignored
 from .inflation import VideoUNet
@@ -28,6 +29,7 @@ from .precision import DTYPES
 from .presets import Preset
 from .project import NAMED, NOISE, SHOWN, SUMMARY, Project, file_name, labels
 from .remaining import plan_of
+from .sentences import check_frames
 from .steps import STEP_STRIP, edits_of_step, file_of_step
 from .subject import SOFTNESS
 from .trainable import trainable_parameters
@@ -56,6 +58,7 @@ class EditJob:
         word: of the sentence that names the subject, to find it by; with contrasts, what either of them finds.
         mask: of the subject, drawn or found elsewhere, 0 ... 1, `f h w` of pixels: it isn't looked for then.
         rank: of what the files of tuned weights hold (see `save_tuned`).
+        control: a ControlNet with hints for the edits.
 
     Raises:
         TavError: an empty sentence, a region whose subject nothing tells, or a contrast that says nothing of another
@@ -72,6 +75,7 @@ class EditJob:
     word: str = ""
     mask: Tensor | None = field(default=None, repr=False, compare=False)
     rank: int | None = None
+    control: Control | None = field(default=None, compare=False)
 
     def __post_init__(self):
         pipeline.check_prompt(self.prompt)
@@ -85,6 +89,14 @@ class EditJob:
             pipeline.check_edit(edit.prompt, edit.region, self.knows_subject)
             edit.preset_of(self.preset)
         pipeline.check_contrasts(self.prompt, self.contrasts)
+
+    def check_fits(self, checkpoint: Checkpoint, frames: int, height: int, width: int):
+        """Raises a TavError for edits that speak of frames which the clip hasn't, or hints that don't fit it."""
+        for edit in self.edits:
+            check_frames(edit.prompt, frames)
+        check_frames(self.negative_prompt, frames, "negative_prompt")
+        if self.control is not None:
+            self.control.check(checkpoint.unet, frames, height, width)
 
     @property
     def knows_subject(self) -> bool:
@@ -255,6 +267,7 @@ def run_edit(
             checkpoint or tuning.
     """
     check(fps=clip.fps)
+    job.check_fits(checkpoint, *clip.frames.shape[:3])
     if overwrite:
         _remove(folder)
     check_free(folder, resume)
@@ -270,7 +283,7 @@ def run_edit(
     if "reconstruction" not in project.summary:
         run.reconstruct(unet, noise)
     edits = draw(project, job.edits, checkpoint, unet, job.preset, noise, negative_prompt=job.negative_prompt,
-                 callback=callback)  # fmt: skip
+                 control=job.control, callback=callback)  # fmt: skip
     videos = [project.video(edit["file"]) for edit in edits]
     if job.preset.tuning.keep:
         unet = None  # makes room for that of a step
@@ -329,7 +342,8 @@ class _Run:
         return {
             "prompt": job.prompt, "checkpoint": checkpoint.name, "frames": f, "fps": round(self.clip.fps, 3),
             "size": [w, h], "clip": hash_tensors([self.clip.frames]),
-            "model": {"base": base, "prediction_type": prediction_type, **INFLATION, **job.inflation},
+            "model": {**reading_of(checkpoint, job.prompt), "base": base, "prediction_type": prediction_type,
+                      **INFLATION, **job.inflation},
             "settings": json.loads(json.dumps(asdict(job.preset))),
         }  # fmt: skip
 
@@ -433,10 +447,14 @@ class _Run:
 
     def reconstruct(self, unet: VideoUNet, noise: InvertedNoise):
         """The clip drawn again from its noise with its own sentence, and how near to it that comes."""
-        project, job = self.project, self.job
+        project, job, preset = (
+            self.project,
+            self.job,
+            replace(self.job.preset, eta=0.0),
+        )  # which leaves nothing to chance
         self.callback(Note("reconstruction ..."))
-        settings = settings_of(Edit(job.prompt), job.preset, noise, job.negative_prompt)
-        video = project.timed("sample", pipeline.sample, self.checkpoint, unet, noise.latents, job.prompt, job.preset,
+        settings = settings_of(Edit(job.prompt), self.checkpoint, preset, noise, job.negative_prompt)
+        video = project.timed("sample", pipeline.sample, self.checkpoint, unet, noise.latents, job.prompt, preset,
                               source_prompt=job.prompt, negative_prompt=job.negative_prompt, subject=noise.subject,
                               callback=self.callback)  # fmt: skip
         # without guidance, and what the VAE alone leaves of the clip

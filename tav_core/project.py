@@ -32,8 +32,9 @@ SHOWN = ["strip.png", "comparison.mp4", "index.html"]  # of the whole project, d
 NAMED = ("source", "subject", "reconstruction")  # videos that aren't edits
 SWEPT = ("seed", "guidance_scale", "attention_injection")  # settings of an edit that a command takes several values of
 # by what edits of one sentence are told apart
-TOLD_APART = ("region", *SWEPT, "negative_prompt", "caption_as_negative", "sampling_steps", "steady", "subject",
-              "context_length", "context_overlap", "dtype", "noise", "frames", "fps", "sound")  # fmt: skip
+TOLD_APART = ("region", *SWEPT, "negative_prompt", "caption_as_negative", "sampling_steps", "steady", "subject", "eta",
+              "context_length", "context_overlap", "lora", "embedding", "prompt_weights", "controlnet", "hints",
+              "control_strength", "control_start", "control_end", "dtype", "noise", "frames", "fps", "sound")  # fmt: skip
 
 
 @dataclass
@@ -85,6 +86,8 @@ class Project:
         """
         if known.get(name, value) != value:
             told = f"not the {as_text(known[name])}" if shown is value else "another one than that"
+            if shown is value and known[name] is None:
+                told = "none"
             raise TavError(of, shown, f"is {told} of the project in {self.folder}", remedy)
 
     def find(self, settings: dict[str, Any]) -> dict[str, Any] | None:

@@ -61,5 +61,5 @@ def edits_of_step(
         save_noise(path, replace(noise, latents=latents, weights=weights), job.preset)
     own = replace(noise, latents=latents, weights=weights)
     edits = draw(project, job.edits, checkpoint, unet, job.preset, own, negative_prompt=job.negative_prompt,
-                 callback=callback)  # fmt: skip
+                 control=job.control, callback=callback)  # fmt: skip
     return [project.video(edit["file"]) for edit in edits]
