@@ -34,7 +34,8 @@ SWEPT = ("seed", "guidance_scale", "attention_injection")  # settings of an edit
 # by what edits of one sentence are told apart
 TOLD_APART = ("region", *SWEPT, "negative_prompt", "caption_as_negative", "sampling_steps", "steady", "subject", "eta",
               "context_length", "context_overlap", "lora", "embedding", "prompt_weights", "controlnet", "hints",
-              "control_strength", "control_start", "control_end", "dtype", "noise", "frames", "fps", "sound")  # fmt: skip
+              "control_strength", "control_start", "control_end", "dtype", "noise", "frames", "fps",
+              "sound")  # fmt: skip
 
 
 @dataclass
