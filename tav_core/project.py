@@ -87,8 +87,6 @@ class Project:
         """
         if known.get(name, value) != value:
             told = f"not the {as_text(known[name])}" if shown is value else "another one than that"
-            if shown is value and known[name] is None:
-                told = "none"
             raise TavError(of, shown, f"is {told} of the project in {self.folder}", remedy)
 
     def find(self, settings: dict[str, Any]) -> dict[str, Any] | None:
