@@ -125,8 +125,8 @@ def model_arguments(parser):
     group.add_argument("--prediction-type", choices=SD_PREDICTION_TYPES, help=told)
     device_argument(group)
     told = (
-        "a LoRA for the checkpoint, a .safetensors file or a name in the lists of --comfyui, and how strong it is (1); "
-        "several times for several; mini-neon is one for the mini checkpoint"
+        "a LoRA for the checkpoint, also for its tuning, a .safetensors file or a name in the lists of --comfyui, and "
+        "how strong it is (1); several times for several; mini-neon is one for the mini checkpoint"
     )
     group.add_argument("--lora", action="append", type=lora, metavar="FILE[:STRENGTH]", help=told)
     told = "a textual inversion, likewise; its file's name is the word for it in sentences; several times for several"
@@ -215,6 +215,11 @@ def edits_arguments(parser):
         help="what an edit may change, once for all or once for each --edit (everything): the subject's colour or "
         "material (subject), the thing itself (shape), or the background; needs --contrast, --subject or --mask",
     )
+    told = (
+        "a LoRA for these edits alone, given as --lora: for a style, which the tuning with --lora unlearns, as the clip "
+        "doesn't show it"
+    )
+    group.add_argument("--edit-lora", action="append", type=lora, metavar="FILE[:STRENGTH]", help=told)
     told = "what guidance steers away from"
     group.add_argument("--negative-prompt", type=sentence, default="", metavar="TEXT", help=told)
     control_arguments(parser)

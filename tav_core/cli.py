@@ -29,11 +29,12 @@ from .doctor import about_machine, examine, versions
 from .drawing import Edit, draw
 from .errors import Cancelled, TavError, escaped, field
 from .events import Plan, Stage
+from .lora import with_loras
 from .measure import REPORT, Measured, Models, as_table, mask_of, measure, measure_job, write_report
 from .noise import InvertedNoise, read_noise, save_noise
 from .project import SHOWN, SUMMARY, Project, file_name, write_json
 from .record import FAIR, GOOD, explained, record_of
-from .sentences import check_frames
+from .sentences import check_sentence
 from .steps import STEP_STRIP, file_of_step
 from .subject import subject_steps
 from .terminal import Parser, Progress, check_needs, preset_of, run, tell
@@ -67,7 +68,7 @@ def _edit(args):
     found_by = dict(word=args.word or "", mask=None if args.mask is None else torch.ones(1, 1, 1))  # till it is read
     settings = (given.softness(args), args.negative_prompt, given.inflation(args))
     wanted = job.EditJob(args.prompt, edits, preset, args.contrast or (), *settings, **found_by,
-                         rank=args.rank)  # fmt: skip
+                         rank=args.rank, loras=given.loras(args, "edit_lora"))  # fmt: skip
     given.check_sentences(args, args.prompt, *args.edit, args.negative_prompt, *args.contrast or ())
     if args.overwrite and args.resume:
         raise TavError("resume", None, f"has nothing to go on with after {field('overwrite')}", "leave one of them out")
@@ -77,6 +78,7 @@ def _edit(args):
     shape = clip.frames.shape[:3]
     hints = given.control(args, control, checkpoint, *shape, start=args.start, stride=args.stride, count=shape[0])
     wanted = replace(wanted, mask=given.mask(args, clip), control=hints)
+    wanted.check_fits(checkpoint, *shape)
     if args.dry_run:
         count, height, width, _ = clip.frames.shape
         _examine(args, checkpoint, wanted, count, width, height)
@@ -224,7 +226,7 @@ def _sample(args):
         if args.noise is not None and value is not None:
             problem = f"does nothing with {field('noise')}: it is of random noise{or_with}"
             raise TavError(name, value, problem, "leave it out")
-    edits = given.edits(args, None if args.noise is None else args.seed)
+    edits, loras = given.edits(args, None if args.noise is None else args.seed), given.loras(args, "edit_lora")
     given.check_sentences(args, *args.edit, args.negative_prompt)
     given.tuned_info(args)  # a damaged file should not surface after the checkpoint is loaded
     inverted = None if args.noise is None else read_noise(args.noise, preset)
@@ -251,11 +253,11 @@ def _sample(args):
         starts = {None: replace(inverted, fps=rate, sound=sound)}
     given.window_if_longer(args, info, next(iter(starts.values())).latents.shape[2])
     count, *sides = next(iter(starts.values())).latents.shape[2:]
-    for edit in edits:
-        check_frames(edit.prompt, count)
-    check_frames(args.negative_prompt, count, "negative_prompt")
+    for name, text in [*(("edit", edit.prompt) for edit in edits), ("negative_prompt", args.negative_prompt)]:
+        check_sentence(text, count, name, checkpoint.prompt_weights)
     control = given.control(args, net, checkpoint, count, *(checkpoint.downscale * side for side in sides))
     preset, drawn = preset_of(args), []
+    styled = with_loras(checkpoint, unet, loras)
     with job.claimed(args.output):
         project = _shared(args, info, checkpoint, weights, next(iter(starts.values())))
         progress = Progress(args.quiet).stop_at_interrupt()
@@ -263,7 +265,7 @@ def _sample(args):
         if inverted is not None and inverted.frames is not None and "source" not in project.summary:
             project.put("source", inverted.frames, rate, sound)
         for seed, start in starts.items():
-            drawn += draw(project, edits, checkpoint, unet, preset, start, negative_prompt=args.negative_prompt,
+            drawn += draw(project, edits, *styled, preset, start, negative_prompt=args.negative_prompt,
                           seed=seed, control=control, callback=progress)  # fmt: skip
         project.show_grid(drawn, rate)
         project.show(rate, sound)

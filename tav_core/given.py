@@ -45,11 +45,16 @@ def preset(args) -> Preset:
     """The settings of a command, whose checkpoint is looked for first: before anything is read."""
     args.found = find_checkpoint(args.checkpoint, args.comfyui)
     args.added = {  # to it
-        "lora": [(find_model("lora", name, "loras", args.comfyui), strength) for name, strength in args.lora or ()],
+        "lora": loras(args, "lora"),
         "embedding": [find_model("embedding", name, "embeddings", args.comfyui) for name in args.embedding or ()],
     }
     args.dtype = args.dtype or _dtype_for(args.device)
     return preset_of(args)
+
+
+def loras(args, of: str) -> list[tuple[Path, float]]:
+    """The files and strengths of --lora or --edit-lora."""
+    return [(find_model(of, name, "loras", args.comfyui), strength) for name, strength in getattr(args, of) or ()]
 
 
 def _dtype_for(device: torch.device) -> str:

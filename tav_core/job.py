@@ -23,13 +23,14 @@ from .errors import TavError
 from .events import Callback, Note, Step, ignored
 from .inflation import VideoUNet
 from .limits import check
+from .lora import with_loras
 from .metrics import psnr
 from .noise import InvertedNoise, read_noise, save_noise
 from .precision import DTYPES
 from .presets import Preset
 from .project import NAMED, NOISE, SHOWN, SUMMARY, Project, file_name, labels
 from .remaining import plan_of
-from .sentences import check_frames
+from .sentences import check_sentence
 from .steps import STEP_STRIP, edits_of_step, file_of_step
 from .subject import SOFTNESS
 from .trainable import trainable_parameters
@@ -59,6 +60,7 @@ class EditJob:
         mask: of the subject, drawn or found elsewhere, 0 ... 1, `f h w` of pixels: it isn't looked for then.
         rank: of what the files of tuned weights hold (see `save_tuned`).
         control: a ControlNet with hints for the edits.
+        loras: files and strengths, for the edits alone; those of the tuning are in the checkpoint (see `load_lora`).
 
     Raises:
         TavError: an empty sentence, a region whose subject nothing tells, or a contrast that says nothing of another
@@ -76,6 +78,7 @@ class EditJob:
     mask: Tensor | None = field(default=None, repr=False, compare=False)
     rank: int | None = None
     control: Control | None = field(default=None, compare=False)
+    loras: Sequence[tuple[Path, float]] = ()
 
     def __post_init__(self):
         pipeline.check_prompt(self.prompt)
@@ -91,12 +94,14 @@ class EditJob:
         pipeline.check_contrasts(self.prompt, self.contrasts)
 
     def check_fits(self, checkpoint: Checkpoint, frames: int, height: int, width: int):
-        """Raises a TavError for edits that speak of frames which the clip hasn't, or hints that don't fit it."""
-        for edit in self.edits:
-            check_frames(edit.prompt, frames)
-        check_frames(self.negative_prompt, frames, "negative_prompt")
+        """Raises a TavError for sentences that a clip of that shape can't follow, hints or LoRAs that don't fit."""
+        texts = [("prompt", self.prompt), *(("contrast", each) for each in self.contrasts),
+                 *(("edit", edit.prompt) for edit in self.edits), ("negative_prompt", self.negative_prompt)]  # fmt: skip
+        for name, text in texts:
+            check_sentence(text, frames, name, checkpoint.prompt_weights)
         if self.control is not None:
             self.control.check(checkpoint.unet, frames, height, width)
+        with_loras(checkpoint, checkpoint.unet, self.loras)
 
     @property
     def knows_subject(self) -> bool:
@@ -282,7 +287,8 @@ def run_edit(
     noise = run.inverted(unet)
     if "reconstruction" not in project.summary:
         run.reconstruct(unet, noise)
-    edits = draw(project, job.edits, checkpoint, unet, job.preset, noise, negative_prompt=job.negative_prompt,
+    styled = with_loras(checkpoint, unet, job.loras)
+    edits = draw(project, job.edits, *styled, job.preset, noise, negative_prompt=job.negative_prompt,
                  control=job.control, callback=callback)  # fmt: skip
     videos = [project.video(edit["file"]) for edit in edits]
     if job.preset.tuning.keep:

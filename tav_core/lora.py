@@ -8,7 +8,7 @@ take those.
 import copy
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, reading
 from .checkpoint_parts import Unfit
+from .errors import TavError
+from .inflation import VideoUNet
 from .limits import check
 from .stored import Damaged, check_finite
 from .tuning_state import hash_tensors
@@ -55,6 +57,25 @@ def load_lora(checkpoint: Checkpoint, path: str | Path, strength: float = 1.0) -
     digest = hash_tensors(tensor for of in changes.values() for name in sorted(of) for tensor in of[name])
     loras = (*checkpoint.loras, f"{told} ({digest[:8]})")
     return replace(checkpoint, name=f"{checkpoint.name} + {told}", loras=loras, **parts)
+
+
+def with_loras(
+    checkpoint: Checkpoint, unet: VideoUNet, loras: Sequence[tuple[str | Path, float]]
+) -> tuple[Checkpoint, VideoUNet]:
+    """A checkpoint and a U-Net tuned on it with LoRAs, files and strengths, for edits alone.
+
+    Before the tuning, which sees the clip without it, a style would be unlearned.
+
+    Raises:
+        TavError: see `load_lora`; about the field "edit_lora".
+    """
+    styled = replace(checkpoint, unet=unet)
+    try:
+        for path, strength in loras:
+            styled = load_lora(styled, path, strength)
+    except TavError as error:
+        raise TavError("edit_lora", error.value, error.problem, error.remedy) from error
+    return styled, styled.unet
 
 
 def _changes(path: Path, checkpoint: Checkpoint) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:

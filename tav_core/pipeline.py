@@ -29,7 +29,7 @@ from .inflation import VideoUNet, inflate
 from .injection import EditPlaces, SourceWalk
 from .memory import offloaded
 from .presets import Preset
-from .sentences import along, check_frames, keyframes, tokens_of
+from .sentences import along, check_sentence, keyframes, tokens_of
 from .subject import SOFTNESS, outlined, pooled, put_back, softened, subject_mask, subject_steps, word_mask, word_places
 from .take import Take
 from .trainable import trainable_parameters
@@ -308,8 +308,8 @@ def sample(
     check_edit(prompt, region, subject is not None and source_prompt is not None)
     check_text("negative_prompt", negative_prompt)
     frames, scale = noise.shape[2], checkpoint.downscale
-    check_frames(prompt, frames)
-    check_frames(negative_prompt, frames, "negative_prompt")
+    check_sentence(prompt, frames, "edit", checkpoint.prompt_weights)
+    check_sentence(negative_prompt, frames, "negative_prompt", checkpoint.prompt_weights)
     if control is not None:
         control.check(unet, frames, *(scale * side for side in noise.shape[3:]))
     walk = source = None

@@ -134,12 +134,21 @@ def keyframes(text: str, name: str = "edit") -> dict[int, str] | None:
     return dict(zip(frames, sentences))
 
 
-def check_frames(text: str, frames: int, name: str = "edit"):
-    """Raises a TavError for a text that speaks of frames which a clip of so many hasn't (and see `keyframes`)."""
+def check_sentence(text: str, frames: int, name: str = "edit", weighted: bool = False):
+    """Raises a TavError for a text that speaks of frames which a clip of so many hasn't, or gives words odd weights.
+
+    Args:
+        name: of the field, for errors.
+        weighted: whether parentheses weigh words.
+    """
     last = max(keyframes(text, name) or [0])
     if last >= frames:
         problem = f"speaks of frame {last}, and the last of the clip is {frames - 1}"
         raise TavError(name, text, problem, f"give smaller numbers, or a longer clip by {field('count')}")
+    try:
+        list(_weighted(text) if weighted else [])
+    except TavError as error:
+        raise TavError(name, error.value, error.problem, error.remedy) from None
 
 
 def along(told: Mapping[int, Tensor], frames: int) -> Tensor:

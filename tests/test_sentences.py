@@ -7,7 +7,7 @@ import torch
 from support.errors import refused
 from tav_core import PRESETS, ContextWindows, WindowedUNet, ddim_sample, decode_video, encode_prompt, inflate, sample
 from tav_core.pipeline import check_prompt, places_of
-from tav_core.sentences import along, check_frames, keyframes, seems_weighted, tokens_of
+from tav_core.sentences import along, check_sentence, keyframes, seems_weighted, tokens_of
 
 PRESET = replace(PRESETS["paper"], sampling_steps=1)
 
@@ -60,8 +60,8 @@ def test_sentences_along_a_clip():
                           ("0: a | 3: b | 2: c", "in the order 0, 3, 2; let them rise"), ("0: a | 0: b", "rise"),
                           ("0: a | 5:", "says nothing of frame 5"), ("0: | 5: b", "nothing of frame 0")):  # fmt: skip
         refused(problem, text, call=keyframes)
-    refused("speaks of frame 8, and the last of the clip is 7; give smaller", "0: a | 8: b", 8, call=check_frames)
-    check_frames("0: a | 7: b", 8)
+    refused("speaks of frame 8, and the last of the clip is 7; give smaller", "0: a | 8: b", 8, call=check_sentence)
+    check_sentence("0: a | 7: b", 8)
     refused("which edits alone may have; describe the clip in one sentence", "0: a | 4: b", call=check_prompt)
 
 

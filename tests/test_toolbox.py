@@ -62,30 +62,32 @@ def test_all_of_them_in_one_project_that_is_made_again(run, files, tav, tmp_path
     added = ["--lora", f"{files / 'soft.safetensors'}:0.8", "--embedding", files / "x1-style.safetensors"]
     hints = ["--controlnet", files / "net", "--hints", files / "hints.mp4", "--control-end", 0.5]
     told = ["--edit", "a (x1-style:1.3) ball", "--edit", "0: a red ball | 2: x1-style", "--prompt-weights"]
-    command = [*edit, *added, *hints, *told, "--eta", 0.5, "--edit-seed", 1, 2]
+    command = [*edit, *added, *hints, *told, "--eta", 0.5, "--edit-seed", 4]
     tav(*command, "--output", tmp_path / "o")
     summary = summary_of(tmp_path / "o")
     edits, model, options = summary["edits"], summary["model"], summary["run"]["options"]
-    assert [(each["seed"], each["eta"], each["control_end"]) for each in edits] == [(1, 0.5, 0.5), (2, 0.5, 0.5)] * 2
+    assert [(each["seed"], each["eta"], each["control_end"]) for each in edits] == [(4, 0.5, 0.5)] * 2
     assert all(each["lora"] == model["lora"] and "soft:0.8 (" in each["lora"] for each in edits)
     assert all(each["embedding"].startswith("x1-style (") for each in edits) and model["embedding"] is None
-    assert [each["prompt_weights"] for each in edits] == [True, True, None, None]
+    assert [each["prompt_weights"] for each in edits] == [True, None]
     assert summary["reconstruction"]["controlnet"] is summary["reconstruction"]["eta"] is None
-    assert options["lora"] == [f"{files / 'soft.safetensors'}:0.8"] and options["edit-seed"] == [1, 2]
+    assert options["lora"] == [f"{files / 'soft.safetensors'}:0.8"] and options["edit-seed"] == [4]
     assert summary["run"]["fingerprints"].keys() == {"checkpoint", "clip", "lora", "embedding"}
-    assert summary["grids"][0]["edits"] == [1, 2, 3, 4]
     tav("edit", "--config", tmp_path / "o" / "summary.json", "--output", tmp_path / "again")
     for one, other in zip(edits, summary_of(tmp_path / "again")["edits"], strict=True):
         assert {**one, "figures": None} == {**other, "figures": None}
         assert (tmp_path / "o" / one["file"]).read_bytes() == (tmp_path / "again" / other["file"]).read_bytes()
     # nothing is drawn twice; what decides makes another edit
-    tav(*command, "--output", tmp_path / "o")
-    assert len(summary_of(tmp_path / "o")["edits"]) == 4
-    tav(*command, "--edit-seed", 1, "--hints", files / "one.png", "--output", tmp_path / "o")
+    tav(*command, "--hints", files / "one.png", "--output", tmp_path / "o")
     *same, new, _ = summary_of(tmp_path / "o")["edits"]
     assert same == edits and new["hints"] != edits[0]["hints"]
     videos = [load_video(tmp_path / "o" / each["file"]).frames for each in (edits[0], new)]
     assert not torch.equal(*videos)
+    # one for edits alone is of the same project
+    styled = ["--edit-lora", f"{files / 'hard.safetensors'}:2", "--edit", "a star"]
+    tav(*edit, *added[:2], *styled, "--output", tmp_path / "o")
+    last = summary_of(tmp_path / "o")["edits"][-1]
+    assert last["lora"].startswith(edits[0]["lora"] + ", hard:2 (") and last["eta"] is None
     # another LoRA is another project, and other weights for the tuned file
     for other in ([], ["--lora", files / "hard.safetensors"]):
         refusal = tav(*edit, *other, "--edit", "a star", "--output", tmp_path / "o", fails=True)
@@ -95,8 +97,10 @@ def test_all_of_them_in_one_project_that_is_made_again(run, files, tav, tmp_path
     assert "belongs to the base model 'tiny + soft:0.8'" in refusal
     seeds = ["--eta", 1, "--seed", 5, 6]
     tav(*sample, *tuned, *added[:2], *hints[:2], "--hints", files / "one.png", "--edit", "a star", *seeds,
-        "--output", tmp_path / "s")  # fmt: skip
-    assert [each["seed"] for each in summary_of(tmp_path / "s")["edits"]] == [5, 6]
+        "--edit-lora", files / "hard.safetensors", "--output", tmp_path / "s")  # fmt: skip
+    drawn = summary_of(tmp_path / "s")["edits"]
+    assert [each["seed"] for each in drawn] == [5, 6] and drawn[0]["lora"].startswith(edits[0]["lora"] + ", hard:1 (")
+    assert [each["edits"] for each in summary_of(tmp_path / "s")["grids"]] == [[1, 2]]
     refusal = tav(*sample, *tuned, *added[:2], *hints, "--edit", "a star", "--output", tmp_path / "s", fails=True)
     assert "--hints are 4, and the clip has 3 frames" in refusal
 
@@ -114,12 +118,14 @@ def test_what_does_nothing_or_does_not_fit_is_refused(run, files, tav, tmp_path)
         ([*star, "--lora", f"{files / 'soft.safetensors'}:11"], "11.0 is out of range; give a number from -10 to 10"),
         ([*star, "--lora", "mini-neon"], "doesn't fit unet."), ([*star, "--lora", files / "clip.mp4"], "a pickle"),
         ([*star, "--lora", files / "x1-style.safetensors"], "holds what is no LoRA's"),
+        ([*star, "--edit-lora", "mini-neon"], "error: --edit-lora"),
         ([*star, "--embedding", files / "x1-style.safetensors"], "no sentence has the word 'x1-style'"),
         (["--edit", "soft", "--embedding", files / "soft.safetensors"], "holds 2 tensors"),
         ([*star, "--edit-seed", 1], "--edit-seed does nothing without --eta"),
         ([*star, "--seed", 1, 2], "or --edit-seed with --eta"), ([*star, "--eta", 2], "0 to 1"),
         (["--edit", "0: a | 3: b"], "speaks of frame 3, and the last of the clip is 2"),
         (["--edit", "0: a | 2: b | 1: c"], "let them rise"), ([*star, "--negative-prompt", "0: a | 9: b"], "frame 9"),
+        (["--edit", "a (red:99) ball", "--prompt-weights"], "--edit red:99 gives words the weight 99"),
         ([*star, "--prompt", "0: a | 2: b"], "which edits alone may have"),
     ):  # fmt: skip
         assert told in tav(*edit, *wrong, fails=True), wrong
@@ -174,7 +180,7 @@ def test_models_by_the_names_of_a_comfyui(tmp_path):
     assert find_model("controlnet", "net", "controlnet", tmp_path) == models / "controlnet" / "net"
     assert find_model("lora", "mini-neon", "loras").is_file() and find_model("x", "mini", "controlnet").is_dir()
     (models / "loras" / "soft.safetensors").touch()
-    refused("lora='soft' is several in models/loras of the ComfyUI in", "lora", "soft", "loras", tmp_path,
+    refused("'soft' is several in models/loras of the ComfyUI in", "lora", "soft", "loras", tmp_path,
             call=find_model)  # fmt: skip
     refused("is no path that exists, and no name in models/embeddings", "embedding", "odd", "embeddings", tmp_path,
             call=find_model)  # fmt: skip
