@@ -216,8 +216,8 @@ def edits_arguments(parser):
         "material (subject), the thing itself (shape), or the background; needs --contrast, --subject or --mask",
     )
     told = (
-        "a LoRA for these edits alone, given as --lora: for a style, which the tuning with --lora unlearns, as the clip "
-        "doesn't show it"
+        "a LoRA for these edits alone, given as --lora: for a style, which a tuning with --lora unlearns, as the "
+        "clip doesn't show it"
     )
     group.add_argument("--edit-lora", action="append", type=lora, metavar="FILE[:STRENGTH]", help=told)
     told = "what guidance steers away from"

@@ -94,7 +94,7 @@ class EditJob:
         pipeline.check_contrasts(self.prompt, self.contrasts)
 
     def check_fits(self, checkpoint: Checkpoint, frames: int, height: int, width: int):
-        """Raises a TavError for sentences that a clip of that shape can't follow, hints or LoRAs that don't fit."""
+        """Raises a TavError for sentences, hints or LoRAs that don't fit the checkpoint or a clip of that shape."""
         texts = [("prompt", self.prompt), *(("contrast", each) for each in self.contrasts),
                  *(("edit", edit.prompt) for edit in self.edits), ("negative_prompt", self.negative_prompt)]  # fmt: skip
         for name, text in texts:
@@ -292,7 +292,7 @@ def run_edit(
                  control=job.control, callback=callback)  # fmt: skip
     videos = [project.video(edit["file"]) for edit in edits]
     if job.preset.tuning.keep:
-        unet = None  # makes room for that of a step
+        unet = styled = None  # makes room for that of a step
         run.compare_steps(noise, videos, labels(edits))
     project.show_grid(edits, clip.fps)
     project.show(clip.fps, clip.sound)
