@@ -15,6 +15,7 @@ from torch import nn
 
 from ..tav_core import TavError, load_controlnet
 from ..tav_core.checkpoint import MINI_CONTROLNET
+from ..tav_core.control import Family, family, told
 from .common import schema
 from .errors import plain_errors
 from .folders import found, read_config
@@ -78,15 +79,6 @@ class Control(comfy.controlnet.ControlNet):
         return super().get_control(x_noisy, t, cond, batched_number, transformer_options)
 
 
-Family = tuple[int, tuple[int, ...], tuple[int, ...]]  # width of the text, channels and resnets of the levels
-
-
-def family(config) -> Family:
-    """Of the configuration of a diffusers U-Net or ControlNet."""
-    widths, layers = tuple(config.block_out_channels), config.layers_per_block
-    return config.cross_attention_dim, widths, (layers,) * len(widths) if isinstance(layers, int) else tuple(layers)
-
-
 def family_of(model: BaseModel) -> Family | None:
     """Of a native MODEL; None if it is no U-Net that sees text."""
     unet = model.diffusion_model
@@ -96,10 +88,6 @@ def family_of(model: BaseModel) -> Family | None:
         return None
     config = model.model_config.unet_config
     return config["context_dim"], tuple(unet.model_channels * m for m in unet.channel_mult), tuple(unet.num_res_blocks)
-
-
-def told(of: Family | None) -> str:
-    return "text of width {}, channels {}, resnets {}".format(*of) if of else "not a U-Net"
 
 
 class LoadControlNet(io.ComfyNode):

@@ -3,12 +3,15 @@
 # ruff: noqa: F401
 from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video, load_checkpoint, load_controlnet
 from .condition import Condition, VideoModel
+from .control import Control
 from .ddim import ddim_invert, ddim_sample, ddim_timesteps
+from .embeddings import load_embedding
 from .errors import Cancelled, OutOfMemory, TavError
 from .events import Callback, DDIMStep, Note, Plan, Reading, Stage, Step, TuningStep
 from .inflation import VideoUNet, inflate
 from .injection import REGIONS, EditPlaces, SourceWalk
 from .job import Edit, EditJob, run_edit
+from .lora import load_lora
 from .memory import Device
 from .noise import InvertedNoise, read_noise, save_noise
 from .pipeline import Source, find_subject, invert, prepare, reconstruct, sample, tune_on

@@ -5,6 +5,7 @@ import os
 import re
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -71,6 +72,23 @@ def size(text: str) -> tuple[int, int]:
     return width, height
 
 
+class LoraFile(NamedTuple):
+    """Of --lora; as text what it was given as."""
+
+    name: str
+    strength: float
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.strength:g}"
+
+
+def lora(text: str) -> LoraFile:
+    name, colon, number = text.rpartition(":")
+    if not colon or not name or not re.fullmatch(r"\s*[-+.\d][-+.\de]*\s*", number):
+        return LoraFile(str(path(text)), 1.0)
+    return LoraFile(str(path(name)), LIMITS["lora_strength"](number))
+
+
 def device(text: str) -> torch.device:
     """One that computes here: that of tensors without content doesn't."""
     try:
@@ -106,6 +124,15 @@ def model_arguments(parser):
     told = "what the checkpoint predicts, where neither its folder nor its file tells right"
     group.add_argument("--prediction-type", choices=SD_PREDICTION_TYPES, help=told)
     device_argument(group)
+    told = (
+        "a LoRA for the checkpoint, also for its tuning, a .safetensors file or a name in the lists of --comfyui, and "
+        "how strong it is (1); several times for several; mini-neon is one for the mini checkpoint"
+    )
+    group.add_argument("--lora", action="append", type=lora, metavar="FILE[:STRENGTH]", help=told)
+    told = "a textual inversion, likewise; its file's name is the word for it in sentences; several times for several"
+    group.add_argument("--embedding", action="append", type=path, metavar="FILE", help=told)
+    told = "(word:1.2) in a sentence weighs a word, as in ComfyUI; without it parentheses are read as they stand"
+    group.add_argument("--prompt-weights", action="store_true", help=told)
 
 
 def device_argument(group):
@@ -177,7 +204,8 @@ def edits_arguments(parser):
         required=True,
         type=sentence,
         metavar="TEXT",
-        help="an edited sentence; give the option several times for several edits",
+        help='an edited sentence, or one after the other along the clip, "0: a red ball | 4: a blue ball"; give the '
+        "option several times for several edits",
     )
     group = parser.add_argument_group("edits")
     group.add_argument(
@@ -187,8 +215,26 @@ def edits_arguments(parser):
         help="what an edit may change, once for all or once for each --edit (everything): the subject's colour or "
         "material (subject), the thing itself (shape), or the background; needs --contrast, --subject or --mask",
     )
+    told = (
+        "a LoRA for these edits alone, given as --lora: for a style, which a tuning with --lora unlearns, as the "
+        "clip doesn't show it"
+    )
+    group.add_argument("--edit-lora", action="append", type=lora, metavar="FILE[:STRENGTH]", help=told)
     told = "what guidance steers away from"
     group.add_argument("--negative-prompt", type=sentence, default="", metavar="TEXT", help=told)
+    control_arguments(parser)
+
+
+def control_arguments(parser):
+    group = parser.add_argument_group("ControlNet", "hints for every frame of the edits")
+    told = "a diffusers folder of a ControlNet, a name in the lists of --comfyui, or mini, which takes silhouettes"
+    group.add_argument("--controlnet", type=path, metavar="DIR", help=told)
+    told = "what it sees: an image for all frames, or a video or folder, cut as the clip is"
+    group.add_argument("--hints", type=path, metavar="PATH", help=told)
+    _number(group, "--control-strength", "control_strength", metavar="X", help="of what it adds (1)")
+    told = "share of the sampling steps after which it begins (0)"
+    _number(group, "--control-start", "control_start", metavar="X", help=told)
+    _number(group, "--control-end", "control_end", metavar="X", help="share after which it ends (1)")
 
 
 def contrast_arguments(parser):
@@ -225,7 +271,9 @@ def demo_arguments(parser):
     device_argument(parser)
     add_preset_arguments(parser)
     run_arguments(parser)
-    parser.set_defaults(checkpoint="mini", comfyui=None, prediction_type=None)
+    parser.set_defaults(
+        checkpoint="mini", comfyui=None, prediction_type=None, lora=None, embedding=None, prompt_weights=False
+    )
 
 
 def edit_arguments(parser):
@@ -242,6 +290,8 @@ def edit_arguments(parser):
     contrast_arguments(parser)
     tuning_arguments(parser)
     add_preset_arguments(parser, several=SWEEPS | {"seed": "a project has one, that of its tuning"})
+    told = "seed of the fresh noise of --eta (that of the tuning); several for a grid of edits"
+    _number(parser, "--edit-seed", "seed", nargs="+", help=told)
     run_arguments(parser, config=True)
 
 
@@ -285,8 +335,10 @@ def sample_arguments(parser):
     _number(parser, "--fps", "fps", metavar="X", help=told)
     audio_argument(parser)
     names = ("seed", "dtype", "sampling_steps", "guidance_scale", "guidance_rescale", "guidance_start", "guidance_end",
-             "attention_injection", "caption_as_negative", "steady", "context_length", "context_overlap")  # fmt: skip
-    add_preset_arguments(parser, *names, several=SWEEPS | {"seed": "of random noise; several for a grid of edits"})
+             "attention_injection", "caption_as_negative", "steady", "eta", "context_length",
+             "context_overlap")  # fmt: skip
+    of_seed = "of random noise, and of the fresh noise of --eta; several for a grid of edits"
+    add_preset_arguments(parser, *names, several=SWEEPS | {"seed": of_seed})
     run_arguments(parser, config=True)
 
 

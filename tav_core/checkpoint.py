@@ -3,9 +3,9 @@
 import json
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from .checkpoint_file import load_file
 from .checkpoint_folder import load_folder, load_part
 from .checkpoint_parts import Unfit, check_parts
 from .errors import TavError
+from .sentences import tokens_of, weigh
 from .video import to_frames
 from .where import MINI, find_checkpoint
 
@@ -32,6 +33,10 @@ class Checkpoint:
 
     Attributes:
         unet: a `VideoUNet` if it is a published Tune-A-Video model.
+        loras: those in its weights, each "NAME:STRENGTH (fingerprint)" (see `load_lora`).
+        embeddings: fingerprints of textual inversions by the words that stand for them (see `load_embedding`).
+        prompt_weights: whether sentences may weigh words, "(word:1.2)", as in ComfyUI; else parentheses are read as
+            they stand.
     """
 
     name: str
@@ -40,6 +45,9 @@ class Checkpoint:
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     scheduler: DDIMScheduler
+    loras: tuple[str, ...] = ()
+    embeddings: Mapping[str, str] = field(default_factory=dict)
+    prompt_weights: bool = False
 
     @property
     def downscale(self) -> int:
@@ -84,7 +92,7 @@ def load_checkpoint(
     path = find_checkpoint(name_or_path, comfyui)
     if config is not None and not Path(config).is_dir():
         raise TavError("config", config, "is not a folder", "give one with unet, vae, text_encoder and scheduler in it")
-    with _reading("checkpoint", name_or_path):
+    with reading("checkpoint", name_or_path):
         parts = load_folder(path) if path.is_dir() else load_file(path, prediction_type, config)
         if prediction_type is not None:
             parts["scheduler"].register_to_config(prediction_type=prediction_type)
@@ -112,7 +120,7 @@ def load_controlnet(path: str | Path) -> ControlNetModel:
         TavError: missing or broken files, pickled weights, or another kind of model (ControlNets of SDXL, SD3, Flux).
     """
     path = MINI_CONTROLNET if str(path) == "mini" else Path(path)
-    with _reading("controlnet", path):
+    with reading("controlnet", path):
         config = json.loads((path / "config.json").read_text())
         kind = config.get("_class_name")
         if kind != "ControlNetModel":
@@ -125,7 +133,7 @@ def load_controlnet(path: str | Path) -> ControlNetModel:
 
 
 @contextmanager
-def _reading(field: str, value: str | Path) -> Iterator[None]:
+def reading(field: str, value: str | Path) -> Iterator[None]:
     """What fails inside is a `TavError` of that file or folder."""
     try:
         yield
@@ -145,16 +153,23 @@ def encode_prompt(checkpoint: Checkpoint, prompt: str | list[str]) -> Tensor:
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
     tokenizer, length = checkpoint.tokenizer, checkpoint.tokenizer.model_max_length
+    ids, weights = [], []
     for text in prompts:
-        ids = tokenizer(text).input_ids
-        if len(ids) > length:
-            lost = tokenizer.decode(ids[length - 1 : -1])
+        own, of_words = tokens_of(tokenizer, text, checkpoint.prompt_weights)
+        if len(own) > length:
+            lost = tokenizer.decode(own[length - 1 : -1])
             warnings.warn(f"the prompt is longer than {length} tokens; ignored: {lost!r}", stacklevel=2)
-    ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+            own = [*own[: length - 1], own[-1]]
+        ids.append(own + [tokenizer.pad_token_id] * (length - len(own)))
+        weights.append((of_words + [1.0] * length)[:length])
+    ids = torch.tensor(ids)
     if (most := ids.max().item()) >= (known := checkpoint.text_encoder.config.vocab_size):
         problem = f"has a tokenizer that gives token {most}, and a text encoder that knows {known}"
         raise TavError("checkpoint", checkpoint.name, problem, "copy the tokenizer from the model that it was made of")
-    return checkpoint.text_encoder(ids.to(checkpoint.text_encoder.device)).last_hidden_state.float()
+    embedding = checkpoint.text_encoder(ids.to(checkpoint.text_encoder.device)).last_hidden_state.float()
+    if all(weight == 1 for of_words in weights for weight in of_words):
+        return embedding
+    return weigh(embedding, encode_prompt(checkpoint, ""), torch.tensor(weights))
 
 
 def _frames_at_once(height: int, width: int) -> int:

@@ -29,10 +29,12 @@ from .doctor import about_machine, examine, versions
 from .drawing import Edit, draw
 from .errors import Cancelled, TavError, escaped, field
 from .events import Plan, Stage
+from .lora import with_loras
 from .measure import REPORT, Measured, Models, as_table, mask_of, measure, measure_job, write_report
 from .noise import InvertedNoise, read_noise, save_noise
 from .project import SHOWN, SUMMARY, Project, file_name, write_json
 from .record import FAIR, GOOD, explained, record_of
+from .sentences import check_sentence
 from .steps import STEP_STRIP, file_of_step
 from .subject import subject_steps
 from .terminal import Parser, Progress, check_needs, preset_of, run, tell
@@ -58,18 +60,25 @@ def _edit(args):
     given.check_subject(args)
     if args.seed is not None and len(args.seed) > 1:
         problem = "has several values, and is that of the tuning: a project is tuned once"
-        raise TavError("seed", None, problem, f"give one for each {field('output')}")
-    edits = given.edits(args)
+        remedy = f"give one for each {field('output')}, or {field('edit_seed')} with {field('eta')}"
+        raise TavError("seed", None, problem, remedy)
+    edits, preset = given.edits(args, args.edit_seed), given.preset(args)
+    if args.edit_seed is not None and preset.eta == 0:
+        raise TavError("edit_seed", None, f"does nothing without {field('eta')}", "give that, or leave it out")
     found_by = dict(word=args.word or "", mask=None if args.mask is None else torch.ones(1, 1, 1))  # till it is read
     settings = (given.softness(args), args.negative_prompt, given.inflation(args))
-    wanted = job.EditJob(args.prompt, edits, given.preset(args), args.contrast or (), *settings, **found_by,
-                         rank=args.rank)  # fmt: skip
+    wanted = job.EditJob(args.prompt, edits, preset, args.contrast or (), *settings, **found_by,
+                         rank=args.rank, loras=given.loras(args, "edit_lora"))  # fmt: skip
+    given.check_sentences(args, args.prompt, *args.edit, args.negative_prompt, *args.contrast or ())
     if args.overwrite and args.resume:
         raise TavError("resume", None, f"has nothing to go on with after {field('overwrite')}", "leave one of them out")
-    _check_project(args, wanted, args.resume, video=args.video, mask=args.mask)
-    checkpoint = given.checkpoint(args, wanted.preset)
+    _check_project(args, wanted, args.resume, video=args.video, mask=args.mask, hints=args.hints)
+    control, checkpoint = given.control_model(args), given.checkpoint(args, preset)
     clip = given.clip(args, checkpoint, args.video, sound=args.audio)
-    wanted = replace(wanted, mask=given.mask(args, clip))
+    shape = clip.frames.shape[:3]
+    hints = given.control(args, control, checkpoint, *shape, start=args.start, stride=args.stride, count=shape[0])
+    wanted = replace(wanted, mask=given.mask(args, clip), control=hints)
+    wanted.check_fits(checkpoint, *shape)
     if args.dry_run:
         count, height, width, _ = clip.frames.shape
         _examine(args, checkpoint, wanted, count, width, height)
@@ -78,7 +87,7 @@ def _edit(args):
         progress = Progress(args.quiet).stop_at_interrupt()
         summary, _ = job.run_edit(wanted, checkpoint, clip, args.output, resume=args.resume, overwrite=args.overwrite,
                                   callback=progress)  # fmt: skip
-        run = record_of(args, sys.argv, wanted.preset, checkpoint, clip)
+        run = record_of(args, sys.argv, preset, checkpoint, clip)
         summary |= {**explained(summary), "run": run}
         write_json(args.output / SUMMARY, summary)
     _report(args.output, summary)
@@ -158,6 +167,7 @@ def _tune(args):
     for prompt in args.prompt:
         pipeline.check_prompt(prompt)
     preset = given.preset(args)
+    given.check_sentences(args, *args.prompt)
     for video in args.video:
         job.check_folder(args.output, job.tuned_files(preset), video=video)
     job.check_unfinished(args.output, args.resume)
@@ -210,11 +220,14 @@ def _invert(args):
 def _sample(args):
     if args.noise is None:
         check_needs(args, attention_injection="noise", caption_as_negative="noise", steady="noise")
-    for name, value in (("frames", args.frames), ("seed", args.seed and " ".join(map(str, args.seed)))):
+    preset = given.preset(args)
+    of_seed = None if preset.eta > 0 else args.seed and " ".join(map(str, args.seed))
+    for name, value, or_with in (("frames", args.frames, ""), ("seed", of_seed, f", or of {field('eta')}")):
         if args.noise is not None and value is not None:
-            problem = f"does nothing with {field('noise')}: it is of random noise"
+            problem = f"does nothing with {field('noise')}: it is of random noise{or_with}"
             raise TavError(name, value, problem, "leave it out")
-    edits, preset = given.edits(args), given.preset(args)
+    edits, loras = given.edits(args, None if args.noise is None else args.seed), given.loras(args, "edit_lora")
+    given.check_sentences(args, *args.edit, args.negative_prompt)
     given.tuned_info(args)  # a damaged file should not surface after the checkpoint is loaded
     inverted = None if args.noise is None else read_noise(args.noise, preset)
     subject = inverted and inverted.subject
@@ -227,8 +240,9 @@ def _sample(args):
         f"{file_name(number, edit.prompt)}.mp4"
         for number, edit in enumerate(edits, Project.at(args.output).next_number)
     ]
-    job.check_folder(args.output, [*files, *SHOWN, SUMMARY], noise=args.noise, tuned=args.tuned)
-    checkpoint = given.checkpoint(args, preset)
+    job.check_folder(args.output, [*files, *SHOWN, SUMMARY], noise=args.noise, tuned=args.tuned,
+                     hints=args.hints)  # fmt: skip
+    net, checkpoint = given.control_model(args), given.checkpoint(args, preset)
     unet, info, weights = given.tuned_unet(args, checkpoint)
     rate, sound = given.pace(args, inverted)
     if inverted is None:
@@ -238,7 +252,12 @@ def _sample(args):
         given.check_noise(args.noise, inverted, checkpoint, weights)
         starts = {None: replace(inverted, fps=rate, sound=sound)}
     given.window_if_longer(args, info, next(iter(starts.values())).latents.shape[2])
+    count, *sides = next(iter(starts.values())).latents.shape[2:]
+    for name, text in [*(("edit", edit.prompt) for edit in edits), ("negative_prompt", args.negative_prompt)]:
+        check_sentence(text, count, name, checkpoint.prompt_weights)
+    control = given.control(args, net, checkpoint, count, *(checkpoint.downscale * side for side in sides))
     preset, drawn = preset_of(args), []
+    styled = with_loras(checkpoint, unet, loras)
     with job.claimed(args.output):
         project = _shared(args, info, checkpoint, weights, next(iter(starts.values())))
         progress = Progress(args.quiet).stop_at_interrupt()
@@ -246,8 +265,8 @@ def _sample(args):
         if inverted is not None and inverted.frames is not None and "source" not in project.summary:
             project.put("source", inverted.frames, rate, sound)
         for seed, start in starts.items():
-            drawn += draw(project, edits, checkpoint, unet, preset, start, negative_prompt=args.negative_prompt,
-                          seed=seed, callback=progress)  # fmt: skip
+            drawn += draw(project, edits, *styled, preset, start, negative_prompt=args.negative_prompt,
+                          seed=seed, control=control, callback=progress)  # fmt: skip
         project.show_grid(drawn, rate)
         project.show(rate, sound)
     for edit in drawn:

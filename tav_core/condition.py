@@ -22,7 +22,9 @@ class VideoModel(Protocol):
     def __call__(
         self, latents: Tensor, timesteps: Tensor | int, encoder_hidden_states: Tensor, **settings: Tensor
     ) -> Tensor:
-        """`b c f h w` to the same; `settings` may be class_labels and, under attention injection, an anchor."""
+        """`b c f h w` to the same; `settings` may be class_labels, under attention injection an anchor, and beside a
+        ControlNet its hints and strengths.
+        """
 
 
 @dataclass(frozen=True)

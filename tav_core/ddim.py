@@ -22,6 +22,7 @@ from .events import Callback, DDIMStep, ignored
 from .limits import check
 
 if TYPE_CHECKING:
+    from .control import Control
     from .injection import Led, SourceWalk
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -252,6 +253,7 @@ def ddim_sample(
     negative_hidden_states: Tensor | Condition | None = None,
     source_walk: "SourceWalk | None" = None,
     source_hidden_states: Tensor | Condition | None = None,
+    control: "Control | None" = None,
     eta: float = 0.0,
     generator: torch.Generator | None = None,
     callback: Callback = ignored,
@@ -266,6 +268,7 @@ def ddim_sample(
         source_walk: takes the source clip back beside the edit, from the same noise without guidance, and lets it lead
             the edit's attention or hold a part of it (see `injection`); needs a model with a `frame_context`.
         source_hidden_states: what the source clip was inverted with, for `source_walk`.
+        control: hints for the edit, for a `ControlledUNet`.
         eta: 0 (DDIM) to 1 (DDPM) share of fresh noise, drawn from `generator`.
         callback: as in `ddim_invert`, with stage "sample".
 
@@ -291,7 +294,7 @@ def ddim_sample(
     if source_walk is not None:
         source_walk.begin()
         source = Condition.of(source_hidden_states).or_labels_of(condition)
-    denoise = _edit_denoiser(unet, schedule, latents.shape, prompts, guidance, source_walk, source)
+    denoise = _edit_denoiser(unet, schedule, latents.shape, prompts, guidance, source_walk, source, control)
     x = from_latents(latents.float().contiguous(), schedule.sigmas[0])
     for step, (sigma, lower) in enumerate(pairwise(schedule.sigmas)):
         x0 = denoise(x, step)
@@ -312,6 +315,7 @@ def _edit_denoiser(
     guidance: Guidance,
     source_walk: "SourceWalk | None",
     source: Condition | None,
+    control: "Control | None",
 ) -> Callable[[Tensor, int], Tensor]:
     """What a U-Net sees in an edit at a step, `(x, step) -> x0`: under guidance, and beside the source where it walks.
 
@@ -333,10 +337,13 @@ def _edit_denoiser(
         guided = len(prompts) > 1 and guidance.acts(step, len(schedule.timesteps))
 
         def ask(x: Tensor, led: "Led | None") -> Tensor:
+            sources, hints = 0 if led is None else b, {}
+            if control is not None:
+                hints = control.settings(step, len(schedule.timesteps), len(x), sources, f)
             if led is None:
-                return schedule.denoised(unet, x, step, texts(guided, False))
+                return schedule.denoised(unet, x, step, texts(guided, False), **hints)
             with unet.frame_context.running(sources=led.sources):
-                return schedule.denoised(unet, x, step, texts(guided, True), **led.keywords)
+                return schedule.denoised(unet, x, step, texts(guided, True), **led.keywords, **hints)
 
         videos, sigma = torch.cat([x] * (1 + guided)), schedule.sigmas[step]
         x0 = source_walk(ask, videos, sigma, schedule.sigmas, 1 + guided) if walks else ask(videos, None)

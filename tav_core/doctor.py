@@ -70,6 +70,7 @@ def examine(
     Raises:
         TavError: what `run_edit` refuses; not even the smallest memory mode fits.
     """
+    job.check_fits(checkpoint, frames, height, width)
     preset, scale = job.preset, checkpoint.downscale
     latents = torch.randn(1, checkpoint.unet.config.in_channels, frames, height // scale, width // scale)
     with torch.no_grad():
@@ -118,7 +119,8 @@ def _how_long(
     with suppress(Cancelled):
         pipeline.invert(checkpoint, unet, source, sampling, callback=clock)
     with suppress(Cancelled):
-        pipeline.sample(checkpoint, unet, noise, job.prompt, sampling, source_prompt=job.prompt, callback=clock)
+        pipeline.sample(checkpoint, unet, noise, job.prompt, sampling, source_prompt=job.prompt, control=job.control,
+                        callback=clock)  # fmt: skip
     seconds, plan = clock.seconds, plan_of(job)
     kernels = Counter(attention_choice.CHOSEN.values())
     told = ", ".join(f"{name} for {count}" for name, count in kernels.most_common())

@@ -8,7 +8,9 @@ from typing import Any
 # fields that a function of Python calls otherwise
 _PYTHON = {"video": "path", "output": "path", "checkpoint": "name_or_path", "controlnet": "path", "tuned": "path",
            "noise": "path", "state": "state_path", "size": "width and height",
-           "edit": "prompt", "contrast": "contrasts"}  # fmt: skip
+           "edit": "prompt", "contrast": "contrasts", "lora": "path", "lora_strength": "strength", "embedding": "path",
+           "edit_lora": "loras", "control_strength": "strength", "control_start": "start",
+           "control_end": "end"}  # fmt: skip
 _LONG_WORD = re.compile(r"\S{301,}")
 _MENTIONED = re.compile("\ue000(.*?)\ue001")  # characters of the private use area: no file name or sentence has them
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from .atomic import atomic_path
 from .checkpoint import Checkpoint
 from .dataset import Entry, in_words, video_fault
+from .drawing import Edit
 from .errors import Cancelled, TavError
 from .errors import field as mentioned
 from .events import Callback, Note, Reading, ignored
@@ -141,12 +142,15 @@ def check_settings(output: Path, preset: Preset, inflation: dict[str, Any], chec
         TavError: it has been filled with others.
     """
     content = asdict(preset) | {"inflation": inflation, "checkpoint": checkpoint.name, "frames": asdict(frames)}
+    content |= {"lora": list(checkpoint.loras), "embedding": dict(checkpoint.embeddings)}
+    content["prompt_weights"] = checkpoint.prompt_weights
     content["tuning"] = {name: value for name, value in content["tuning"].items() if name not in _NO_MATTER}
     flat = {
         f"{of} {name}": value for of, own in content.items() if isinstance(own, dict) for name, value in own.items()
     }
     now = json.loads(json.dumps(flat | {name: own for name, own in content.items() if not isinstance(own, dict)}))
     before = _read_json(output / SETTINGS)
+    before = before and {"eta": 0.0, "lora": [], "prompt_weights": False} | before  # earlier versions had none of them
     if before and before != now:
         name = next(name for name in sorted(before.keys() | now) if before.get(name) != now.get(name))
         problem = f"holds clips that were edited with other settings ({name} {before.get(name)}, now {now.get(name)})"
@@ -202,9 +206,14 @@ def is_done(clip: ClipJob, output: Path) -> bool:
     before = _read_json(output / "runs" / clip.name / _DONE)
     if not before or before.get("clip") != _identity(clip):
         return False
-    same = all(before["edits"].get(kind) == asdict(edit) for kind, edit in clip.entry.edits.items())
+    same = all(before["edits"].get(kind) == _told_of(edit) for kind, edit in clip.entry.edits.items())
     folders = [output / "frames" / clip.name / kind for kind in clip.entry.edits]
     return same and all(len([*folder.glob("*.jpg")]) == before["frames"] for folder in folders)
+
+
+def _told_of(edit: Edit) -> dict[str, Any]:
+    """An edit as it is noted; what earlier versions didn't know is left out where nothing is given."""
+    return {name: value for name, value in asdict(edit).items() if name != "seed" or value is not None}
 
 
 def _identity(clip: ClipJob) -> dict[str, Any]:
@@ -227,7 +236,7 @@ def _edit(clip: ClipJob, checkpoint: Checkpoint, output: Path, frames: Frames, c
     for kind, edit in entry.edits.items():  # one by one, so that the frames are of what was drawn, not of its video
         _, (drawn,) = run_edit(replace(job, edits=[edit]), checkpoint, video, run, callback=callback)
         _write_frames(drawn, output / "frames" / entry.name / kind)
-    edited = {kind: asdict(edit) for kind, edit in entry.edits.items()}
+    edited = {kind: _told_of(edit) for kind, edit in entry.edits.items()}
     write_json(run / _DONE, {"clip": _identity(clip), "edits": edited, "frames": len(video.frames)})
 
 

@@ -1,34 +1,41 @@
 """What the options of a command give: its settings, checkpoint, clip and mask, tuned weights and noise."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ControlNetModel
 from torch import nn
 
 from . import pipeline
 from .arguments import FRAMES
-from .checkpoint import Checkpoint, load_checkpoint
+from .checkpoint import Checkpoint, load_checkpoint, load_controlnet
 from .clip_metrics import load_clip, load_dino
+from .control import Control
 from .ddim import ddim_timesteps
 from .drawing import Edit
+from .embeddings import load_embedding
 from .errors import TavError, field
 from .inflation import VideoUNet
 from .limits import LIMITS, check_pixels
+from .lora import load_lora
 from .measure import Models, mask_of
 from .noise import InvertedNoise
 from .pictures import IMAGES, is_animated
 from .precision import DTYPES
 from .presets import Preset
+from .sentences import seems_weighted
 from .sound import Sound
 from .subject import SOFTNESS
 from .terminal import Progress, check_needs, preset_of, tell
 from .trainable import trainable_parameters
 from .tuned_weights import TunedInfo, load_tuned, read_tuned, weights_fingerprint
 from .video import Clip, load_video
-from .where import MINI, MINI_KNOWS, MINI_SIZE, find_checkpoint
+from .where import MINI, MINI_KNOWS, MINI_SIZE, find_checkpoint, find_model
 from .windows import check_context_length
 
 FPS = 8.0  # where nothing else says how fast
@@ -37,8 +44,17 @@ FPS = 8.0  # where nothing else says how fast
 def preset(args) -> Preset:
     """The settings of a command, whose checkpoint is looked for first: before anything is read."""
     args.found = find_checkpoint(args.checkpoint, args.comfyui)
+    args.added = {  # to it
+        "lora": loras(args, "lora"),
+        "embedding": [find_model("embedding", name, "embeddings", args.comfyui) for name in args.embedding or ()],
+    }
     args.dtype = args.dtype or _dtype_for(args.device)
     return preset_of(args)
+
+
+def loras(args, of: str) -> list[tuple[Path, float]]:
+    """The files and strengths of --lora or --edit-lora."""
+    return [(find_model(of, name, "loras", args.comfyui), strength) for name, strength in getattr(args, of) or ()]
 
 
 def _dtype_for(device: torch.device) -> str:
@@ -53,6 +69,11 @@ def checkpoint(args, preset: Preset) -> Checkpoint:
         large = f" ({width} x {height} is larger than anything it has seen)" * (max(width, height) > MINI_SIZE)
         tell(f"mini {MINI_KNOWS}{large}")
     checkpoint = load_checkpoint(args.found, prediction_type=args.prediction_type)
+    for path, strength in args.added["lora"]:
+        checkpoint = load_lora(checkpoint, path, strength)
+    for path in args.added["embedding"]:
+        checkpoint = load_embedding(checkpoint, path)
+    checkpoint = replace(checkpoint, prompt_weights=args.prompt_weights)
     for part in (checkpoint.vae, checkpoint.text_encoder):  # of the U-Net, only what is inflated from it goes there
         nn.Module.to(part, args.device)
     ddim_timesteps(checkpoint.scheduler, preset.sampling_steps)  # a wrong count should not surface after tuning
@@ -96,14 +117,70 @@ def mask(args, clip: Clip) -> torch.Tensor | None:
     if args.mask is None:
         return None
     count, height, width = clip.frames.shape[:3]
-    one = args.mask.suffix.lower() in IMAGES and args.mask.is_file() and not is_animated(args.mask)
-    cut = dict(count=1) if one else dict(start=args.start, stride=args.stride, count=count)
-    size = dict(width=width, height=height, fit=args.fit)
+    cut = dict(start=args.start, stride=args.stride, count=count)
+    return mask_of(_pictures(args, "mask", width, height, args.fit, cut), count)
+
+
+def _pictures(args, of: str, width: int, height: int, fit: str, cut: dict[str, int | None]) -> torch.Tensor:
+    """Those of an option that takes an image or a video, uint8 `f h w c`; an image isn't cut."""
+    path = getattr(args, of)
+    one = path.suffix.lower() in IMAGES and path.is_file() and not is_animated(path)
+    read = dict(width=width, height=height, fit=fit, sound=False, callback=Progress(args.quiet))
     try:
-        return mask_of(load_video(args.mask, **cut, **size, sound=False, callback=Progress(args.quiet)).frames, count)
+        return load_video(path, **(dict(count=1) if one else cut), **read).frames
     except TavError as error:
-        named = "mask" if error.field == "video" else error.field
+        named = of if error.field == "video" else error.field
         raise TavError(named, error.value, error.problem, error.remedy) from error
+
+
+def control_model(args) -> ControlNetModel | None:
+    """That of --controlnet, on the device, in the precision of the U-Net.
+
+    Raises:
+        TavError: one without hints, hints or settings without one, an end that isn't behind the start.
+    """
+    of_control = ("hints", "control_strength", "control_start", "control_end")
+    check_needs(args, **dict.fromkeys(of_control, "controlnet"))
+    if args.controlnet is None:
+        return None
+    if args.hints is None:
+        raise TavError("hints", None, "is missing", f"give {field('controlnet')} a picture for each frame, or for all")
+    Control(None, torch.zeros(1, 1, 1, 3, dtype=torch.uint8), **_control_settings(args))
+    model = load_controlnet(find_model("controlnet", args.controlnet, "controlnet", args.comfyui))
+    return nn.Module.to(model, args.device, DTYPES[args.dtype])
+
+
+def _control_settings(args) -> dict[str, float]:
+    given = {name: getattr(args, f"control_{name}") for name in ("strength", "start", "end")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def control(
+    args, model: ControlNetModel | None, checkpoint: Checkpoint, frames: int, height: int, width: int, **cut
+) -> Control | None:
+    """The ControlNet with its hints, for a clip of that shape.
+
+    Args:
+        cut: how the clip was cut, where that is known; else there must be one picture for each of its frames.
+    """
+    if model is None:
+        return None
+    hints = _pictures(args, "hints", width, height, getattr(args, "fit", "crop"), cut)
+    made = Control(model, hints, **_control_settings(args))
+    made.check(checkpoint.unet, frames, height, width)
+    return made
+
+
+def check_sentences(args, *sentences: str):
+    """Tells of weights that are none, and refuses a textual inversion that no sentence names."""
+    said = " ".join(sentences).lower()
+    for path in args.added["embedding"]:
+        if path.stem.lower() not in said:
+            problem = f"does nothing: no sentence has the word {path.stem!r}"
+            raise TavError("embedding", path, problem, "use it in one, or leave it out")
+    odd = [] if args.prompt_weights or args.quiet else list(filter(seems_weighted, sentences))
+    if odd:
+        tell(f"note: parentheses and numbers are read as words in {odd[0]!r}; with --prompt-weights they are weights")
 
 
 def tuned_info(args) -> TunedInfo | None:
@@ -159,10 +236,15 @@ def regions(args) -> list[str]:
     return regions * len(args.edit) if len(regions) == 1 else regions
 
 
-def edits(args) -> list[Edit]:
-    """Every sentence with its region, under each combination of the settings of which there are several values."""
+def edits(args, seeds: Sequence[int] | None = None) -> list[Edit]:
+    """Every sentence with its region, under each combination of the settings of which there are several values.
+
+    Args:
+        seeds: of the fresh noise of an eta.
+    """
     swept = [values if values and len(values) > 1 else [None] for values in (args.guidance_scale,
                                                                             args.attention_injection)]  # fmt: skip
+    swept.append(seeds or [None])
     sentences = zip(args.edit, regions(args))
     return [Edit(prompt, region, *own) for (prompt, region), *own in product(sentences, *swept)]
 

@@ -17,17 +17,20 @@ from torch import Tensor
 from . import errors, pipeline
 from .atomic import sole_user
 from .checkpoint import Checkpoint, decode_video
-from .drawing import Edit, draw, settings_of
+from .control import Control
+from .drawing import Edit, draw, reading_of, settings_of
 from .errors import TavError
 from .events import Callback, Note, Step, ignored
 from .inflation import VideoUNet
 from .limits import check
+from .lora import with_loras
 from .metrics import psnr
 from .noise import InvertedNoise, read_noise, save_noise
 from .precision import DTYPES
 from .presets import Preset
 from .project import NAMED, NOISE, SHOWN, SUMMARY, Project, file_name, labels
 from .remaining import plan_of
+from .sentences import check_sentence
 from .steps import STEP_STRIP, edits_of_step, file_of_step
 from .subject import SOFTNESS
 from .trainable import trainable_parameters
@@ -56,6 +59,8 @@ class EditJob:
         word: of the sentence that names the subject, to find it by; with contrasts, what either of them finds.
         mask: of the subject, drawn or found elsewhere, 0 ... 1, `f h w` of pixels: it isn't looked for then.
         rank: of what the files of tuned weights hold (see `save_tuned`).
+        control: a ControlNet with hints for the edits.
+        loras: files and strengths, for the edits alone; those of the tuning are in the checkpoint (see `load_lora`).
 
     Raises:
         TavError: an empty sentence, a region whose subject nothing tells, or a contrast that says nothing of another
@@ -72,6 +77,8 @@ class EditJob:
     word: str = ""
     mask: Tensor | None = field(default=None, repr=False, compare=False)
     rank: int | None = None
+    control: Control | None = field(default=None, compare=False)
+    loras: Sequence[tuple[Path, float]] = ()
 
     def __post_init__(self):
         pipeline.check_prompt(self.prompt)
@@ -85,6 +92,17 @@ class EditJob:
             pipeline.check_edit(edit.prompt, edit.region, self.knows_subject)
             edit.preset_of(self.preset)
         pipeline.check_contrasts(self.prompt, self.contrasts)
+
+    def check_fits(self, checkpoint: Checkpoint, frames: int, height: int, width: int):
+        """Raises a TavError for sentences, hints or LoRAs that don't fit the checkpoint or a clip of that shape."""
+        texts = [("prompt", self.prompt), ("negative_prompt", self.negative_prompt),
+                 *(("contrast", each) for each in self.contrasts),
+                 *(("edit", edit.prompt) for edit in self.edits)]  # fmt: skip
+        for name, text in texts:
+            check_sentence(text, frames, name, checkpoint.prompt_weights)
+        if self.control is not None:
+            self.control.check(checkpoint.unet, frames, height, width)
+        with_loras(checkpoint, checkpoint.unet, self.loras)
 
     @property
     def knows_subject(self) -> bool:
@@ -255,6 +273,7 @@ def run_edit(
             checkpoint or tuning.
     """
     check(fps=clip.fps)
+    job.check_fits(checkpoint, *clip.frames.shape[:3])
     if overwrite:
         _remove(folder)
     check_free(folder, resume)
@@ -269,11 +288,12 @@ def run_edit(
     noise = run.inverted(unet)
     if "reconstruction" not in project.summary:
         run.reconstruct(unet, noise)
-    edits = draw(project, job.edits, checkpoint, unet, job.preset, noise, negative_prompt=job.negative_prompt,
-                 callback=callback)  # fmt: skip
+    styled = with_loras(checkpoint, unet, job.loras)
+    edits = draw(project, job.edits, *styled, job.preset, noise, negative_prompt=job.negative_prompt,
+                 control=job.control, callback=callback)  # fmt: skip
     videos = [project.video(edit["file"]) for edit in edits]
     if job.preset.tuning.keep:
-        unet = None  # makes room for that of a step
+        unet = styled = None  # makes room for that of a step
         run.compare_steps(noise, videos, labels(edits))
     project.show_grid(edits, clip.fps)
     project.show(clip.fps, clip.sound)
@@ -329,7 +349,8 @@ class _Run:
         return {
             "prompt": job.prompt, "checkpoint": checkpoint.name, "frames": f, "fps": round(self.clip.fps, 3),
             "size": [w, h], "clip": hash_tensors([self.clip.frames]),
-            "model": {"base": base, "prediction_type": prediction_type, **INFLATION, **job.inflation},
+            "model": {**reading_of(checkpoint, job.prompt), "base": base, "prediction_type": prediction_type,
+                      **INFLATION, **job.inflation},
             "settings": json.loads(json.dumps(asdict(job.preset))),
         }  # fmt: skip
 
@@ -433,10 +454,14 @@ class _Run:
 
     def reconstruct(self, unet: VideoUNet, noise: InvertedNoise):
         """The clip drawn again from its noise with its own sentence, and how near to it that comes."""
-        project, job = self.project, self.job
+        project, job, preset = (
+            self.project,
+            self.job,
+            replace(self.job.preset, eta=0.0),
+        )  # which leaves nothing to chance
         self.callback(Note("reconstruction ..."))
-        settings = settings_of(Edit(job.prompt), job.preset, noise, job.negative_prompt)
-        video = project.timed("sample", pipeline.sample, self.checkpoint, unet, noise.latents, job.prompt, job.preset,
+        settings = settings_of(Edit(job.prompt), self.checkpoint, preset, noise, job.negative_prompt)
+        video = project.timed("sample", pipeline.sample, self.checkpoint, unet, noise.latents, job.prompt, preset,
                               source_prompt=job.prompt, negative_prompt=job.negative_prompt, subject=noise.subject,
                               callback=self.callback)  # fmt: skip
         # without guidance, and what the VAE alone leaves of the clip

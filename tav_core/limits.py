@@ -63,6 +63,11 @@ LIMITS = {
     "context_length": Range(3, 10_000),  # frame 0, the previous frame, and one that sees both
     "context_overlap": Range(2, 9_999),
     "softness": Range(0, 512),
+    "eta": Range(0.0, 1.0),
+    "lora_strength": Range(-10.0, 10.0),
+    "control_strength": Range(0.0, 10.0),
+    "control_start": Range(0.0, 1.0),
+    "control_end": Range(0.0, 1.0),
     # clips
     "start": Range(0, 10_000_000),
     "stride": Range(1, 1000),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video
 from .condition import Condition
+from .control import Control, ControlledUNet
 from .ddim import Schedule, ddim_invert, ddim_sample
 from .errors import TavError, field
 from .events import Callback, Step, ignored
@@ -28,6 +29,7 @@ from .inflation import VideoUNet, inflate
 from .injection import EditPlaces, SourceWalk
 from .memory import offloaded
 from .presets import Preset
+from .sentences import along, check_sentence, keyframes, tokens_of
 from .subject import SOFTNESS, outlined, pooled, put_back, softened, subject_mask, subject_steps, word_mask, word_places
 from .take import Take
 from .trainable import trainable_parameters
@@ -75,6 +77,7 @@ def check_edit(prompt: str, region: str, subject_known: bool):
     check_text("edit", prompt)
     if not prompt.strip():
         raise TavError("edit", None, "is empty", "describe the edited clip in one sentence")
+    keyframes(prompt)  # raises for a text that is out of order
     if region != "everything" and not subject_known:
         problem = "needs to know where the subject is"
         remedy = f"invert the clip with {field('contrast')}, {field('word')} or {field('mask')}"
@@ -86,6 +89,9 @@ def check_prompt(prompt: str):
     check_text("prompt", prompt)
     if not prompt.strip():
         raise TavError("prompt", None, "is empty", 'describe the clip in one sentence, e.g. "a man is skiing"')
+    if keyframes(prompt):
+        problem = "has a sentence for each of some frames, which edits alone may have"
+        raise TavError("prompt", prompt, problem, "describe the clip in one sentence")
 
 
 def check_size(checkpoint: Checkpoint, *, width: int, height: int):
@@ -176,7 +182,7 @@ def reconstruct(
     return decode_video(checkpoint, latents)
 
 
-def _windowed(unet: VideoUNet, preset: Preset) -> VideoUNet | WindowedUNet:
+def _windowed(unet: VideoUNet | ControlledUNet, preset: Preset) -> VideoUNet | ControlledUNet | WindowedUNet:
     length = preset.tuning.context_length
     return unet if length is None else WindowedUNet(unet, ContextWindows(length, preset.context_overlap))
 
@@ -245,8 +251,8 @@ def places_of(checkpoint: Checkpoint, prompt: str, word: str, preset: Preset) ->
     if preset.tuning.context_length is not None:
         problem = f"is looked for in the whole clip at once, {field('context_length')} shows parts of it"
         raise TavError("word", word, problem, f"use {field('contrast')}")
-    tokenizer = checkpoint.tokenizer
-    return word_places(tokenizer(prompt).input_ids, tokenizer(word).input_ids[1:-1], word)
+    sentence, named = (tokens_of(checkpoint.tokenizer, text, checkpoint.prompt_weights)[0] for text in (prompt, word))
+    return word_places(sentence, named[1:-1], word)
 
 
 def check_contrasts(prompt: str, contrasts: Sequence[str]):
@@ -273,11 +279,15 @@ def sample(
     class_labels: Tensor | None = None,
     negative_class_labels: Tensor | None = None,
     source_class_labels: Tensor | None = None,
+    control: Control | None = None,
+    generator: torch.Generator | None = None,
     callback: Callback = ignored,
 ) -> Tensor:
     """The clip of `prompt` from `noise`, uint8 `f h w c`.
 
     Args:
+        prompt: a sentence, or several with the frames that they begin at, "0: a red ball | 4: a blue ball": between
+            them the embedding changes evenly, the last one stays. So may `negative_prompt` be.
         source_prompt: the sentence of the clip that was inverted to `noise`; None for random noise, which has no clip
             to take attention or a caption from.
         subject: mask of the clip's subject, `1 1 f h w` of pixels (see `find_subject`): attention injection keeps it in
@@ -288,26 +298,34 @@ def sample(
             the noise reconstructs of them.
         class_labels: of the edit, `1` or `f`, for a U-Net with classes; those beside the negative prompt (the label for
             no class if the U-Net has one) and those that the source was inverted with are the same by default.
+        control: a ControlNet with its hints, for the edit alone.
+        generator: of the fresh noise that the `eta` of the preset asks for; by default torch's own.
 
     Raises:
-        TavError: an empty prompt, settings out of range (see `ddim_sample`), or a region without subject.
+        TavError: an empty prompt, frames that the clip hasn't, hints that don't fit it, settings out of range (see
+            `ddim_sample`), or a region without subject.
     """
     check_edit(prompt, region, subject is not None and source_prompt is not None)
     check_text("negative_prompt", negative_prompt)
+    frames, scale = noise.shape[2], checkpoint.downscale
+    check_sentence(prompt, frames, "edit", checkpoint.prompt_weights)
+    check_sentence(negative_prompt, frames, "negative_prompt", checkpoint.prompt_weights)
+    if control is not None:
+        control.check(unet, frames, *(scale * side for side in noise.shape[3:]))
     walk = source = None
-    negative = encode_prompt(checkpoint, negative_prompt)
+    negative = _along(checkpoint, negative_prompt, frames)
     if source_prompt is not None:
         negative = torch.lerp(negative, encode_prompt(checkpoint, source_prompt), preset.caption_as_negative)
         places = None
         if subject is not None:
-            mask = pooled(subject, checkpoint.downscale).to(unet.device)
+            mask = pooled(subject, scale).to(unet.device)
             places = EditPlaces.of(region, mask, margin=1, steady=preset.steady)
         walk = SourceWalk(preset.attention_injection, places)
         source = Condition(_inversion_text(checkpoint, source_prompt, preset), source_class_labels)
     latents = ddim_sample(
-        _windowed(unet, preset),
+        _windowed(unet if control is None else ControlledUNet(unet, control.model), preset),
         noise.to(unet.device),
-        Condition(encode_prompt(checkpoint, prompt), class_labels),
+        Condition(_along(checkpoint, prompt, frames), class_labels),
         checkpoint.scheduler,
         preset.sampling_steps,
         guidance_scale=preset.guidance_scale,
@@ -317,6 +335,9 @@ def sample(
         negative_hidden_states=Condition(negative, negative_class_labels),
         source_walk=walk,
         source_hidden_states=source,
+        control=control,
+        eta=preset.eta,
+        generator=generator,
         callback=callback,
     )
     edit = decode_video(checkpoint, latents)
@@ -325,7 +346,14 @@ def sample(
     if source_frames is None:
         end = Schedule.of(checkpoint.scheduler, preset.sampling_steps).sigmas[-1]
         source_frames = decode_video(checkpoint, walk.latents(end))
-    return put_back(edit, source_frames, EditPlaces.of(region, subject, margin=checkpoint.downscale).changeable)
+    return put_back(edit, source_frames, EditPlaces.of(region, subject, margin=scale).changeable)
+
+
+def _along(checkpoint: Checkpoint, prompt: str, frames: int) -> Tensor:
+    """The embedding of a sentence, `1 n d`, or of one after the other along the frames, `f n d`."""
+    if (told := keyframes(prompt)) is None:
+        return encode_prompt(checkpoint, prompt)
+    return along({frame: encode_prompt(checkpoint, sentence) for frame, sentence in told.items()}, frames)
 
 
 def _inversion_text(checkpoint: Checkpoint, prompt: str, preset: Preset) -> Tensor:

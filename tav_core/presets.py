@@ -22,6 +22,8 @@ class Preset:
             inversion (arXiv 2305.16807).
         steady: with a mask of the subject, a background that an edit draws anew stands still where the clip's does (see
             `steadied`). Turn it off for one that should move, such as a fire or a crowd.
+        eta: share of fresh noise in the steps of an edit, 0 ... 1: 0 is DDIM as in the paper, which leaves nothing to
+            chance, 1 has as much of it as DDPM (Song et al., equation 16). More of it draws more freely.
         context_overlap: frames that neighbouring windows share; with `tuning.context_length` all stages see a clip
             window by window (see `windows`).
     """
@@ -35,6 +37,7 @@ class Preset:
     attention_injection: float = 0.0
     caption_as_negative: float = 0.0
     steady: bool = True
+    eta: float = 0.0
     context_overlap: int = 4
 
     def __post_init__(self):

@@ -33,8 +33,9 @@ NAMED = ("source", "subject", "reconstruction")  # videos that aren't edits
 SWEPT = ("seed", "guidance_scale", "attention_injection")  # settings of an edit that a command takes several values of
 # by what edits of one sentence are told apart
 TOLD_APART = ("region", *SWEPT, "negative_prompt", "caption_as_negative", "guidance_rescale", "guidance_start",
-              "guidance_end", "sampling_steps", "steady", "subject", "context_length",
-              "context_overlap", "dtype", "noise", "frames", "fps", "sound")  # fmt: skip
+              "guidance_end", "sampling_steps", "steady", "subject", "eta", "context_length", "context_overlap", "lora",
+              "embedding", "prompt_weights", "controlnet", "hints", "control_strength", "control_start", "control_end",
+              "dtype", "noise", "frames", "fps", "sound")  # fmt: skip
 
 
 @dataclass

@@ -18,7 +18,7 @@ from .video import Clip
 _NOT_KEPT = ("help", "output", "config", "resume", "overwrite", "quiet", "dry_run", "threads", "device", "comfyui")
 # of a preset, which another version may have changed
 _RESOLVED = ("steps", "learning_rate", "seed", "dtype", "sampling_steps", "guidance_scale", "guidance_rescale",
-             "guidance_start", "guidance_end", "attention_injection", "caption_as_negative")  # fmt: skip
+             "guidance_start", "guidance_end", "attention_injection", "caption_as_negative", "eta")  # fmt: skip
 GOOD, FAIR = (24, 8), (19, 14)  # dB that a reconstruction must have, and may be below what the VAE alone leaves
 MEANINGS = {
     "probe_loss": "mean squared error of the predicted noise (without unit, about 1 where nothing is known) on the "
@@ -60,11 +60,13 @@ def record_of(args: argparse.Namespace, argv: list[str], preset: Preset, checkpo
         args: with the `parser` that they come from.
         argv: as they were given.
     """
+    embeddings = [f"{word} ({digest})" for word, digest in checkpoint.embeddings.items()]
+    added = {name: of for name, of in (("lora", list(checkpoint.loras)), ("embedding", embeddings)) if of}
     return {
         "command": f"{args.parser.prog.rsplit(' ', 1)[0]} {shlex.join(argv[1:])}",
         "options": _options(args, preset),
         "versions": versions(),
-        "fingerprints": {"checkpoint": base_fingerprint(checkpoint.unet), "clip": hash_tensors([clip.frames])},
+        "fingerprints": {"checkpoint": base_fingerprint(checkpoint.unet), "clip": hash_tensors([clip.frames]), **added},
     }
 
 

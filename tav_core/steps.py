@@ -10,6 +10,7 @@ from . import pipeline
 from .checkpoint import Checkpoint
 from .drawing import draw
 from .events import Callback, Note
+from .lora import with_loras
 from .noise import InvertedNoise, read_noise, save_noise
 from .precision import DTYPES
 from .project import NOISE, Project
@@ -60,6 +61,7 @@ def edits_of_step(
         latents = pipeline.invert(checkpoint, unet, source, job.preset, callback)
         save_noise(path, replace(noise, latents=latents, weights=weights), job.preset)
     own = replace(noise, latents=latents, weights=weights)
-    edits = draw(project, job.edits, checkpoint, unet, job.preset, own, negative_prompt=job.negative_prompt,
-                 callback=callback)  # fmt: skip
+    styled = with_loras(checkpoint, unet, job.loras)
+    edits = draw(project, job.edits, *styled, job.preset, own, negative_prompt=job.negative_prompt,
+                 control=job.control, callback=callback)  # fmt: skip
     return [project.video(edit["file"]) for edit in edits]

@@ -34,7 +34,7 @@ STAGES = {"encode": "encoding", "tune": "tuning", "invert": "inversion", "subjec
           "sample": "sampling"}  # fmt: skip
 # fields of errors that are called otherwise here
 _NAMES = {"count": "frames", "width": "size", "height": "size", "num_steps": "sampling_steps", "state": "state file",
-          "save_minutes": "save_every", "word": "subject"}  # fmt: skip
+          "save_minutes": "save_every", "word": "subject", "lora_strength": "lora"}  # fmt: skip
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a Ctrl-C, and what ends a job of a cluster or a container
 
 
@@ -161,6 +161,8 @@ SETTINGS = {
     "steady": {"action": argparse.BooleanOptionalAction,
                "help": "with --contrast: a background that an edit draws anew stands still where the clip's does (on). "
                        "--no-steady for one that should move, such as a fire or a crowd"},
+    "eta": _number("eta", "X", "share of fresh noise in the steps of edits (0): 0 leaves nothing to chance, 1 draws as "
+                   "freely as DDPM, by a seed"),
     "context_length": _number("context_length", "N", "for long clips: frames that are looked at together, 3 or more "
                                                      "(all; with --tuned, as many as tuned)"),
     "context_overlap": _number("context_overlap", "N", "frames that neighbouring windows share (4)"),

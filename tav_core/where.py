@@ -11,6 +11,10 @@ from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from .errors import TavError, field
 
 MINI = Path(__file__).parent / "mini" / "checkpoint"
+SHIPPED = {  # with the mini checkpoint, by kind and name
+    ("loras", "mini-neon"): MINI.parent / "lora" / "mini-neon.safetensors",
+    ("controlnet", "mini"): MINI.parent / "controlnet",
+}
 MINI_SIZE = 128  # pixels
 MINI_KNOWS = (
     f"knows a rendered world of 6 shapes, 6 colours, 6 backgrounds and 4 styles alone, at {MINI_SIZE} x {MINI_SIZE} "
@@ -53,6 +57,37 @@ def find_checkpoint(name: str | Path | None, comfyui: str | Path | None = None) 
     if found is None:
         raise _not_found(str(name), comfyui or _of_environment(), known)
     return found
+
+
+def find_model(of: str, name: str | Path, kind: str, comfyui: str | Path | None = None) -> Path:
+    """The file or folder of another model than a checkpoint: a path, or its name in a ComfyUI's lists of a kind.
+
+    Args:
+        of: the field that errors are about.
+        name: what is there under `models/KIND`, or what is behind its last /, with or without its suffix; also that of
+            a model that ships with the mini checkpoint.
+        kind: "loras", "embeddings" or "controlnet".
+        comfyui: as in `find_checkpoint`.
+
+    Raises:
+        TavError: nothing of that name, or several.
+    """
+    if comfyui is not None:
+        _check_comfyui(Path(comfyui))
+    if (shipped := SHIPPED.get((kind, str(name)))) or os.path.exists(name):
+        return shipped or Path(name)
+    comfyui, found = comfyui or _of_environment(), []
+    for root in _roots(Path(comfyui), kind) if comfyui is not None else ():
+        for folder, _, files in sorted(os.walk(root, followlinks=True)):
+            paths = [Path(folder), *(Path(folder, file) for file in sorted(files) if file.endswith(".safetensors"))]
+            named = {path: path.relative_to(root).as_posix() for path in paths}
+            found += [path for path, full in named.items()
+                      if str(name) in (full, full.removesuffix(".safetensors"), path.name, path.stem)]  # fmt: skip
+    if len(found) != 1:
+        lists = f"models/{kind} of the ComfyUI in {comfyui}" if comfyui else f"a ComfyUI's lists ({field('comfyui')})"
+        problem = f"is several in {lists}" if found else f"is no path that exists, and no name in {lists}"
+        raise TavError(of, name, problem, "give its path")
+    return found[0]
 
 
 def known_checkpoints(comfyui: str | Path | None = None) -> dict[str, Path | None]:

@@ -7,6 +7,7 @@ blended, step by step, as in Gen-L-Video (arXiv 2305.18264); the shared frame 0 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from .condition import at_frames
 from .errors import TavError, field
 from .inflation import VideoUNet
 from .limits import check
+
+if TYPE_CHECKING:
+    from .control import ControlledUNet
 
 _GOLDEN = (5**0.5 - 1) / 2
 
@@ -92,9 +96,13 @@ class ContextWindows:
 
 @dataclass(frozen=True)
 class WindowedUNet:
-    """A video U-Net that `ddim_invert` and `ddim_sample` can give clips of any length, on any device."""
+    """A video U-Net that `ddim_invert` and `ddim_sample` can give clips of any length, on any device.
 
-    unet: VideoUNet
+    Attributes:
+        unet: or one with a ControlNet beside it.
+    """
+
+    unet: "VideoUNet | ControlledUNet"
     windows: ContextWindows
 
     @property

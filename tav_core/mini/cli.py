@@ -276,7 +276,7 @@ def _benchmark_arguments(parser):
     told = "keep every video and every figure in this folder; the same command goes on there"
     parser.add_argument("--output", type=path, metavar="DIR", help=told)
     parser.add_argument("--markdown", action="store_true", help="print tables instead of JSON")
-    add_preset_arguments(parser, *_settings("seed"))
+    add_preset_arguments(parser, *_settings("seed", "eta"))
 
 
 def _settings(*without: str) -> list[str]:
