@@ -92,7 +92,7 @@ def _number(of: argparse._ActionsContainer, option: str, limits: str, metavar: s
     of.add_argument(option, type=LIMITS[limits], metavar=metavar, **kwargs)
 
 
-def model_arguments(parser):
+def model_arguments(parser, computes: bool = True):
     parser.add_argument(
         "--checkpoint",
         type=checkpoint,
@@ -105,7 +105,8 @@ def model_arguments(parser):
     group.add_argument("--comfyui", type=path, metavar="DIR", help=told)
     told = "what the checkpoint predicts, where neither its folder nor its file tells right"
     group.add_argument("--prediction-type", choices=SD_PREDICTION_TYPES, help=told)
-    device_argument(group)
+    if computes:
+        device_argument(group)
 
 
 def device_argument(group):
@@ -349,6 +350,14 @@ def evaluate_arguments(parser):
     run_arguments(parser)
 
 
+def export_arguments(parser):
+    model_arguments(parser, computes=False)
+    tuned_argument(parser)
+    told = "a new folder, or an empty one"
+    parser.add_argument("--output", required=True, type=path, metavar="DIR", help=told)
+    parser.set_defaults(device="cpu", dtype="fp32")
+
+
 _SD15 = "--checkpoint v1-5-pruned-emaonly-fp16.safetensors"
 _CLIP = f'{_SD15} --video skiing.mp4 --prompt "a man is skiing"'
 EXAMPLES = {
@@ -362,4 +371,5 @@ EXAMPLES = {
     "evaluate": f"{_SD15} --dataset loveu-tgve-2023 --output evaluated",
     "metrics": "--edited skiing",
     "bench": "--layout small --stages tune --no-memory",
+    "export": f"{_SD15} --tuned tuned/tuned.safetensors --output skiing-model",
 }

@@ -18,17 +18,20 @@ from .arguments import (
     doctor_arguments,
     edit_arguments,
     evaluate_arguments,
+    export_arguments,
     invert_arguments,
     metrics_arguments,
     sample_arguments,
     tune_arguments,
 )
-from .checkpoint import Checkpoint
+from .atomic import check_new_folder
+from .checkpoint import Checkpoint, load_checkpoint
 from .dataset import chosen, read_dataset
 from .doctor import about_machine, examine, versions
 from .drawing import Edit, draw
 from .errors import Cancelled, TavError, escaped, field
 from .events import Plan, Stage
+from .export import save_pipeline
 from .measure import REPORT, Measured, Models, as_table, mask_of, measure, measure_job, write_report
 from .noise import InvertedNoise, read_noise, save_noise
 from .project import SHOWN, SUMMARY, Project, file_name, write_json
@@ -39,7 +42,7 @@ from .terminal import Parser, Progress, check_needs, preset_of, run, tell
 from .tuned_weights import TunedInfo
 from .tuning_state import hash_tensors
 from .video import load_video
-from .where import SD15, known_checkpoints
+from .where import SD15, find_checkpoint, known_checkpoints
 from .windows import check_context_length
 
 SUBJECT = ("contrast", "word", "mask")  # what tells where it is
@@ -357,6 +360,17 @@ def _check_faults(args, faults: list[str]):
         raise TavError("dataset", args.dataset, f"can't be used as it is ({len(faults)} faults)", "put them right")
 
 
+def _export(args):
+    job.check_folder(args.output, ["model_index.json"], tuned=args.tuned)
+    check_new_folder(args.output)
+    given.tuned_info(args)  # a damaged file should not surface after the checkpoint is loaded
+    found = find_checkpoint(args.checkpoint, args.comfyui)
+    checkpoint = load_checkpoint(found, prediction_type=args.prediction_type)
+    unet, _, _ = given.tuned_unet(args, checkpoint)
+    save_pipeline(checkpoint, unet, args.output)
+    tell(f"{args.output}: " + ", ".join(sorted(path.name for path in args.output.iterdir())))
+
+
 def _bench_arguments(parser):
     device_argument(parser)
     bench.add_arguments(parser)
@@ -375,6 +389,8 @@ COMMANDS = {
     "metrics": (_metrics, metrics_arguments, "measure edits beside their source: fidelity, motion, and by CLIP"),
     "bench": (bench.bench, _bench_arguments, "measure the speed and the memory of every stage, against the method "
                                              "written plainly"),
+    "export": (_export, export_arguments, "write a checkpoint with its tuned weights as one folder, as published "
+                                          "Tune-A-Video models are"),
 }  # fmt: skip
 
 

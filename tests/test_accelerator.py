@@ -97,7 +97,12 @@ def test_what_a_stage_does_not_need_waits_on_the_cpu():
              "try:", "    with offloaded(model):", "        assert model.weight.device.type == 'cpu'",
              "        raise KeyboardInterrupt",
              "except KeyboardInterrupt:", "    assert model.weight.device.type == 'npu'",
-             "assert torch.equal(model.weight.detach().cpu(), before)"]  # fmt: skip
+             "assert torch.equal(model.weight.detach().cpu(), before)",
+             # so a preview has its text from there
+             "from tav_core.condition import Condition, predict",
+             "model.forward = lambda latents, t, text: latents * text.mean()", "model.dtype = torch.float32",
+             "predicted = predict(model, torch.ones(1, device='npu'), 0, Condition(torch.full((1, 2, 3), 4.0)))",
+             "assert predicted.cpu().item() == 4"]  # fmt: skip
     done = python("-c", "\n".join(lines))
     assert done.returncode == 0, done.stderr
 
