@@ -186,9 +186,9 @@ def test_nodes_work_on_the_gpu_of_comfyui(accelerated, server, request):
     sampled = [
         graph.sample(led["background"], noise, steps=2),
         graph.sample(led["subject"], noise, steps=2),
-        graph.sample(tuned[0], noise, steps=2, positive=positive, negative=negative),
-        graph.sample(tuned[0], noise, steps=2, positive=hooked),
-        graph.sample(windows, noise, steps=2, add_noise=True),
+        graph.sample(tuned[0], noise, steps=1, positive=positive, negative=negative),
+        graph.sample(tuned[0], noise, steps=1, positive=hooked),
+        graph.sample(windows, noise, steps=1, add_noise=True),
         graph.sample(tuned[0], graph("SetLatentNoiseMask", samples=noise, mask=subject)[0], steps=2),
     ]
     frames = [graph("SaveImage", images=graph("VAEDecode", samples=each[0], vae=graph.vae)[0]) for each in sampled]
