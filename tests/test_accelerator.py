@@ -202,5 +202,4 @@ def test_nodes_work_on_the_gpu_of_comfyui(accelerated, server, request):
     assert masks[0].shape == masks[1].shape  # where this model looks at a word is a matter of rounding
     for images in frames:
         found, wanted = pictures(accelerated, outputs, images), pictures(server, expected, images)
-        print(wanted.std(), (found - wanted).abs().mean())
-        assert wanted.std() > 5 and (found - wanted).abs().mean() < 3
+        assert wanted.std() > 20 and (found - wanted).abs().mean() < 3
