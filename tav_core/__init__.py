@@ -9,13 +9,15 @@ carries its motion, and from this noise other sentences are sampled:
     clip = tav.load_video("clip.mp4", count=8, width=checkpoint.size, height=checkpoint.size)
     preset = tav.PRESETS["mini"]
     source = tav.prepare(checkpoint, clip.frames, "a red ball is sliding on the grass")
-    unet, result = tav.tune_on(checkpoint, [source], preset, callback=print)
-    noise = tav.invert(checkpoint, unet, source, preset)
+    progress = tav.Progress()
+    unet, result = tav.tune_on(checkpoint, [source], preset, callback=progress)
+    noise = tav.invert(checkpoint, unet, source, preset, callback=progress)
     sentence = "a blue ball is sliding on the sand"
-    edit = tav.sample(checkpoint, unet, noise, sentence, preset, source_prompt=source.prompt)
+    edit = tav.sample(checkpoint, unet, noise, sentence, preset, source_prompt=source.prompt, callback=progress)
     tav.save_video(edit, "edit.mp4", clip.fps)
 
-Frames are uint8 tensors `f h w c` (frames, height, width, colours); latents, noise and masks are floats `b c f h w`
+Frames are uint8 tensors `f h w c` (frames, height, width, colours), and may be given as arrays or images of Pillow as
+well; latents, noise and masks are floats `b c f h w`
 (videos, channels, frames, height, width). What a caller can put right raises `TavError`.
 """
 
@@ -31,13 +33,13 @@ if TYPE_CHECKING:
 __all__ = [
     "PRESETS", "REGIONS", "Callback", "Cancelled", "Checkpoint", "Clip", "Condition", "ContextWindows", "Control",
     "DDIMStep", "Device", "Edit", "EditJob", "EditPlaces", "InvertedNoise", "Note", "OutOfMemory", "Plan", "Preset",
-    "Reading", "Sound", "Source", "SourceWalk", "Stage", "Step", "Take", "TavError", "TuneConfig", "TuneResult",
-    "TunedInfo", "TuningStep", "VideoModel", "VideoUNet", "WindowedUNet", "base_fingerprint", "ddim_invert",
-    "ddim_sample", "ddim_timesteps", "decode_video", "encode_prompt", "encode_video", "find_subject", "inflate",
-    "invert", "load_checkpoint", "load_controlnet", "load_embedding", "load_lora", "load_tuned", "load_video",
-    "loss_curve", "prepare", "read_noise", "read_tuned", "reconstruct", "run_edit", "sample", "save_noise",
-    "save_tuned", "save_video", "side_by_side", "strip", "subject_mask", "to_frames", "to_pixels",
-    "trainable_parameters", "tune", "tune_on", "tuning_loss", "with_settings", "word_mask", "word_places",
+    "Progress", "Reading", "Sound", "Source", "SourceWalk", "Stage", "Step", "Take", "TavError", "TuneConfig",
+    "TuneResult", "TunedInfo", "TuningStep", "VideoModel", "VideoUNet", "WindowedUNet", "base_fingerprint",
+    "ddim_invert", "ddim_sample", "ddim_timesteps", "decode_video", "encode_prompt", "encode_video", "find_subject",
+    "inflate", "invert", "load_checkpoint", "load_controlnet", "load_embedding", "load_lora", "load_tuned",
+    "load_video", "loss_curve", "prepare", "read_noise", "read_tuned", "reconstruct", "run_edit", "sample",
+    "save_noise", "save_pipeline", "save_tuned", "save_video", "side_by_side", "strip", "subject_mask", "to_frames",
+    "to_pixels", "trainable_parameters", "tune", "tune_on", "tuning_loss", "with_settings", "word_mask", "word_places",
 ]  # fmt: skip
 
 

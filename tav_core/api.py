@@ -8,6 +8,7 @@ from .ddim import ddim_invert, ddim_sample, ddim_timesteps
 from .embeddings import load_embedding
 from .errors import Cancelled, OutOfMemory, TavError
 from .events import Callback, DDIMStep, Note, Plan, Reading, Stage, Step, TuningStep
+from .export import save_pipeline
 from .inflation import VideoUNet, inflate
 from .injection import REGIONS, EditPlaces, SourceWalk
 from .job import Edit, EditJob, run_edit
@@ -19,6 +20,7 @@ from .presets import PRESETS, Preset, with_settings
 from .sound import Sound
 from .subject import subject_mask, word_mask, word_places
 from .take import Take
+from .terminal import Progress
 from .trainable import trainable_parameters
 from .tuned_weights import TunedInfo, base_fingerprint, load_tuned, read_tuned, save_tuned
 from .tuning import TuneConfig, TuneResult, tune, tuning_loss

@@ -110,7 +110,7 @@ def _number(of: argparse._ActionsContainer, option: str, limits: str, metavar: s
     of.add_argument(option, type=LIMITS[limits], metavar=metavar, **kwargs)
 
 
-def model_arguments(parser):
+def model_arguments(parser, computes: bool = True):
     parser.add_argument(
         "--checkpoint",
         type=checkpoint,
@@ -123,7 +123,8 @@ def model_arguments(parser):
     group.add_argument("--comfyui", type=path, metavar="DIR", help=told)
     told = "what the checkpoint predicts, where neither its folder nor its file tells right"
     group.add_argument("--prediction-type", choices=SD_PREDICTION_TYPES, help=told)
-    device_argument(group)
+    if computes:
+        device_argument(group)
     told = (
         "a LoRA for the checkpoint, also for its tuning, a .safetensors file or a name in the lists of --comfyui, and "
         "how strong it is (1); several times for several; mini-neon is one for the mini checkpoint"
@@ -131,8 +132,9 @@ def model_arguments(parser):
     group.add_argument("--lora", action="append", type=lora, metavar="FILE[:STRENGTH]", help=told)
     told = "a textual inversion, likewise; its file's name is the word for it in sentences; several times for several"
     group.add_argument("--embedding", action="append", type=path, metavar="FILE", help=told)
-    told = "(word:1.2) in a sentence weighs a word, as in ComfyUI; without it parentheses are read as they stand"
-    group.add_argument("--prompt-weights", action="store_true", help=told)
+    if computes:
+        told = "(word:1.2) in a sentence weighs a word, as in ComfyUI; without it parentheses are read as they stand"
+        group.add_argument("--prompt-weights", action="store_true", help=told)
 
 
 def device_argument(group):
@@ -401,6 +403,14 @@ def evaluate_arguments(parser):
     run_arguments(parser)
 
 
+def export_arguments(parser):
+    model_arguments(parser, computes=False)
+    tuned_argument(parser)
+    told = "a new folder, or an empty one"
+    parser.add_argument("--output", required=True, type=path, metavar="DIR", help=told)
+    parser.set_defaults(device=torch.device("cpu"), dtype="fp32", preset=None, prompt_weights=False, quiet=True)
+
+
 _SD15 = "--checkpoint v1-5-pruned-emaonly-fp16.safetensors"
 _CLIP = f'{_SD15} --video skiing.mp4 --prompt "a man is skiing"'
 EXAMPLES = {
@@ -414,4 +424,5 @@ EXAMPLES = {
     "evaluate": f"{_SD15} --dataset loveu-tgve-2023 --output evaluated",
     "metrics": "--edited skiing",
     "bench": "--layout small --stages tune --no-memory",
+    "export": f"{_SD15} --tuned tuned/tuned.safetensors --output skiing-model",
 }

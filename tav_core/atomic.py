@@ -45,20 +45,55 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         TavError: the operating system refused to write (disk full, no permission, a folder in the way).
     """
-    path = Path(path)
+    with _beside(path := Path(path)) as temporary:
+        yield temporary
+        _sync_file(temporary)
+        os.replace(temporary, path)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a folder of the same name in a temporary one beside `path`, which takes its place as `atomic_path` has it.
+
+    Raises:
+        TavError: something is there already but an empty folder, or the operating system refused to write.
+    """
+    check_new_folder(path := Path(path))
+    with _beside(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync_file(file)
+        if path.exists():
+            path.rmdir()
+        os.replace(temporary, path)
+
+
+def check_new_folder(path: Path):
+    """Raises a TavError where there is something already but an empty folder."""
+    remedy = f"choose another {field('output')}"
+    try:
+        held = os.listdir(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise TavError("output", path, f"can't be a new folder ({error.strerror})", remedy) from error
+    if held:
+        raise TavError("output", path, "is a folder that holds something", remedy)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """The temporary path of both: what is left there goes, and what fails is an error of `path`."""
     folder = path.parent / f".tav-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    temporary = folder / path.name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path.parent)
         _writing.add(folder.name)
         try:
             folder.mkdir()
-            yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())  # safetensors lets only the owner read its files
-            os.replace(temporary, path)
+            yield folder / path.name
             _sync_folder(path.parent)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -70,6 +105,12 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         reason = os.strerror(number) if number is not None else str(error)
         remedy = f"{'free space or ' if number in _FULL else ''}choose another {field('output')}"
         raise TavError("output", path, f"can't be written ({reason})", remedy) from error
+
+
+def _sync_file(path: Path):
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+    os.chmod(path, 0o666 & ~_umask())  # safetensors lets only the owner read its files
 
 
 def _sync_folder(folder: Path):

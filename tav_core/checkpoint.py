@@ -18,6 +18,8 @@ from .checkpoint_file import load_file
 from .checkpoint_folder import load_folder, load_part
 from .checkpoint_parts import Unfit, check_parts
 from .errors import TavError
+from .frames import told_numbers
+from .inflation import VideoUNet
 from .sentences import tokens_of, weigh
 from .video import to_frames
 from .where import MINI, find_checkpoint
@@ -29,10 +31,17 @@ _VAE_PIXELS = 2 * 512 * 512  # at once
 
 @dataclass
 class Checkpoint:
-    """The parts of a latent diffusion model, frozen and in evaluation mode.
+    """The parts of a latent diffusion model, as `load_checkpoint` gives them: frozen and in evaluation mode.
+
+    They may be on several devices: the U-Net that is tuned is a copy, on that of the VAE.
 
     Attributes:
-        unet: a `VideoUNet` if it is a published Tune-A-Video model.
+        name: of its file or folder.
+        unet: predicts noise (or v, see `scheduler`) in latents `b c h w`; a `VideoUNet` if it is a published
+            Tune-A-Video model.
+        vae: between frames and latents, which it scales by its `scaling_factor`.
+        text_encoder, tokenizer: between a sentence and its embedding.
+        scheduler: the noise schedule of the training and what the U-Net predicts; read, never stepped.
         loras: those in its weights, each "NAME:STRENGTH (fingerprint)" (see `load_lora`).
         embeddings: fingerprints of textual inversions by the words that stand for them (see `load_embedding`).
         prompt_weights: whether sentences may weigh words, "(word:1.2)", as in ComfyUI; else parentheses are read as
@@ -49,14 +58,21 @@ class Checkpoint:
     embeddings: Mapping[str, str] = field(default_factory=dict)
     prompt_weights: bool = False
 
+    def __repr__(self) -> str:
+        parts = [*self.unet.parameters(), *self.vae.parameters(), *self.text_encoder.parameters()]
+        million, kind = sum(map(torch.numel, parts)) / 1e6, self.scheduler.config.prediction_type
+        video = ", tuned to video" if isinstance(self.unet, VideoUNet) else ""
+        sizes = f"made for {self.size}x{self.size}, {million:.1f} M parameters"
+        return f"Checkpoint({self.name!r}{video}, {sizes}, {kind}, {told_numbers(parts)})"
+
     @property
     def downscale(self) -> int:
-        """Pixels a latent, along each side. Frames must be a multiple of it."""
+        """Pixels a latent, along each side (Stable Diffusion: 8). Frames must be a multiple of it."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def size(self) -> int:
-        """The side, in pixels, of the pictures that it was trained on."""
+        """The side, in pixels, of the pictures that it was trained on (SD 1.5: 512)."""
         return self.unet.config.sample_size * self.downscale
 
 
@@ -75,6 +91,8 @@ def load_checkpoint(
     A folder that the authors' code saved (TuneAVideoPipeline) gives a `VideoUNet`, tuned as it is.
 
     Args:
+        dtype: of all parts; `TuneConfig.dtype` says in which one is tuned.
+        device: where all parts come to.
         prediction_type: "epsilon" or "v_prediction"; by default what the folder's scheduler says. Of a single file
             the first of these that tells: its metadata (`modelspec`), the keys `v_pred` and `ztsnr` (which also ends
             its noise schedule in pure noise), the weights of an SD 2.x U-Net, and its name ("...-v", "...vpred", for
@@ -146,7 +164,12 @@ def reading(field: str, value: str | Path) -> Iterator[None]:
 
 @torch.no_grad()
 def encode_prompt(checkpoint: Checkpoint, prompt: str | list[str]) -> Tensor:
-    """The text embedding, float32 `b n d`; n is the tokenizer's full length. Warns of words beyond it.
+    """The text embedding, on the device of the text encoder. Warns of words beyond the tokenizer's length.
+
+    Args:
+        prompt: a sentence, or one for each of b.
+
+    Returns: float32 `b n d`; n is the tokenizer's full length (Stable Diffusion: 77), d the width of the text encoder.
 
     Raises:
         TavError: a tokenizer that isn't that of the text encoder.
@@ -179,11 +202,13 @@ def _frames_at_once(height: int, width: int) -> int:
 
 @torch.no_grad()
 def encode_video(checkpoint: Checkpoint, pixels: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the VAE's posterior, times its scaling factor, `b c f h w` each (float32).
+    """Mean and standard deviation of the VAE's posterior, times its scaling factor.
 
     Args:
-        pixels: `b c f h w` in -1..1.
+        pixels: `b c f h w` in -1..1 (see `to_pixels`), sides multiples of `Checkpoint.downscale`.
         chunk: frames that are encoded at once, by default as many as take about 1.6 GB.
+
+    Returns: float32 `b c f h w` each, on the device of the VAE; h and w are those of latents.
     """
     vae, b = checkpoint.vae, len(pixels)
     chunk = chunk or _frames_at_once(*pixels.shape[-2:])
@@ -196,7 +221,14 @@ def encode_video(checkpoint: Checkpoint, pixels: Tensor, chunk: int | None = Non
 
 @torch.no_grad()
 def decode_video(checkpoint: Checkpoint, latents: Tensor, chunk: int | None = None) -> Tensor:
-    """The clip of latents `1 c f h w`, uint8 `f h w c`, on the CPU; `chunk` as in `encode_video`."""
+    """The clip of latents.
+
+    Args:
+        latents: `1 c f h w`, in the scale of `encode_video`, on any device.
+        chunk: frames that are decoded at once, as in `encode_video`.
+
+    Returns: uint8 `f h w c`, on the CPU.
+    """
     vae, scale = checkpoint.vae, checkpoint.downscale
     chunk = chunk or _frames_at_once(*(scale * side for side in latents.shape[-2:]))
     frames = rearrange(latents / vae.config.scaling_factor, "1 c f h w -> f c h w").to(vae.device, vae.dtype)

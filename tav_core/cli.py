@@ -18,17 +18,20 @@ from .arguments import (
     doctor_arguments,
     edit_arguments,
     evaluate_arguments,
+    export_arguments,
     invert_arguments,
     metrics_arguments,
     sample_arguments,
     tune_arguments,
 )
+from .atomic import check_new_folder
 from .checkpoint import Checkpoint
 from .dataset import chosen, read_dataset
 from .doctor import about_machine, examine, versions
 from .drawing import Edit, draw
 from .errors import Cancelled, TavError, escaped, field
 from .events import Plan, Stage
+from .export import save_pipeline
 from .lora import with_loras
 from .measure import REPORT, Measured, Models, as_table, mask_of, measure, measure_job, write_report
 from .noise import InvertedNoise, read_noise, save_noise
@@ -376,6 +379,17 @@ def _check_faults(args, faults: list[str]):
         raise TavError("dataset", args.dataset, f"can't be used as it is ({len(faults)} faults)", "put them right")
 
 
+def _export(args):
+    job.check_folder(args.output, ["model_index.json"], tuned=args.tuned)
+    check_new_folder(args.output)
+    preset = given.preset(args)
+    given.tuned_info(args)  # a damaged file should not surface after the checkpoint is loaded
+    checkpoint = given.checkpoint(args, preset)
+    unet, _, _ = given.tuned_unet(args, checkpoint)
+    save_pipeline(checkpoint, unet, args.output)
+    tell(f"{args.output}: " + ", ".join(sorted(path.name for path in args.output.iterdir())))
+
+
 def _bench_arguments(parser):
     device_argument(parser)
     bench.add_arguments(parser)
@@ -394,6 +408,8 @@ COMMANDS = {
     "metrics": (_metrics, metrics_arguments, "measure edits beside their source: fidelity, motion, and by CLIP"),
     "bench": (bench.bench, _bench_arguments, "measure the speed and the memory of every stage, against the method "
                                              "written plainly"),
+    "export": (_export, export_arguments, "write a checkpoint with its tuned weights as one folder, as published "
+                                          "Tune-A-Video models are"),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import TavError
+from .frames import told_numbers
 
 
 class VideoModel(Protocol):
@@ -38,6 +39,11 @@ class Condition:
 
     encoder_hidden_states: Tensor
     class_labels: Tensor | None = None
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.encoder_hidden_states.shape))
+        labels = "" if self.class_labels is None else ", with class labels"
+        return f"Condition(text {shape}, {told_numbers([self.encoder_hidden_states])}{labels})"
 
     @classmethod
     def of(cls, given: Union[Tensor, "Condition"]) -> "Condition":
@@ -99,8 +105,11 @@ def of_one_length(texts: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def predict(
     unet: VideoModel, latents: Tensor, timesteps: Tensor | int, condition: Condition, **settings: Tensor
 ) -> Tensor:
-    """What a U-Net says of latents `b c f h w`, computed in its `dtype`: float32 `b c f h w`."""
-    text = condition.encoder_hidden_states.to(unet.dtype)
+    """What a U-Net says of latents `b c f h w`, computed in its `dtype`: float32 `b c f h w`.
+
+    The text may be on another device: while a U-Net is tuned, the text encoder waits on the CPU.
+    """
+    text = condition.encoder_hidden_states.to(latents.device, unet.dtype)
     return unet(latents.to(unet.dtype), timesteps, text, **condition.keywords, **settings).float()
 
 

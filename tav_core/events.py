@@ -1,11 +1,15 @@
 """What a long stage tells while it runs. A callback gets every event; it stops the stage by raising, `Cancelled` as a
-rule.
+rule. An event as a string is one short line, so `print` is such a callback; `Progress` is one that draws bars.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .inflation import VideoUNet
 
 
 @dataclass(frozen=True)
@@ -15,12 +19,18 @@ class Note:
     text: str
     about: str = ""
 
+    def __str__(self) -> str:
+        return self.text
+
 
 @dataclass(frozen=True)
 class Reading:
     """A clip is being read: so many of its parts have been looked at, with those that aren't wanted."""
 
     parts: int
+
+    def __str__(self) -> str:
+        return f"read {self.parts}"
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,9 @@ class Plan:
 
     stages: tuple[Stage, ...]
 
+    def __str__(self) -> str:
+        return "plan: " + ", ".join(f"{stage.name} {stage.steps}" for stage in self.stages)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -58,15 +71,22 @@ class Step:
     step: int
     total: int
 
+    def __str__(self) -> str:
+        return f"{self.stage} {self.step}/{self.total}"
+
 
 @dataclass(frozen=True)
 class TuningStep(Step):
     """A step of the tuning.
 
     Attributes:
+        loss: of this step.
+        grad_norm: L2 norm of the gradient, before it was scaled down.
         probe_loss: the latest loss on the fixed draws.
         lr: the learning rate.
         seconds: since this call began, after `started` steps of earlier ones.
+        unet: what is tuned, as it is after this step (with a running average of the weights, that average): for a
+            preview it can be inverted and sampled with, within the callback, and must not be changed.
     """
 
     loss: float
@@ -75,6 +95,12 @@ class TuningStep(Step):
     lr: float
     seconds: float
     started: int
+    unet: "VideoUNet" = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        left = self.seconds / (self.step - self.started) * (self.total - self.step)
+        told = f"loss {self.loss:.4f}, probe loss {self.probe_loss:.4f}, {left:.0f} s left"
+        return f"{super().__str__()}, {told}"
 
 
 @dataclass(frozen=True)
@@ -87,6 +113,9 @@ class DDIMStep(Step):
 
     def __repr__(self) -> str:
         return f"DDIMStep({self.stage} {self.step}/{self.total}, timestep {self.timestep})"
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, timestep {self.timestep}"
 
 
 Event = Note | Reading | Plan | Step

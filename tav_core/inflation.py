@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .attention import MODES, FrameAttnProcessor, FrameContext, anchored, temporal_attention
 from .condition import per_frame
 from .errors import TavError
+from .frames import told_numbers
 from .recompute import Recomputed, make_units
 from .trainable import trainable_parameters
 
@@ -83,7 +84,9 @@ class TunedLinear(nn.Linear):
 
 
 class VideoUNet(UNet2DConditionModel):
-    """A U-Net over videos, made by `inflate`.
+    """A U-Net over videos, made by `inflate` (Tune-A-Video, section 3.2): it takes and predicts `b c f h w`.
+
+    All else is diffusers' `UNet2DConditionModel`, whose layers work frame by frame.
 
     Attributes:
         frame_context: shared by all modules; `frame_context.set(attention_fn=...)` computes attention another way.
@@ -94,6 +97,14 @@ class VideoUNet(UNet2DConditionModel):
     frame_context: FrameContext
     inflation: dict[str, Any]
     memory: str = "fast"
+
+    def __repr__(self) -> str:
+        whole, tuned = list(self.parameters()), trainable_parameters(self).values()
+        million, learn = (sum(map(torch.numel, of)) / 1e6 for of in (whole, tuned))
+        options = [self.inflation["attention"], *["temporal-causal"] * self.inflation["temporal_causal"]]
+        options += ["norm by frame"] * (self.inflation["norm"] == "frame")
+        told = f"{million:.1f} M parameters, {learn:.1f} M of them tuned, {', '.join(options)}"
+        return f"VideoUNet({told}, {told_numbers(whole)})"
 
     def forward(
         self,

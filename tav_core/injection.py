@@ -45,6 +45,9 @@ class EditPlaces:
     still: Tensor | None = None
     moving: Tensor | None = None
 
+    def __repr__(self) -> str:
+        return f"EditPlaces({', '.join(name for name, value in vars(self).items() if value is not None)})"
+
     @classmethod
     def of(cls, region: str, subject: Tensor, margin: int, steady: bool = True) -> "EditPlaces":
         """Those of an edit of a region, given the subject's mask, `1 1 f h w`.

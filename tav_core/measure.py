@@ -28,6 +28,7 @@ from .clip_metrics import (
     text_alignment,
 )
 from .errors import TavError
+from .frames import as_frames
 from .noise import read_noise
 from .page import page
 from .project import NOISE, changeable, labels, read_summary
@@ -95,7 +96,7 @@ def measure(
     """All figures that can be had.
 
     Args:
-        video, source: uint8 `f h w c`, of one size and length.
+        video, source: uint8 `f h w c` (see `as_frames`), of one size and length.
         prompt: what the video should show.
         source_prompt: what the source shows; without it there are no fram_acc and directional.
         mask: where the edit may change something, 0 ... 1, `f h w`.
@@ -103,6 +104,7 @@ def measure(
     Raises:
         TavError: videos of several sizes or lengths.
     """
+    video, source = as_frames(video, "edited"), as_frames(source, "source")
     if video.shape != source.shape:
         (f, h, w, _), (g, i, j, _) = video.shape, source.shape
         problem = f"has {f} frames of {w}x{h}, its source {g} of {j}x{i}"
@@ -161,6 +163,7 @@ def by_frame(
         by name in `FIGURES`, a value a frame; none for the source where it has no such figure. The first frame has no
         frame_difference (nan).
     """
+    video, source = as_frames(video, "edited"), as_frames(source, "source")
     masks = [None] * len(video) if mask is None else mask.split(1)
     fidelity = [metrics.psnr(*each) for each in zip(video.split(1), source.split(1), masks)]
     steps = [(each[1:].float() - each[:-1].float()).abs().mean((1, 2, 3)) / 255 for each in (video, source)]

@@ -1,7 +1,8 @@
 """Figures of videos that need no model: how near a video is to another, how it moves, how it flickers.
 
-Videos are uint8 `f h w c`. A mask says where the edit may change something, 0 ... 1, `f h w`: fidelity is measured
-outside of it, as in PIE-Bench (arXiv 2310.01506): both videos are multiplied by its complement, and compared whole.
+Videos are uint8 `f h w c` (see `as_frames`). A mask says where the edit may change something, 0 ... 1, `f h w`:
+fidelity is measured outside of it, as in PIE-Bench (arXiv 2310.01506): both videos are multiplied by its complement,
+and compared whole.
 """
 
 import math
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .errors import TavError
 from .flow import at, dis_flow, followed
+from .frames import as_frames, as_mask
 
 _TRACKS = 200  # points that are followed, at most
 _STILL = 0.5  # pixels: a track that moves less from frame to frame has no direction
@@ -39,6 +41,7 @@ def ssim(video: Tensor, reference: Tensor, mask: Tensor | None = None) -> float:
     """
     import cv2
 
+    video = as_frames(video)
     if min(video.shape[1:3]) < 11:
         raise TavError("video", None, f"has frames of {video.shape[2]}x{video.shape[1]}", "give 11 pixels or more")
     values = []
@@ -54,7 +57,8 @@ def ssim(video: Tensor, reference: Tensor, mask: Tensor | None = None) -> float:
 
 def frame_difference(video: Tensor) -> float:
     """Mean absolute difference of neighbouring frames, 0 ... 1: motion and flicker together."""
-    return (video[1:].float() - video[:-1].float()).abs().mean().item() / 255
+    frames = as_frames(video).float()
+    return (frames[1:] - frames[:-1]).abs().mean().item() / 255
 
 
 def flicker(video: Tensor) -> float:
@@ -62,7 +66,7 @@ def flicker(video: Tensor) -> float:
 
     nan for fewer than three frames.
     """
-    frames = video.float()
+    frames = as_frames(video).float()
     return (frames[1:-1] - (frames[:-2] + frames[2:]) / 2).abs().mean().item() / 255
 
 
@@ -72,8 +76,9 @@ def warp_error(video: Tensor, source: Tensor) -> float:
 
     The flow is OpenCV's DIS; hidden is what its way there and back doesn't bring to the same place.
     """
-    flow, frames, errors = dis_flow(), video.numpy().astype(np.float32) / 255, []
-    for (now, then), (drawn, next_drawn) in zip(pairwise(source.numpy()), pairwise(frames)):
+    video, source = as_frames(video).numpy(), as_frames(source, "source").numpy()
+    flow, frames, errors = dis_flow(), video.astype(np.float32) / 255, []
+    for (now, then), (drawn, next_drawn) in zip(pairwise(source), pairwise(frames)):
         target, seen = followed(flow(now, then), flow(then, now))
         if seen.any():
             errors.append(((at(next_drawn, target) - drawn) ** 2).mean(-1)[seen].mean())
@@ -119,7 +124,7 @@ def _moving_tracks(video: Tensor) -> np.ndarray:
     """Steps from frame to frame, `n f-1 2`, of points that are seen in all frames and move."""
     import cv2
 
-    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in video.numpy()]
+    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in as_frames(video).numpy()]
     points = cv2.goodFeaturesToTrack(grey[0], _TRACKS, 0.01, 3)
     if points is None or len(grey) < 2:
         return np.zeros((0, 0, 2), np.float32)
@@ -136,8 +141,9 @@ def _moving_tracks(video: Tensor) -> np.ndarray:
 
 def _outside(video: Tensor, reference: Tensor, mask: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
     """Both in 0 ... 1, black where the mask is."""
+    video, reference = as_frames(video), as_frames(reference, "reference")
     if video.shape != reference.shape:
         problem = f"has shape {tuple(video.shape)}, the reference {tuple(reference.shape)}"
         raise TavError("video", None, problem, "bring both to one size and length")
-    kept = 1 if mask is None else 1 - mask.float().numpy()[..., None]
+    kept = 1 if mask is None else 1 - as_mask(mask, video).numpy()[..., None]
     return tuple(x.numpy().astype(np.float64) / 255 * kept for x in (video, reference))

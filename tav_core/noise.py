@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic import atomic_path
-from .errors import TavError
+from .errors import TavError, shortened
+from .frames import as_frames, told, told_latents
 from .limits import LIMITS
 from .presets import Preset
 from .sound import RATES, Sound
@@ -38,12 +39,28 @@ class InvertedNoise:
     sound: Sound | None = None
     weights: str | None = None
 
+    def __repr__(self) -> str:
+        parts = [told_latents(self.latents), repr(shortened(self.prompt, 60))]
+        parts += ["its subject"] * (self.subject is not None)
+        parts += [] if self.frames is None else [f"the clip ({told(self.frames)})"]
+        parts += [] if self.fps is None else [f"{self.fps:.4g} fps"]
+        parts += [] if self.sound is None else [repr(self.sound)]
+        return f"InvertedNoise({', '.join(parts)})"
+
 
 def save_noise(path: Path, noise: InvertedNoise, preset: Preset):
-    """Writes it, and how `preset` inverted it."""
+    """Writes it, whole or not at all, and how `preset` inverted it: in so many steps, with which sentence.
+
+    Args:
+        path: a .safetensors file; one that is there is replaced.
+
+    Raises:
+        TavError: frames that are none (see `as_frames`), or a file that can't be written.
+    """
     metadata = {"format": FORMAT, "prompt": noise.prompt, "steps": str(preset.sampling_steps),
                 "inverted_with": "caption" if preset.caption_as_negative else "empty prompt"}  # fmt: skip
-    tensors = {"latents": noise.latents, "subject": noise.subject, "frames": noise.frames}
+    frames = None if noise.frames is None else as_frames(noise.frames)
+    tensors = {"latents": noise.latents, "subject": noise.subject, "frames": frames}
     if noise.weights is not None:
         metadata["weights"] = noise.weights
     if noise.fps is not None:
@@ -58,6 +75,11 @@ def save_noise(path: Path, noise: InvertedNoise, preset: Preset):
 
 def read_noise(path: Path, preset: Preset | None = None) -> InvertedNoise:
     """Reads it, with what the file has: earlier versions kept neither frames nor rate nor weights.
+
+    Args:
+        preset: how it will be sampled, if it shall be held against how it was inverted.
+
+    Returns: on the CPU.
 
     Raises:
         TavError: a file that isn't noise, or noise that was inverted in another way than `preset` samples.

@@ -98,7 +98,7 @@ def picture_footage(path: Path, callback: Callback) -> Footage | None:
                     callback(Reading(place + 1))
                     with _told(path):
                         image.seek(first + place)
-                        picture = _flat(image), 1.0
+                        picture = flat(image), 1.0
                     yield number, until, partial(tuple, picture)
 
     return Footage(line.rate, line.total, frames)
@@ -124,10 +124,11 @@ def _image(path: Path) -> tuple[np.ndarray, float]:
     if not path.is_file():  # a pipe would be waited for
         raise TavError("video", path, "is no file", "remove it from the folder")
     with _told(path), Image.open(path) as image:
-        return _flat(ImageOps.exif_transpose(image)), 1.0
+        return flat(ImageOps.exif_transpose(image)), 1.0
 
 
-def _flat(image: Image.Image) -> np.ndarray:
+def flat(image: Image.Image) -> np.ndarray:
+    """An image of any mode as uint8 `h w 3`, over black where it is transparent."""
     if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 255
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.has_transparency_data:

@@ -23,8 +23,9 @@ from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video
 from .condition import Condition
 from .control import Control, ControlledUNet
 from .ddim import Schedule, ddim_invert, ddim_sample
-from .errors import TavError, field
+from .errors import TavError, field, shortened
 from .events import Callback, Step, ignored
+from .frames import Frames, as_frames, as_mask, told
 from .inflation import VideoUNet, inflate
 from .injection import EditPlaces, SourceWalk
 from .memory import offloaded
@@ -42,23 +43,37 @@ LARGEST = 8  # times the size of a checkpoint: beyond it nothing is drawn well, 
 
 @dataclass(frozen=True)
 class Source:
-    """A clip as people see it, frames uint8 `f h w c` and a sentence, and as the model does."""
+    """A clip as people see it, and as the model does: what `prepare` makes.
+
+    Attributes:
+        frames: uint8 `f h w 3` (RGB), on the CPU.
+        prompt: the sentence that describes it.
+        take: both, encoded.
+    """
 
     frames: Tensor
     prompt: str
     take: Take
 
+    def __repr__(self) -> str:
+        return f"Source({told(self.frames)}, {shortened(self.prompt, 60)!r})"
 
-def prepare(checkpoint: Checkpoint, frames: Tensor, prompt: str, class_labels: Tensor | None = None) -> Source:
-    """Encodes a clip (uint8 `f h w c`) and its sentence once, for all stages.
+
+def prepare(checkpoint: Checkpoint, frames: Frames, prompt: str, class_labels: Tensor | None = None) -> Source:
+    """Encodes a clip and its sentence once, for all stages.
 
     Args:
+        frames: uint8 `f h w 3` (RGB), a tensor, an array or images of Pillow (see `as_frames`).
+        prompt: one sentence that describes the clip; what is beyond 77 tokens, the tokenizer's length, is left out with
+            a warning.
         class_labels: `1` or `f`, for a U-Net with classes.
 
     Raises:
-        TavError: an empty prompt, or a size that the model can't halve as often as it must.
+        TavError: frames of another kind, an empty prompt, or a width or height that is no multiple of
+            `Checkpoint.downscale`, or more than 8 times `Checkpoint.size`.
     """
     check_prompt(prompt)
+    frames = as_frames(frames)
     check_size(checkpoint, width=frames.shape[2], height=frames.shape[1])
     mean, std = encode_video(checkpoint, to_pixels(frames))
     return Source(frames, prompt, Take(mean, Condition(encode_prompt(checkpoint, prompt), class_labels), std))
@@ -144,12 +159,24 @@ def tune_on(
     resume: bool = True,
     callback: Callback = ignored,
 ) -> tuple[VideoUNet, TuneResult]:
-    """Inflates a copy of the checkpoint's U-Net and tunes it on the clip, or on several (see `tune`).
+    """Inflates a copy of the checkpoint's U-Net and tunes it on the clip, or on several: one-shot tuning (Tune-A-Video,
+    sections 3.2 and 3.3).
 
-    A published Tune-A-Video model is tuned further.
+    A published Tune-A-Video model is tuned further. It runs on the device of the checkpoint's VAE; meanwhile VAE and
+    text encoder wait on the CPU, where what the callback asks of them is computed.
 
     Args:
+        checkpoint: is left as it is.
+        sources: from `prepare`: the clip, or several, each with its own sentence, size and length.
+        preset: nothing but its `tuning` counts.
         inflation: options of `inflate` that aren't as by default.
+        state_path, resume: the state file of an unfinished run, as in `tune`.
+        callback: gets a `TuningStep` after every step, and `Note`; raises to stop (see `tune`).
+
+    Returns: the tuned U-Net, in float32 if the checkpoint is, and how it went.
+
+    Raises:
+        TavError: what `inflate` and `tune` refuse, or inflation options that a published model doesn't have.
     """
     unet, takes = video_unet(checkpoint, **(inflation or {})), [source.take for source in sources]
     with offloaded(checkpoint.vae, checkpoint.text_encoder):
@@ -162,7 +189,21 @@ def tune_on(
 def invert(
     checkpoint: Checkpoint, unet: VideoUNet, source: Source, preset: Preset, callback: Callback = ignored
 ) -> Tensor:
-    """The noise `1 c f h w` that carries the clip's structure: DDIM inversion."""
+    """The noise that carries the clip's structure and motion: DDIM inversion (Tune-A-Video, section 3.3; DDIM, Song et
+    al., arXiv 2010.02502), by the mean of the VAE's posterior.
+
+    Args:
+        unet: tuned on the clip; in windows, if `preset.tuning.context_length` says so.
+        source: from `prepare`.
+        preset: `sampling_steps`, which `sample` takes as many of, and `caption_as_negative`: above 0 the clip is
+            inverted with its own sentence, else with the empty prompt, as in the paper.
+        callback: gets a `DDIMStep` of stage "invert" after every step; raises to stop.
+
+    Returns: float32 `1 c f h w` on the device of the U-Net, about standard normal.
+
+    Raises:
+        TavError: more steps than the noise schedule has, or a clip shorter than a window.
+    """
     condition = Condition(_inversion_text(checkpoint, source.prompt, preset), source.take.condition.class_labels)
     unet, latents, steps = _windowed(unet, preset), source.take.latents, preset.sampling_steps
     return ddim_invert(unet, latents, condition, checkpoint.scheduler, steps, callback=callback)
@@ -171,10 +212,18 @@ def invert(
 def reconstruct(
     checkpoint: Checkpoint, unet: VideoUNet, noise: Tensor, prompt: str, preset: Preset, callback: Callback = ignored
 ) -> Tensor:
-    """The clip as it is found back from its noise without guidance, uint8 `f h w c`: what an edit starts from.
+    """The clip as it is found back from its noise without guidance: what an edit starts from.
 
     Args:
+        unet, preset: those of `invert`.
+        noise: `1 c f h w`, from `invert`.
         prompt: the sentence of the clip, which it was inverted with if `preset` says so.
+        callback: gets a `DDIMStep` of stage "sample" after every step; raises to stop.
+
+    Returns: uint8 `f h w c`, on the CPU.
+
+    Raises:
+        TavError: as `invert`.
     """
     unet, text = _windowed(unet, preset), _inversion_text(checkpoint, prompt, preset)
     noise, steps = noise.to(checkpoint.vae.device), preset.sampling_steps
@@ -200,8 +249,12 @@ def find_subject(
     """Mask of the clip's subject, 0 ... 1, `1 1 f h w` of pixels (see `subject_mask`, `word_mask` and `outlined`).
 
     Args:
+        unet: tuned on the clip.
+        source: from `prepare`.
         contrasts: the clip's sentence with other subjects: for "a red ball on the grass", "a blue star on the grass".
-        softness: width of the mask's edge in pixels; 0 for a hard one.
+            Best three, each of another colour and shape.
+        preset: its seed, and the windows that the clip is seen in.
+        softness: width of the mask's edge in pixels, 0 ... 512; 0 for a hard one.
         word: that names the subject in the clip's sentence; with contrasts, what either of them finds.
         callback: gets a `Step` of stage "subject" after every prediction; raises to stop.
 
@@ -229,17 +282,15 @@ def find_subject(
 
 
 def drawn_subject(mask: Tensor, frames: Tensor, softness: int) -> Tensor:
-    """A mask `f h w` of a clip as `find_subject` gives it, `1 1 f h w`.
+    """A mask `f h w` of a clip (see `as_mask`) as `find_subject` gives it, `1 1 f h w`.
 
     Raises:
-        TavError: another size or length than the clip's, or one that shows nothing.
+        TavError: another size or length than the clip's, another scale than 0 ... 1, or one that shows nothing.
     """
-    if mask.shape != frames.shape[:3]:
-        (f, h, w), (g, i, j, _) = mask.shape, frames.shape
-        raise TavError("mask", None, f"is {f} of {w}x{h} for {g} frames of {j}x{i}", "give it in the clip's size")
+    mask = as_mask(mask, as_frames(frames))
     if mask.max() == 0:
         raise TavError("mask", None, "is black", "make it white where the subject is")
-    return softened(mask[None, None].float(), softness)
+    return softened(mask[None, None], softness)
 
 
 def places_of(checkpoint: Checkpoint, prompt: str, word: str, preset: Preset) -> list[int]:

@@ -11,9 +11,12 @@ from .windows import ContextWindows
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings of a whole edit. `sampling_steps` serve inversion and sampling alike.
+    """Settings of a whole edit. The limits of numbers stand in `limits`.
 
     Attributes:
+        tuning: those of the tuning.
+        sampling_steps: DDIM steps of inversion and of sampling alike, 1 ... 1000 (the paper: 50).
+        guidance_scale: of classifier-free guidance, 0 ... 100; at most 1 there is none (the paper: 12.5).
         attention_injection: share of the sampling steps in which the edit attends as the clip does, 0 ... 1: more
             keeps more of its layout and motion (see `injection`; 0 in the paper).
         guidance_scale, guidance_rescale, guidance_start, guidance_end: see `Guidance`.
@@ -68,6 +71,9 @@ def default_preset(checkpoint_name: str) -> str:
 
 def with_settings(preset: Preset, **changes) -> Preset:
     """A preset with some of its settings, or of its tuning's, replaced; None keeps the preset's own.
+
+    Args:
+        changes: fields of `Preset` and of `TuneConfig` by their names, such as `steps` and `guidance_scale`.
 
     Raises:
         TavError: a setting that there isn't, or a value out of range.

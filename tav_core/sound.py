@@ -26,6 +26,10 @@ class Sound:
     samples: Tensor
     rate: int
 
+    def __repr__(self) -> str:
+        channels, count = self.samples.shape
+        return f"Sound({count / self.rate:.2f} s, {'mono' if channels == 1 else 'stereo'}, {self.rate} Hz)"
+
 
 def read_sound(path: Path, begin: float, seconds: float, callback: Callback) -> Sound | None:
     """The first sound of a video file from `begin` on, silent where it has none; None if it has no sound at all.

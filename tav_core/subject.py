@@ -26,6 +26,7 @@ from .ddim import ddim_invert
 from .errors import TavError
 from .events import Callback, Step, ignored
 from .flow import told_by_neighbours
+from .frames import as_frames
 from .limits import check
 
 WORD_STEPS = 10  # of the inversion in which a word is looked for
@@ -251,6 +252,7 @@ def put_back(edit: Tensor, source: Tensor, region: Tensor) -> Tensor:
 
     Where an edit may change no latents a decoder still draws them otherwise beside others: it sees the whole picture.
     """
+    source = as_frames(source, "source_frames")
     share = rearrange(region.cpu(), "1 1 f h w -> f h w 1")
     return torch.lerp(source.float(), edit.float(), share).round().to(torch.uint8)
 

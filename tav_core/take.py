@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .condition import Condition
 from .errors import TavError
+from .frames import told_latents
 from .windows import check_context_length
 
 
@@ -27,6 +28,9 @@ class Take:
 
     def __post_init__(self):
         object.__setattr__(self, "condition", Condition.of(self.condition))
+
+    def __repr__(self) -> str:
+        return f"Take({told_latents(self.latents)}, {self.condition!r})"
 
     def to(self, device: torch.device) -> "Take":
         """On that device, in float32 but for labels."""

@@ -42,9 +42,14 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a Ctrl-C, and what ends a job of a
 
 
 class Progress:
-    """Draws one bar a stage from its events, and stops the stage after the step at which Ctrl-C or SIGTERM came.
+    """A callback that draws one bar a stage on stderr: how far it is, how long it will still take, and of a tuning the
+    loss. One object serves all stages, one after the other.
 
-    Where nobody watches, as in a file, a plain line now and then tells the same.
+    Where there is no terminal, as in a file or a notebook, a plain line now and then tells the same: the first and the
+    last step of a stage, and between them one a tenth, if it took ten seconds, or a minute.
+
+    Args:
+        quiet: nothing is drawn; for `stop_at_interrupt` alone.
     """
 
     def __init__(self, quiet: bool = False):
@@ -103,7 +108,9 @@ class Progress:
             self.bar = None
 
     def stop_at_interrupt(self) -> "Progress":
-        """The first Ctrl-C or SIGTERM waits for the running step and keeps the state; a second one ends at once."""
+        """The first Ctrl-C or SIGTERM waits for the running step, then raises `Cancelled`: what was computed so far is
+        kept; a second one ends at once. It stays so until the handlers of these signals are set anew.
+        """
 
         def handler(number, frame):
             self.stopped = True

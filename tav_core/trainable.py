@@ -8,7 +8,16 @@ _TRAINABLE = re.compile(r"\.(attn1\.to_q|attn2\.to_q|attn_temp)\.")
 
 
 def trainable_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
-    """Name to parameter of what the method tunes: `attn1.to_q`, `attn2.to_q` and all of `attn_temp`."""
+    """What the method tunes (Tune-A-Video, section 3.3), by name: in every transformer block the query projections of
+    self- and cross-attention, `attn1.to_q` and `attn2.to_q`, and all of the temporal attention, `attn_temp`, but not
+    its norm. Of Stable Diffusion 1.5, 74 of 909 million parameters.
+
+    Args:
+        unet: a `VideoUNet`; of a 2D one there are only the queries.
+
+    Returns: the parameters themselves, as `named_parameters` calls them, in its order: what is done to them in place is
+        done to the U-Net.
+    """
     return {name: parameter for name, parameter in unet.named_parameters() if is_tuned(name)}
 
 

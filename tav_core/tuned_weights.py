@@ -31,11 +31,17 @@ _SAMPLES = 1024  # values of each parameter that go into the fingerprint
 
 @dataclass(frozen=True)
 class TunedInfo:
-    """What a tuned-weights file says of itself; width and height in pixels.
+    """What a tuned-weights file says of itself.
 
     With several takes `prompt`, frames, width and height are those of the first, `more_prompts` those of the others.
 
     Attributes:
+        base: `base_fingerprint` of the model that was tuned.
+        base_name: what it is called, for people.
+        num_frames, width, height: of the clip, in pixels.
+        inflation: options of `inflate`.
+        config: settings of the tuning, as `TuneConfig` has them.
+        versions: of torch and diffusers.
         rank: of the changes in it; 0 for whole weights.
         before: fingerprint of the weights that these changes are of.
     """
@@ -102,17 +108,24 @@ def save_tuned(
     rank: int | None = None,
     before: Mapping[str, Tensor] | None = None,
 ):
-    """Writes the tuned parameters (float16, but for one that it can't hold) and their metadata atomically.
+    """Writes the tuned parameters alone (see `trainable_parameters`), and what is needed to use them again: whole or
+    not at all, in float16 but for a parameter that it can't hold.
 
     Args:
-        rank: keep of the change of every matrix what a product of this rank holds, where that is smaller.
+        path: a .safetensors file; one that is there is replaced.
+        unet: tuned, from `tune_on` or `tune`.
+        prompt, num_frames, width, height: of the clip that it was tuned on, in pixels; with several, of the first.
+        config: the settings, as `dataclasses.asdict(preset.tuning)` has them; they are noted for people alone.
+        base_name: of the checkpoint, for people; what tells the base model is its `base_fingerprint`.
+        more_prompts: those of further clips.
+        rank: 1 ... 1280; keep of the change of every matrix what a product of this rank holds, where that is smaller.
         before: with a rank, the `trainable_parameters` as they were before the tuning: those of a U-Net that was
             inflated alike.
 
     Raises:
         TavError: the U-Net isn't inflated, a rank of no change, or the file can't be written.
     """
-    _require_inflated(unet)
+    require_inflated(unet)
     info = tuned_info(
         base_fingerprint(unet),
         unet.inflation,
@@ -163,7 +176,7 @@ def write_tuned(
 
 
 def read_tuned(path: str | Path) -> TunedInfo:
-    """The metadata of a tuned-weights file.
+    """The metadata of a tuned-weights file; its tensors are not read.
 
     Raises:
         TavError: missing, unreadable, damaged, or not such a file.
@@ -189,11 +202,16 @@ def read_tuned(path: str | Path) -> TunedInfo:
 def load_tuned(path: str | Path, unet: VideoUNet) -> TunedInfo:
     """Loads tuned weights into an inflated U-Net, in place.
 
+    Args:
+        unet: of the same base model, inflated with the options that `read_tuned` tells; for a file of low rank untuned.
+
+    Returns: what the file says of itself.
+
     Raises:
         TavError: not a tuned-weights file, another base model, or a U-Net that is inflated otherwise or not at all.
     """
     info = read_tuned(path)
-    _require_inflated(unet)
+    require_inflated(unet)
     parameters = trainable_parameters(unet)
     weights = fitting(path, info, load_file(path), base_fingerprint(unet), unet.inflation, parameters)
     with torch.no_grad():
@@ -238,7 +256,8 @@ def fitting(
     return whole(tensors, parameters)
 
 
-def _require_inflated(unet: nn.Module):
+def require_inflated(unet: nn.Module):
+    """Raises a TavError for a U-Net that isn't inflated."""
     if not isinstance(unet, VideoUNet):
         raise TavError(
             "unet", None, f"is a {type(unet).__name__}", "inflate it first: only a video U-Net has tuned weights"

@@ -120,6 +120,13 @@ class TuneResult:
     weights: dict[str, Tensor]
     kept: dict[int, dict[str, Tensor]]
 
+    def __repr__(self) -> str:
+        (_, before), (_, after) = self.probe_losses[0], self.probe_losses[-1]
+        before_this = f", {self.started} of them before" if self.started else ""
+        kept = f", kept at {', '.join(map(str, self.kept))}" if self.kept else ""
+        told = f"{self.steps} steps{before_this}, {self.seconds:.1f} s, probe loss {before:.4f} -> {after:.4f}"
+        return f"TuneResult({told}, {len(self.weights)} tuned weights{kept})"
+
 
 def make_optimizer(unet: nn.Module, config: TuneConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters alone."""
@@ -193,7 +200,7 @@ def tune(
             if run.state.step in config.keep:  # before anything can stop the run or write its state
                 run.state.kept[run.state.step] = halved(run.state.average or run.parameters)
             step, probe_loss, seconds = run.state.step, run.state.probe_losses[-1][1], time.monotonic() - started
-            run.tell(TuningStep("tune", step, config.steps, loss, grad_norm, probe_loss, lr, seconds, first))
+            run.tell(TuningStep("tune", step, config.steps, loss, grad_norm, probe_loss, lr, seconds, first, unet))
             late = time.monotonic() - run.saved >= 60 * config.save_minutes
             if late or step % config.save_every == 0 or step == config.steps:
                 run.save()

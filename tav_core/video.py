@@ -18,8 +18,9 @@ from torch import Tensor
 
 from .atomic import atomic_path
 from .containers import video_footage
-from .errors import TavError, field
+from .errors import TavError, field, shortened
 from .events import Callback, Note, ignored
+from .frames import Frames, as_frames, told
 from .limits import check
 from .pictures import folder_footage, picture_footage
 from .sound import Sound, read_sound, sound_track
@@ -31,12 +32,29 @@ FITS = ("crop", "pad", "stretch")
 
 @dataclass
 class Clip:
-    """Frames uint8 `f h w c` (RGB), their rate, and what is heard while they are shown."""
+    """A clip, as `load_video` reads it, or made of frames that are at hand.
+
+    Attributes:
+        frames: uint8 `f h w 3` (RGB); given in any form that `as_frames` takes, they come to this one.
+        fps: frames a second, of these frames.
+        source: where it is from, for people.
+        sound: what is heard while they are shown.
+
+    Raises:
+        TavError: frames that are none.
+    """
 
     frames: Tensor
     fps: float
     source: str
     sound: Sound | None = None
+
+    def __post_init__(self):
+        self.frames = as_frames(self.frames)
+
+    def __repr__(self) -> str:
+        sound = "silent" if self.sound is None else repr(self.sound)
+        return f"Clip({told(self.frames)}, {self.fps:.4g} fps, {sound}, {shortened(self.source, 60)!r})"
 
 
 def load_video(
@@ -58,12 +76,18 @@ def load_video(
     Pictures come as a player shows them: upright, with square pixels, over black, in the colours of an SDR screen.
 
     Args:
+        path: whatever FFmpeg reads (mp4, webm, mov, gif ...), an animated webp, png or avif, or a folder of images in
+            the order of their names.
+        start: number of the first frame, from 0.
+        stride: every how many-th frame.
         count: how many; all to the end without it.
         width, height: size to bring the frames to; if one is missing it follows from the aspect ratio (even).
         fit: "crop" covers the size and cuts the rest, "pad" fits in with black bars, "stretch" distorts.
         sound: whether to read it too.
         callback: gets a `Reading` for each frame that is looked at, and a `Note` where sound has to be left out; it
             stops the reading by raising.
+
+    Returns: the clip; its rate is that of the frames that were taken, so a stride divides it.
 
     Raises:
         TavError: no such file, not a video, fewer frames than asked for, a value out of range.
@@ -175,13 +199,14 @@ def _resize(frame: np.ndarray, width: int, height: int) -> np.ndarray:
     return cv2.resize(shrunk, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-def save_video(frames: Tensor | np.ndarray, path: str | Path, fps: float, sound: Sound | None = None):
+def save_video(frames: Frames, path: str | Path, fps: float, sound: Sound | None = None):
     """Writes .mp4 (H.264, yuv420p, plays in browsers), .webm (VP9) or .gif, whole or not at all.
 
     The same frames make the same file.
 
     Args:
-        frames: `f h w c` RGB, uint8 or float in 0..1. Odd sizes grow by one pixel, a copy of the edge.
+        frames: `f h w c` RGB, uint8 or float in 0..1, or images of Pillow (see `as_frames`). Odd sizes grow by one
+            pixel, a copy of the edge.
         fps: frames a second, 0.01 to 1000. A gif keeps time in hundredths of a second, 50 frames a second at most, and
             joins equal neighbours into one longer frame.
         sound: is heard beside them, as AAC or Opus; a gif has none.
@@ -202,14 +227,7 @@ def save_video(frames: Tensor | np.ndarray, path: str | Path, fps: float, sound:
     if path.suffix.lower() not in codecs:
         raise TavError("output", path, "ends in the suffix of no known format", "use .mp4, .webm or .gif")
     check(fps=fps)
-    frames = torch.as_tensor(frames)
-    if frames.ndim != 4 or len(frames) == 0 or frames.shape[-1] != 3:
-        raise TavError(
-            "frames", None, f"has shape {tuple(frames.shape)}, which is no video", "give f h w 3, one frame or more"
-        )
-    if frames.dtype != torch.uint8:
-        frames = (frames * 255).round().clamp(0, 255).to(torch.uint8)
-    frames = frames.cpu().numpy()
+    frames = as_frames(frames, floats=True).numpy()
     with atomic_path(path) as temporary:
         if path.suffix.lower() == ".gif":
             images = [Image.fromarray(frame) for frame in frames]

@@ -14,19 +14,26 @@ from torch import Tensor
 
 from .atomic import atomic_path
 from .errors import TavError
+from .frames import Frames, as_frames
 
 BACKGROUND, INK, MARGIN = (24, 25, 28), (232, 232, 235), 8
 FRAME = 128  # pixels that a frame should at least measure to be read
 LONGEST = 1000  # characters of a label; FreeType can't measure millions
 
 
-def strip(videos: list[Tensor], labels: list[str], path: str | Path | None = None, columns: int = 8) -> Image.Image:
+def strip(videos: list[Frames], labels: list[str], path: str | Path | None = None, columns: int = 8) -> Image.Image:
     """A labelled row a video of `columns` evenly picked frames.
 
     Args:
-        videos: uint8 `f h w c` each, of any size and length.
-        path: also written there.
+        videos: uint8 `f h w c` each (see `as_frames`), of any size and length.
+        labels: one a video, above its row; what doesn't fit into two lines ends in an ellipsis.
+        path: also written there, in the format of its suffix.
+        columns: at most; a video of fewer frames shows some of them twice.
+
+    Raises:
+        TavError: frames that are none, or a file that can't be written.
     """
+    videos = [as_frames(video, "videos") for video in videos]
     columns = min(columns, max(len(video) for video in videos))
     rows = []
     for video, label in zip(videos, labels):
@@ -69,17 +76,19 @@ def spotlight(video: Tensor, mask: Tensor) -> Tensor:
     return (video * (0.25 + 0.75 * rearrange(mask.cpu(), "1 1 f h w -> f h w 1"))).to(torch.uint8)
 
 
-def side_by_side(videos: list[Tensor], labels: list[str]) -> Tensor:
+def side_by_side(videos: list[Frames], labels: list[str]) -> Tensor:
     """One video of several, labelled: in a row up to three, then in a grid. Shorter ones hold their last frame.
 
     Args:
-        videos: uint8 `f h w c` each, of one size.
+        videos: uint8 `f h w c` each (see `as_frames`), of one size.
+        labels: one a video, above it.
 
-    Returns: uint8 `f h w c`.
+    Returns: uint8 `f h w c`; small videos are enlarged until their labels can be read.
 
     Raises:
-        TavError: videos of several sizes.
+        TavError: frames that are none, or videos of several sizes.
     """
+    videos = [as_frames(video, "videos") for video in videos]
     if len(sizes := {f"{video.shape[2]}x{video.shape[1]}" for video in videos}) > 1:
         raise TavError("videos", None, f"are of several sizes ({', '.join(sorted(sizes))})", "bring them to one")
     length = max(len(video) for video in videos)
@@ -119,7 +128,17 @@ def loss_curve(
     losses: list[float], probe_losses: list[tuple[int, float]], path: str | Path | None = None
 ) -> Image.Image:
     """The training loss of every step (faint: it is mostly the noise of random timesteps), its running mean, and
-    the loss on fixed draws, which shows the progress."""
+    the loss on fixed draws, which shows the progress.
+
+    Args:
+        losses, probe_losses: those of a `TuneResult`.
+        path: also written there, in the format of its suffix.
+
+    Returns: RGB, 768 x 432 pixels.
+
+    Raises:
+        TavError: the file can't be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, needed here alone
     from matplotlib.figure import Figure
 
@@ -141,7 +160,7 @@ def loss_curve(
 
 
 def frame_curves(curves: dict[str, tuple[list[float], list[float]]]) -> Image.Image:
-    """Figures along the frames, one below the other (see `tav_core.measure.by_frame`): those of an edit, and dashed
+    """Figures along the frames, one below the other (see `by_frame`): those of an edit, and dashed
     those of its source."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, needed here alone
     from matplotlib.figure import Figure

@@ -96,10 +96,14 @@ class ContextWindows:
 
 @dataclass(frozen=True)
 class WindowedUNet:
-    """A video U-Net that `ddim_invert` and `ddim_sample` can give clips of any length, on any device.
+    """A video U-Net that `ddim_invert` and `ddim_sample` can give clips of any length, on any device: it sees them
+    window by window, and what overlaps is blended (after Gen-L-Video, arXiv 2305.18264).
 
     Attributes:
         unet: or one with a ControlNet beside it.
+
+    Raises:
+        TavError: when it is called, a clip shorter than a window.
     """
 
     unet: "VideoUNet | ControlledUNet"

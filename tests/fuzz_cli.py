@@ -70,6 +70,7 @@ BASES = {
                  "--output", "{out}/o"],
     "metrics": ["--edited", "{work}/clip.mp4", "--source", "{work}/clip.mp4", "--prompt", PROMPT,
                 "--output", "{out}/o"],
+    "export": [*MINI, "--tuned", "{work}/tuned.safetensors", "--output", "{out}/o"],
     "doctor": [*MINI, *SMALL, "--steps", "1", "--sampling-steps", "1"],
     "demo": ["--steps", "1", "--sampling-steps", "1", "--output", "{out}/o"],
     "bench": ["--layout", "mini", "--frames", "1", "--runs", "1", "--stages", "encode", "--no-memory"],
@@ -268,6 +269,8 @@ def of_files() -> Iterator[Case]:
         changed("invert", "output", "{work}/tuned.safetensors"),
         changed("invert", "output", "{work}/clip.mp4"),
         changed("invert", "output", "{work}"),
+        changed("export", "output", "{work}"),
+        changed("export", "output", "{work}/clip.mp4"),
         changed("sample", "output", "{work}/clip.mp4"),
         changed("mini render", "output", "{out}/clip.txt"),
         changed("mini render", "output", "{work}"),
@@ -299,7 +302,7 @@ def of_streams() -> Iterator[Case]:
         yield Case(f"edit, {output}", ["edit", *BASES["edit"], *edits, "--output", "{out}/шар é"], "yes", output)
         yield Case(f"sample, {output}", ["sample", *BASES["sample"], "--output", "{out}/шар\x1b[31m"], "yes", output)
         yield Case(f"edit refused, {output}", changed("edit", "video", "{out}/шар\n"), "no", output)
-    for command in ("tune", "edit", "invert", "sample", "mini render"):
+    for command in ("tune", "edit", "invert", "sample", "export", "mini render"):
         yield Case(f"{command} as it should be", [*command.split(), *BASES[command]], "yes")
     for name in ("n" * 255, "new\nline", "\x1b[31m", "шар", " x "):
         yield Case(f"tune --output {name[:20]!r}", changed("tune", "output", f"{{out}}/{name}"), "yes")

@@ -72,7 +72,7 @@ def test_an_edit_stays_on_its_device_and_ends_as_on_the_cpu(expected, dtype, mem
 @pytest.mark.slow
 def test_windows_of_a_long_clip_stay_on_their_device(tmp_path):
     windows = ["--device", "npu", "--frames", "5", "--context-length", "3", "--context-overlap", "2"]
-    edited(tmp_path / "edit", ACCELERATOR, *EDIT, *windows)
+    edited(tmp_path / "edit", ACCELERATOR, *EDIT[:-4], *windows)
 
 
 @pytest.mark.slow
@@ -97,7 +97,12 @@ def test_what_a_stage_does_not_need_waits_on_the_cpu():
              "try:", "    with offloaded(model):", "        assert model.weight.device.type == 'cpu'",
              "        raise KeyboardInterrupt",
              "except KeyboardInterrupt:", "    assert model.weight.device.type == 'npu'",
-             "assert torch.equal(model.weight.detach().cpu(), before)"]  # fmt: skip
+             "assert torch.equal(model.weight.detach().cpu(), before)",
+             # so a preview has its text from there
+             "from tav_core.condition import Condition, predict",
+             "model.forward = lambda latents, t, text: latents * text.mean()", "model.dtype = torch.float32",
+             "predicted = predict(model, torch.ones(1, device='npu'), 0, Condition(torch.full((1, 2, 3), 4.0)))",
+             "assert predicted.cpu().item() == 4"]  # fmt: skip
     done = python("-c", "\n".join(lines))
     assert done.returncode == 0, done.stderr
 
@@ -181,8 +186,8 @@ def test_nodes_work_on_the_gpu_of_comfyui(accelerated, server, request):
     sampled = [
         graph.sample(led["background"], noise, steps=2),
         graph.sample(led["subject"], noise, steps=2),
-        graph.sample(tuned[0], noise, steps=2, positive=positive, negative=negative),
-        graph.sample(tuned[0], noise, steps=2, positive=hooked),
+        graph.sample(tuned[0], noise, steps=1, positive=positive, negative=negative),
+        graph.sample(tuned[0], noise, steps=1, positive=hooked),
         graph.sample(windows, noise, steps=2, add_noise=True),
         graph.sample(tuned[0], graph("SetLatentNoiseMask", samples=noise, mask=subject)[0], steps=2),
     ]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from support.checkpoints import make_folder
 from support.commands import environment, tav_process
-from tav_core import PRESETS, load_video, prepare, save_video, terminal, with_settings
+from tav_core import PRESETS, cli, load_video, prepare, save_video, terminal, with_settings
 from tav_core.job import tune_into
 from tav_core.mini import demo, world
 from tav_core.noise import read_noise
@@ -41,7 +41,10 @@ def edited(clip, tmp_path_factory) -> Path:
     edits = ["--edit", "a blue ball is sliding on the grass", "--edit", "a red star, on the snow!"]
     regions = ["--region", "subject", "--region", "everything", *CONTRAST]
     source = ["--video", clip, "--prompt", "a red ball is sliding on the grass", "--frames", 4]
-    tav_process("edit", *source, *edits, *regions, "--output", output, *MINI, *FAST)
+    command = ["edit", *source, *edits, *regions, "--output", output, *MINI, *FAST, "--memory", "fast"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", ["tav_core", *map(str, command)])
+        cli.main()
     return output
 
 
@@ -123,6 +126,8 @@ def test_the_subject_is_told_by_a_mask_or_a_word(clip, edited, tav, tmp_path):
         "a red ball is sliding on the grass",
         "--steps",
         1,
+        "--memory",
+        "fast",
     ]
     edit += ["--edit", "a blue ball is sliding on the grass", "--region", "subject", "--sampling-steps", 2]
     tav(*edit, "--mask", tmp_path / "mask.mp4", "--output", tmp_path / "o")
@@ -156,7 +161,7 @@ def test_metrics_of_an_edit_and_of_single_videos(edited, tav, tmp_path):
 
 @pytest.mark.slow
 def test_demo_writes_its_files_and_judges_its_edits(tav, tmp_path):
-    told = tav("demo", "--output", tmp_path, "--steps", 1, "--sampling-steps", 2)
+    told = tav("demo", "--output", tmp_path, "--steps", 1, "--sampling-steps", 1, "--memory", "fast")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [edit["prompt"] for edit in summary["edits"]] == [*demo.EDITS.values()]
     files = {"source.mp4", "subject.mp4", "reconstruction.mp4", "comparison.mp4"}

@@ -59,6 +59,7 @@ def test_a_clip_that_does_not_fit(checkpoint, memory):
 @pytest.mark.slow
 def test_the_commands(tav, tmp_path, monkeypatch, request):
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    monkeypatch.setattr("tav_core.doctor.MEMORY", MEMORY[:1])  # an estimate of each takes a second or two
     assert "checkpoints by name: " in (out := tav("doctor")) and "device: cpu" in out and "GB free of" in out
     small = ["--checkpoint", "mini", "--frames", 2, "--size", 32]
     out = tav("doctor", *small)

@@ -1,23 +1,35 @@
 """Checkpoints as the authors' code publishes them, with parameters and answers of the reference implementation."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import is_torch_version
 from einops import rearrange
 from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from support import ROOT
 from support.checkpoints import write
 from support.errors import refused
 from support.native_models import relative
 from support.tiny_unets import difference
-from tav_core import TuneConfig, VideoUNet, base_fingerprint, ddim_invert, inflate, load_tuned, pipeline, save_tuned
+from tav_core import (
+    TuneConfig,
+    VideoUNet,
+    base_fingerprint,
+    ddim_invert,
+    inflate,
+    load_tuned,
+    pipeline,
+    save_pipeline,
+    save_tuned,
+)
 from tav_core.checkpoint import load_checkpoint
 from tav_core.given import tuned_unet
 from tav_core.presets import Preset
@@ -125,6 +137,69 @@ def test_what_python_saves_is_such_a_folder(published, copied):
     flat = UNet2DConditionModel.from_config(json.loads(json.dumps(CONFIG).replace("3D", "2D")))
     inflate(flat, attention="first", norm="frame").save_pretrained(copied / "unet")
     assert load_checkpoint(copied).unet.inflation == dict(attention="first", temporal_causal=False, norm="frame")
+
+
+@pytest.mark.slow
+def test_a_tuned_model_is_exported_as_such_a_folder(checkpoint, published, tmp_path):
+    """And gives the same video, to the bit."""
+    frames = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    preset = Preset(TuneConfig(steps=1, learning_rate=1e-2), sampling_steps=2)
+    unet, _ = pipeline.tune_on(checkpoint, [pipeline.prepare(checkpoint, frames, "a ball")], preset)
+    path = tmp_path / "new" / "model"
+    save_pipeline(checkpoint, unet, path)
+    again = load_checkpoint(path)
+
+    def edited(checkpoint, unet):
+        noise = pipeline.invert(checkpoint, unet, pipeline.prepare(checkpoint, frames, "a ball"), preset)
+        return pipeline.sample(checkpoint, unet, noise, "a star", preset, source_prompt="a ball")
+
+    assert torch.equal(edited(again, again.unet), edited(checkpoint, unet))
+    assert base_fingerprint(again.unet) == base_fingerprint(checkpoint.unet)
+    # the parts of a published one, with all that is in its configuration, for the libraries' own loaders
+    index, theirs = (json.loads((folder / "model_index.json").read_text()) for folder in (path, published))
+    assert index.keys() == theirs.keys() and all(index[name] == theirs[name] for name in theirs if name[0] != "_")
+    config = json.loads((path / "unet" / "config.json").read_text())
+    assert all(config[name] == CONFIG[name] for name in CONFIG if name.endswith(("_types", "_type", "_name")))
+    for kind, part in ((AutoencoderKL, "vae"), (CLIPTextModel, "text_encoder"), (VideoUNet, "unet")):
+        read, own = kind.from_pretrained(path / part).state_dict(), getattr(again, part).state_dict()
+        assert all(torch.equal(read[name], own[name]) for name in own), part
+    assert DDIMScheduler.from_pretrained(path / "scheduler").config.steps_offset == 1
+    assert CLIPTokenizer.from_pretrained(path / "tokenizer")("a ball") == checkpoint.tokenizer("a ball")
+    assert {"vocab.json", "merges.txt"} <= {file.name for file in (path / "tokenizer").iterdir()}
+    told = [file.read_text() for file in path.rglob("*.json")]
+    assert not any(str(Path(checkpoint.vae.config._name_or_path).parent) in text for text in told)
+
+
+def test_an_export_is_whole_or_not_there(checkpoint, tmp_path, monkeypatch):
+    unet = inflate(checkpoint.unet)
+    (tmp_path / "file").touch()
+    refused("path=.* is a folder that holds something", checkpoint, unet, tmp_path, call=save_pipeline)
+    refused("path=.* can't be a new folder", checkpoint, unet, tmp_path / "file", call=save_pipeline)
+    refused("inflate it first", checkpoint, checkpoint.unet, tmp_path / "new", call=save_pipeline)
+    (tmp_path / "empty").mkdir()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(VideoUNet, "save_pretrained", full)
+        refused("can't be written .*free space", checkpoint, unet, tmp_path / "empty", call=save_pipeline)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "empty"} and not any((tmp_path / "empty").iterdir())
+    save_pipeline(checkpoint, unet, tmp_path / "empty")
+    assert (tmp_path / "empty" / "model_index.json").is_file()
+
+
+def test_the_command_exports(folder, checkpoint, tav, tmp_path):
+    unet, tuned = inflate(checkpoint.unet), tmp_path / "tuned.safetensors"
+    with torch.no_grad():
+        unet.mid_block.attentions[0].transformer_blocks[0].attn_temp.to_out[0].weight.fill_(0.5)
+    save_tuned(tuned, unet, prompt="a ball", num_frames=2, width=64, height=64, config={})
+    of = ["--checkpoint", folder, "--tuned", tuned, "--output", tmp_path / "model"]
+    assert tav("export", *of).endswith("model: model_index.json, scheduler, text_encoder, tokenizer, unet, vae\n")
+    load_tuned(tuned, unet)  # in half precision
+    made = load_checkpoint(tmp_path / "model").unet.state_dict()
+    assert all(torch.equal(value, made[name]) for name, value in unet.state_dict().items())
+    assert re.match("error: --output .* holds something; choose another --output", tav("export", *of, fails=True))
 
 
 def test_what_is_no_such_model_is_refused(copied):

@@ -54,32 +54,33 @@ def _train(args):
 def _train_stages(args):
     from . import train  # training needs more of transformers and tokenizers than using the checkpoint does
 
-    device = args.device
+    device, batch = args.device, {stage: size for stage, (_, size) in STEPS.items()}
     if args.stage in ("vae", "all"):
-        train.train_vae(args.work, device, args.renders, args.vae_steps, 16, 1.5e-3)
+        train.train_vae(args.work, device, args.renders, args.vae_steps, batch["vae"], 1.5e-3)
     if args.stage in ("unet", "all"):
-        train.train_unet(args.work, device, args.renders, args.unet_steps, 64, 1e-3)
+        train.train_unet(args.work, device, args.renders, args.unet_steps, batch["unet"], 1e-3)
     if args.stage in ("judge", "all"):
-        train.train_judge(args.work, device, min(args.renders, 16_000), args.judge_steps, 48, 2e-3)
+        renders = min(args.renders, 16_000)
+        train.train_judge(args.work, device, renders, args.judge_steps, batch["judge"], 2e-3)
     if args.stage in ("export", "all"):
         train.export(args.work, args.output)
     if args.stage in ("controlnet", "all"):
         from .train_controlnet import export_controlnet, train_controlnet
 
         checkpoint = args.output / "checkpoint"
-        train_controlnet(args.work, checkpoint, device, args.renders, args.controlnet_steps, 32, 1e-3)
+        train_controlnet(args.work, checkpoint, device, args.renders, args.controlnet_steps, batch["controlnet"], 1e-3)
         export_controlnet(args.work, args.output)
     if args.stage in ("lora", "all"):
         from .train_lora import export_lora, train_lora
 
         checkpoint, renders = args.output / "checkpoint", min(args.renders, 4000)
-        train_lora(args.work, checkpoint, device, renders, args.lora_steps, 32, 2e-3)
+        train_lora(args.work, checkpoint, device, renders, args.lora_steps, batch["lora"], 2e-3)
         export_lora(args.work, args.output)
     if args.stage in ("clip", "all"):
         from .train_clip import export_clip, train_clip
 
         checkpoint, renders = args.output / "checkpoint", min(args.renders, 12_000)
-        train_clip(args.work, checkpoint, device, renders, args.clip_steps, 96, 1.5e-3)
+        train_clip(args.work, checkpoint, device, renders, args.clip_steps, batch["clip"], 1.5e-3)
         export_clip(args.work, args.output)
 
 

@@ -105,7 +105,7 @@ def score_edit(judge: Judge, video: np.ndarray, clip: BenchmarkClip, kind: str) 
     untouched = {"subject": around, "colour": around, "background": truth > 0.99, "style": None}[kind]
     rest_psnr = None
     if untouched is not None:
-        rest_psnr = min(EQUAL, psnr(*(torch.from_numpy(x[untouched]) for x in (video, source))))
+        rest_psnr = min(EQUAL, psnr(*(torch.from_numpy(x[untouched][None, None]) for x in (video, source))))
     outline, texture = subject_flicker(video, seen.mask.numpy(), scenes)
     return dict(
         edited=right[attribute],
