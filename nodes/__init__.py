@@ -8,6 +8,7 @@ from .compare import Compare
 from .inflate import Inflate
 from .inject import AttentionInjection
 from .invert import DDIMInversion
+from .inverted_noise import LoadInvertedNoise, SaveInvertedNoise
 from .load_checkpoint import LoadCheckpoint
 from .load_controlnet import LoadControlNet
 from .load_video import LoadVideo
@@ -22,7 +23,7 @@ from .windows import ContextWindows
 from .word import WordMask
 
 NODES = [LoadVideo, LoadCheckpoint, LoadControlNet, Inflate, Take, OneShotTune, SaveTunedWeights, LoadTunedWeights,
-         ApplyTunedWeights, ContextWindows, DDIMInversion, SubjectMask, WordMask, AttentionInjection,
+         ApplyTunedWeights, ContextWindows, DDIMInversion, SaveInvertedNoise, LoadInvertedNoise, SubjectMask, WordMask, AttentionInjection,
          VideoSampler, PutBack, Compare, Measure]  # fmt: skip
 
 # for the stock LoRA loaders, behind the user's own folders: a file of the same name there is the one that is taken
