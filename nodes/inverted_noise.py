@@ -174,11 +174,11 @@ class LoadInvertedNoise(io.ComfyNode):
             "What the file doesn't hold comes out empty.",
             search_aliases=["load latent", "open noise"],
             inputs=[
-                io.Combo.Input("file", options=list(choices()), tooltip="A .safetensors file in ComfyUI's input folder, "
+                io.Combo.Input("file", options=list(choices()), tooltip="A .safetensors file in ComfyUI's input folder "
                                f"or in output/{FOLDER}."),
                 io.Model.Input("model", tooltip="The tuned MODEL, of the checkpoint and the weights that inverted it."),
-                io.Clip.Input("clip", display_name="CLIP", optional=True, tooltip="Of the same checkpoint, for files of "
-                              "the command line: they hold the words of their inversion, not the CONDITIONING."),
+                io.Clip.Input("clip", display_name="CLIP", optional=True, tooltip="Of the same checkpoint, for files "
+                              "of the command line: they hold words of their inversion, and no CONDITIONING."),
             ],
             outputs=[
                 io.Latent.Output(display_name="noise",
@@ -210,7 +210,9 @@ class LoadInvertedNoise(io.ComfyNode):
             found, steps, inverted_with = read_inversion(path_of(file))
             channels = video_unet(model).config.in_channels
             if found.latents.shape[1] != channels:
-                problem = f"is of a checkpoint with other latents: {tuple(found.latents.shape)}, not {channels} channels"
+                problem = (
+                    f"is of a checkpoint with other latents: {tuple(found.latents.shape)}, not {channels} channels"
+                )
                 raise TavError("file", file, problem, "connect the MODEL that it was inverted with")
             sigmas = found.sigmas
             if sigmas is None:  # of the command line, whose last level the samplers of a graph take for none

@@ -40,7 +40,9 @@ def inverted(nodes, mini, words=SAID, scheduler="ddim_uniform"):
 
 def edited(nodes, mini, noise, sigmas):
     said = (mini.encode("a blue star is sliding on the snow"), mini.encode(""))
-    return nodes.VideoSampler.execute(mini.inflated, *said, noise, 1, 5.0, "ddim_uniform", 0.0, False, 0, sigmas).args[0]
+    return nodes.VideoSampler.execute(mini.inflated, *said, noise, 1, 5.0, "ddim_uniform", 0.0, False, 0, sigmas).args[
+        0
+    ]
 
 
 def by_the_core(mini, words):
@@ -72,7 +74,10 @@ def test_what_is_saved_comes_back(nodes, mini, text, words, scheduler):
 def test_the_command_line_reads_what_a_graph_saved(nodes, mini, text, tmp_path, words):
     noise, sigmas = inverted(nodes, mini, words)
     nodes.SaveInvertedNoise.execute(mini.inflated, text, noise, sigmas, SAID, "a")
-    path, preset = tmp_path / "output" / "noise" / "a.safetensors", replace(PRESET, caption_as_negative=0.25 * (words > ""))
+    path, preset = (
+        tmp_path / "output" / "noise" / "a.safetensors",
+        replace(PRESET, caption_as_negative=0.25 * (words > "")),
+    )
     read = read_noise(path, preset)
     assert (read.latents - by_the_core(mini, words)).abs().max() < 1e-3 and read.prompt == SAID
     weights = weights_fingerprint(halved(trainable_parameters(inflate(mini.checkpoint.unet))))
@@ -109,7 +114,8 @@ def test_mistakes(nodes, mini, text):
     noise, sigmas = inverted(nodes, mini)
     good = dict(model=mini.inflated, clip=text, noise=noise, sigmas=sigmas, prompt=SAID, name="a")
     for changes, told in (
-        ({"prompt": " "}, "prompt is empty"), ({"name": "../a"}, "leads out of noise"), ({"name": "nul"}, "names a device"),
+        ({"prompt": " "}, "prompt is empty"),
+        ({"name": "../a"}, "leads out of noise"), ({"name": "nul"}, "names a device"),
         ({"noise": mini.latent}, "noise doesn't say what the clip was inverted with; connect it to DDIM Inversion"),
         ({"subject": torch.ones(3, 128, 128)}, "subject is 3 of 128 x 128 for 4 frames of 128 x 128"),
         ({"images": mini.images[:2]}, "images are 2 of 128 x 128, latent is of 4"),
