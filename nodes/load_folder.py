@@ -52,7 +52,7 @@ def text_of(clip: str) -> Path:
 
 
 def sentences_of(clip: str, line: str | None) -> tuple[str, str]:
-    """What a clip shows and what it should show: the lines of its .txt, or a line that has both on either side of =>.
+    """What a clip shows and what it should show: the lines of its .txt, or a line that has both on either side of a semicolon.
 
     Raises:
         TavError: there is neither, or the file holds no text.
@@ -63,7 +63,7 @@ def sentences_of(clip: str, line: str | None) -> tuple[str, str]:
             with open(path, encoding="utf-8-sig") as file:
                 lines = file.read(LONGEST_TEXT).splitlines()
         else:
-            lines = (line or "").split("=>")
+            lines = (line or "").split(";", 1)
     except (OSError, ValueError) as error:
         raise TavError("folder", path.name, f"can't be read ({error})", "write it as plain text") from error
     said = [each.strip() for each in lines if each.strip()]
@@ -89,7 +89,7 @@ class LoadVideoFolder(io.ComfyNode):
                                ".txt beside a clip, of the same name, says in its first line what the clip shows, and "
                                "in its second what it should show."),
                 io.String.Input("sentences", default="", multiline=True, tooltip="A line for each clip that has no "
-                                ".txt, by their names: a ball on the grass => a star on the grass."),
+                                ".txt, by their names: a ball on the grass; a star on the grass."),
                 *frame_inputs(),
             ],
             outputs=[

@@ -34,7 +34,7 @@ def refuses(pack, told, **given):
 def test_each_clip_comes_with_its_sentences(pack, clips):
     (clips / "a.txt").write_text("\ufeffa ball \r\n\n a star\nand more", "utf-8")
     (clips / "c.txt").write_text("of no clip")
-    images, fps, audio, prompts, edits, names = load(pack, sentences="\n  \na cube => a cone\n", start=1)
+    images, fps, audio, prompts, edits, names = load(pack, sentences="\n  \na cube; a cone\n", start=1)
     assert names == ["a", "b"] and prompts == ["a ball", "a cube"] and edits == ["a star", "a cone"]
     assert [shown(each * 255) for each in images] == [[1, 3]] * 2 and audio == [None, None] and len(set(fps)) == 1
     (clips / "b.txt").write_text("a cube")
