@@ -1,12 +1,12 @@
 """Load Video Folder: all clips of a folder with their sentences, as lists: ComfyUI runs a graph for each."""
 
-import logging
 from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io
 
 from ..tav_core import TavError
+from ..tav_core.checkpoint import MINI
 from ..tav_core.limits import check_pixels
 from .common import inside, schema
 from .errors import plain_errors
@@ -15,18 +15,23 @@ from .inputs import check_name, checked, told, usable
 from .load_video import frame_inputs, is_video, loaded
 from .load_video import path_of as path_of_clip
 
+DEMO = "demo clips of the mini checkpoint"
+SHIPPED = {DEMO: MINI.parent / "batch"}
 LONGEST_TEXT = 1 << 16  # bytes of sentences
 
 
 def choices() -> list[str]:
-    """Folders of the input folder that hold clips."""
-    return [folder for folder in listed(folder_paths.get_input_directory())[1] if clips_in(folder)]
+    """Folders of the input folder that hold clips, and the one that ships with the pack."""
+    folders = listed(folder_paths.get_input_directory())[1]
+    return [*(folder for folder in folders if clips_in(folder)), *SHIPPED]
 
 
-def clips_in(folder: str) -> list[str]:
-    """The clips of a folder, as names in the input folder, sorted."""
+def clips_in(folder: str) -> list[Path]:
+    """The clips of a choice, by their names."""
+    if folder in SHIPPED:
+        return sorted(SHIPPED[folder].glob("*.mp4"))
     names = listed(Path(folder_paths.get_input_directory()) / folder)[0]
-    return list(filter(is_video, (f"{folder}/{name}" for name in names)))
+    return [path_of_clip(name) for name in (f"{folder}/{name}" for name in names) if is_video(name)]
 
 
 def path_of(folder: str) -> Path:
@@ -36,6 +41,8 @@ def path_of(folder: str) -> Path:
         TavError: it is no name, lies outside of the input folder, or holds no clip.
     """
     check_name("folder", folder)
+    if folder in SHIPPED:
+        return SHIPPED[folder]
     root = Path(folder_paths.get_input_directory()).resolve()
     path = inside(root, folder, "folder", linked=True)
     if path == root or not path.is_dir():
@@ -45,14 +52,13 @@ def path_of(folder: str) -> Path:
     return path
 
 
-def text_of(clip: str) -> Path:
+def text_of(clip: Path) -> Path:
     """The path of a clip's .txt. Raises a TavError for a link that leads out of the folder."""
-    root = Path(folder_paths.get_input_directory()).resolve()
-    return inside(root, str(Path(clip).with_suffix(".txt")), "folder", linked=True)
+    return inside(clip.parent, f"{clip.stem}.txt", "folder")
 
 
-def sentences_of(clip: str, line: str | None) -> tuple[str, str]:
-    """What a clip shows and what it should show: the lines of its .txt, or a line that has both on either side of a semicolon.
+def sentences_of(clip: Path, line: str | None) -> tuple[str, str]:
+    """What a clip shows and what it should show: the lines of its .txt, or a line that has both around a semicolon.
 
     Raises:
         TavError: there is neither, or the file holds no text.
@@ -68,10 +74,8 @@ def sentences_of(clip: str, line: str | None) -> tuple[str, str]:
         raise TavError("folder", path.name, f"can't be read ({error})", "write it as plain text") from error
     said = [each.strip() for each in lines if each.strip()]
     if not said:
-        problem = f"says nothing about {Path(clip).name}"
-        raise TavError(
-            "folder", Path(clip).parent.name, problem, f"write its sentence into {path.name}, or a line here"
-        )
+        problem, remedy = f"says nothing about {clip.name}", f"write its sentence into {path.name}, or a line here"
+        raise TavError("folder", clip.parent.name, problem, remedy)
     return said[0], said[min(1, len(said) - 1)]
 
 
@@ -113,8 +117,7 @@ class LoadVideoFolder(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder, **_):
-        clips = clips_in(folder)
-        files = [file for clip in clips for file in (path_of_clip(clip), text_of(clip)) if file.is_file()]
+        files = [file for clip in clips_in(folder) for file in (clip, text_of(clip)) if file.is_file()]
         return [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files]
 
     @classmethod
@@ -129,8 +132,6 @@ class LoadVideoFolder(io.ComfyNode):
             if left := len(list(lines)):
                 problem = f"has {left} lines more than clips without a .txt"
                 raise TavError("sentences", None, problem, "give one for each of these clips")
-            logging.info(f"Tune-A-Video: {len(clips)} clips in {folder}")
-            images, rates, _, heard = zip(*(loaded(path_of_clip(clip), **frames) for clip in clips))
-        names = [Path(clip).stem for clip in clips]
+            images, rates, _, heard = zip(*(loaded(clip, **frames) for clip in clips))
         prompts, edits = zip(*said)
-        return io.NodeOutput(*map(list, (images, rates, heard, prompts, edits, names)))
+        return io.NodeOutput(*map(list, (images, rates, heard, prompts, edits, [clip.stem for clip in clips])))

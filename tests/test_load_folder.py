@@ -62,7 +62,7 @@ def test_what_is_offered_holds_clips_and_stays_inside(pack, clips, tmp_path):
     (clips / "c.mp4").symlink_to(tmp_path / "clip.mp4")
     (clips / "a.txt").symlink_to(tmp_path / "secret.txt")
     (tmp_path / "secret.txt").write_text("a secret")
-    assert pack.nodes.load_folder.choices() == ["clips", "linked"]
+    assert pack.nodes.load_folder.choices() == ["clips", "linked", pack.nodes.load_folder.DEMO]
     refuses(pack, "leads out of", sentences="one\ntwo")
     (clips / "a.txt").unlink()
     assert load(pack, sentences="one\ntwo")[5] == load(pack, "linked", "one\ntwo")[5] == ["a", "b"]
@@ -74,3 +74,9 @@ def test_what_is_offered_holds_clips_and_stays_inside(pack, clips, tmp_path):
 def test_more_than_memory_holds(pack, clips):
     with pytest.raises(pack.tav_core.TavError, match="count 2000 of 4096 x 4096 pixels are"):
         pack.nodes.LoadVideoFolder.execute("clips", "one\ntwo", 0, 1, 1000, 4096, 4096, "crop")
+
+
+def test_clips_that_ship_with_the_pack(pack):
+    images, _, _, prompts, edits, names = load(pack, pack.nodes.load_folder.DEMO)
+    assert len(images) == len(names) == len(set(prompts)) == 2
+    assert all(prompt != edit for prompt, edit in zip(prompts, edits))
