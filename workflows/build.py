@@ -1,4 +1,4 @@
-"""Builds the workflows of this folder, in the format that ComfyUI's frontend saves.
+"""Builds the workflows of this folder and the blueprint in subgraphs/, in the format that ComfyUI's frontend saves.
 
     python workflows/build.py http://127.0.0.1:8188                 # writes the JSON files
     python workflows/build.py http://127.0.0.1:8188 --thumbnails    # also runs the mini ones and renders the pictures
@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from workflows import begin, change, choose, clips, finish  # noqa: E402
+from workflows.blueprint import NAME, blueprint  # noqa: E402
 from workflows.graph import Workflow  # noqa: E402
 from workflows.thumbnails import LIKE, PICTURES, fetch, frames_of_run, thumbnail  # noqa: E402
 
@@ -41,18 +42,24 @@ WORKFLOWS = {
 }
 
 
+def write(path: Path, content: dict):
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("server", help="address of a running ComfyUI with this pack")
     parser.add_argument("--thumbnails", action="store_true", help="run the mini workflows and render their pictures")
     parser.add_argument("--output", type=Path, default=HERE, help="folder for the files (this one)")
+    parser.add_argument("--subgraphs", type=Path, default=HERE.parent / "subgraphs", help="folder for the blueprint")
     arguments = parser.parse_args()
     definitions = json.loads(fetch(f"{arguments.server}/object_info"))
+    write(arguments.subgraphs / f"{NAME}.json", blueprint(definitions))
     frames = {}
     for name, describe in WORKFLOWS.items():
         workflow = Workflow(definitions)
         describe(workflow, name)
-        (arguments.output / f"{name}.json").write_text(json.dumps(workflow.json(name), indent=1) + "\n")
+        write(arguments.output / f"{name}.json", workflow.json(name))
         print(name, len(workflow.nodes), "nodes")
         if arguments.thumbnails and name.endswith("mini"):
             frames[name] = frames_of_run(arguments.server, workflow)
