@@ -8,8 +8,10 @@ from .compare import Compare
 from .inflate import Inflate
 from .inject import AttentionInjection
 from .invert import DDIMInversion
+from .inverted_noise import LoadInvertedNoise, SaveInvertedNoise
 from .load_checkpoint import LoadCheckpoint
 from .load_controlnet import LoadControlNet
+from .load_folder import LoadVideoFolder
 from .load_video import LoadVideo
 from .measure import Measure
 from .put_back import PutBack
@@ -21,9 +23,9 @@ from .tuned_weights import ApplyTunedWeights, LoadTunedWeights, SaveTunedWeights
 from .windows import ContextWindows
 from .word import WordMask
 
-NODES = [LoadVideo, LoadCheckpoint, LoadControlNet, Inflate, Take, OneShotTune, SaveTunedWeights, LoadTunedWeights,
-         ApplyTunedWeights, ContextWindows, DDIMInversion, SubjectMask, WordMask, AttentionInjection,
-         VideoSampler, PutBack, Compare, Measure]  # fmt: skip
+NODES = [LoadVideo, LoadVideoFolder, LoadCheckpoint, LoadControlNet, Inflate, Take, OneShotTune, SaveTunedWeights,
+         LoadTunedWeights, ApplyTunedWeights, ContextWindows, DDIMInversion, SaveInvertedNoise, LoadInvertedNoise,
+         SubjectMask, WordMask, AttentionInjection, VideoSampler, PutBack, Compare, Measure]  # fmt: skip
 
 # for the stock LoRA loaders, behind the user's own folders: a file of the same name there is the one that is taken
 folder_paths.add_model_folder_path("loras", str(MINI.parent / "lora"))

@@ -9,14 +9,16 @@ import re
 from collections.abc import Callable
 from functools import wraps
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..tav_core import TavError
+from .common import inside
 
-FILES = ("file", "checkpoint", "controlnet", "clip_model")  # inputs whose nodes know themselves what there is
+FILES = ("file", "folder", "checkpoint", "controlnet", "clip_model")  # inputs whose nodes know themselves what there is
 LONGEST_NAME, LONGEST_NEW, LONGEST_PATH = 255, 200, 1000  # bytes; a file that is written has a longer name before
 _SHOWN = 100  # characters of a value in an error
 _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows, in every folder
@@ -116,6 +118,21 @@ def check_new_name(field: str, name: Any):
         raise TavError(field, name, "names a device or drive of Windows", "give another name")
 
 
+def new_file(folder: Path, name: Any) -> Path:
+    """The path of a safetensors file that is to be written in a folder, or in a subfolder that the name holds.
+
+    Raises:
+        TavError: no name, one that leads out of the folder, or under which no file should be written.
+    """
+    check_name("name", name)
+    plain = name.strip().removesuffix(".safetensors").replace("\\", "/")
+    if not plain:
+        raise TavError("name", None, "is empty", "give the file a name")
+    path = inside(folder, f"{plain}.safetensors", "name")
+    check_new_name("name", plain)
+    return path
+
+
 def _short(value: Any) -> Any:
     """A value as an error shows it, and no more of it than can be read."""
     if isinstance(value, Tensor):
@@ -136,11 +153,19 @@ def _is_conditioning(value: Any) -> bool:
     )  # fmt: skip
 
 
+def _is_audio(value: Any) -> bool:
+    return (
+        isinstance(value, dict) and isinstance(value.get("waveform"), Tensor) and value["waveform"].ndim == 3
+        and 0 not in value["waveform"].shape and isinstance(value.get("sample_rate"), int)
+    )  # fmt: skip
+
+
 def _is_images(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 4 and len(value) > 0 and value.shape[-1] in (3, 4)
 
 
 _SOCKETS = {
+    "AUDIO": _is_audio,
     "CONDITIONING": _is_conditioning,
     "LATENT": lambda value: isinstance(value, dict) and isinstance(value.get("samples"), Tensor),
     "IMAGE": _is_images,

@@ -6,6 +6,7 @@ from pathlib import Path
 import comfy.model_management
 import folder_paths
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..tav_core import Note, TavError, load_video
 from ..tav_core.checkpoint import MINI
@@ -29,13 +30,14 @@ def choices() -> list[str]:
     What can't be looked at, or would be refused, is left out.
     """
     files, folders = listed(folder_paths.get_input_directory())
-    return [*filter(_is_video, files), *filter(_holds_pictures, folders), *SHIPPED]
+    return [*filter(is_video, files), *filter(_holds_pictures, folders), *SHIPPED]
 
 
-def _is_video(name: str) -> bool:
+def is_video(name: str) -> bool:
+    """Whether a name in the input folder is that of a file that can be shown in the menu."""
     try:
         path = path_of(name)
-        return not name.startswith(".") and (Path(name).suffix.lower() in VIDEOS or is_animated(path))
+        return not Path(name).name.startswith(".") and (Path(name).suffix.lower() in VIDEOS or is_animated(path))
     except (TavError, OSError):
         return False
 
@@ -67,11 +69,36 @@ def path_of(file: str) -> Path:
     return path
 
 
+def frame_inputs() -> list[io.Input]:
+    """What says which frames are taken, and how large they are."""
+    return [
+        io.Int.Input("start", default=0, min=0, max=1_000_000,
+                     tooltip="The first frame that is taken, from 0."),
+        io.Int.Input("stride", default=1, min=1, max=1000,
+                     tooltip="Takes every n-th frame: a larger stride covers more motion with as many frames."),
+        io.Int.Input("count", default=8, min=1, max=1000,
+                     tooltip="How many frames. Time and memory grow with it; 8 to 24 are usual."),
+        io.Int.Input("width", default=512, min=16, max=4096, step=8,
+                     tooltip="Width of the frames in pixels: 512 for SD 1.5, 768 for SD 2.1, 128 for mini."),
+        io.Int.Input("height", default=512, min=16, max=4096, step=8,
+                     tooltip="Height of the frames in pixels."),
+        io.Combo.Input("fit", options=list(FITS), default="crop",
+                       tooltip="crop cuts what is too much, pad adds black bars, stretch distorts."),
+    ]  # fmt: skip
+
+
 def _callback(event: Event):
     """Cancel is answered while a clip is read."""
     comfy.model_management.throw_exception_if_processing_interrupted()
     if isinstance(event, Note):
         logging.warning(event.text)
+
+
+def loaded(path: Path, **frames) -> tuple[Tensor, float, int, dict | None]:
+    """IMAGE, frames a second, how many, and AUDIO of a clip. Raises as `load_video`."""
+    clip = load_video(path, **frames, callback=_callback)
+    heard = clip.sound and {"waveform": clip.sound.samples[None], "sample_rate": clip.sound.rate}
+    return to_images(clip.frames), clip.fps, len(clip.frames), heard
 
 
 class LoadVideo(io.ComfyNode):
@@ -86,18 +113,7 @@ class LoadVideo(io.ComfyNode):
             inputs=[
                 io.Combo.Input("file", options=choices(), upload=io.UploadType.video,
                                tooltip="A video or gif, or a folder of images, in ComfyUI's input folder."),
-                io.Int.Input("start", default=0, min=0, max=1_000_000,
-                             tooltip="The first frame that is taken, from 0."),
-                io.Int.Input("stride", default=1, min=1, max=1000,
-                             tooltip="Takes every n-th frame: a larger stride covers more motion with as many frames."),
-                io.Int.Input("count", default=8, min=1, max=1000,
-                             tooltip="How many frames. Time and memory grow with it; 8 to 24 are usual."),
-                io.Int.Input("width", default=512, min=16, max=4096, step=8,
-                             tooltip="Width of the frames in pixels: 512 for SD 1.5, 768 for SD 2.1, 128 for mini."),
-                io.Int.Input("height", default=512, min=16, max=4096, step=8,
-                             tooltip="Height of the frames in pixels."),
-                io.Combo.Input("fit", options=list(FITS), default="crop",
-                               tooltip="crop cuts what is too much, pad adds black bars, stretch distorts."),
+                *frame_inputs(),
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="The frames as a batch."),
@@ -122,10 +138,6 @@ class LoadVideo(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, file, start, stride, count, width, height, fit) -> io.NodeOutput:
+        frames = dict(start=start, stride=stride, count=count, width=width, height=height, fit=fit)
         with plain_errors():
-            path = path_of(file)
-            clip = load_video(
-                path, start=start, stride=stride, count=count, width=width, height=height, fit=fit, callback=_callback
-            )
-        heard = clip.sound and {"waveform": clip.sound.samples[None], "sample_rate": clip.sound.rate}
-        return io.NodeOutput(to_images(clip.frames), clip.fps, len(clip.frames), heard)
+            return io.NodeOutput(*loaded(path_of(file), **frames))

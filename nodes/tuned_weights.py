@@ -13,10 +13,10 @@ from ..tav_core import TavError, base_fingerprint, read_tuned
 from ..tav_core.errors import field
 from ..tav_core.limits import LIMITS
 from ..tav_core.tuned_weights import fitting, write_tuned
-from .common import NodeTunedWeights, TunedWeights, inside, schema
+from .common import NodeTunedWeights, TunedWeights, schema
 from .errors import plain_errors
 from .folders import walked
-from .inputs import check_name, check_new_name, checked, usable
+from .inputs import check_name, checked, new_file, usable
 from .native import trainable_weights, video_unet, weights, with_tuned_weights
 
 FOLDER = "tune_a_video"  # under models/
@@ -78,13 +78,7 @@ def new_path(name: str) -> Path:
     Raises:
         TavError: it is none, or leads out of the folder.
     """
-    check_name("name", name)
-    plain = name.strip().removesuffix(".safetensors").replace("\\", "/")
-    if not plain:
-        raise TavError("name", None, "is empty", "give the file a name")
-    path = inside(_root(), f"{plain}.safetensors", "name")
-    check_new_name("name", plain)
-    return path
+    return new_file(_root(), name)
 
 
 def choices() -> dict[str, Path]:

@@ -16,7 +16,7 @@ from .arguments import FRAMES
 from .checkpoint import Checkpoint, load_checkpoint, load_controlnet
 from .clip_metrics import load_clip, load_dino
 from .control import Control
-from .ddim import ddim_timesteps
+from .ddim import Schedule, ddim_timesteps
 from .drawing import Edit
 from .embeddings import load_embedding
 from .errors import TavError, field
@@ -284,7 +284,7 @@ def pace(args, inverted: InvertedNoise | None) -> tuple[float, Sound | None]:
 
 
 def check_noise(path: Path, noise: InvertedNoise, checkpoint: Checkpoint, weights: str):
-    """Raises a TavError for noise of another kind of checkpoint, or that was inverted with other weights."""
+    """Raises a TavError for noise of another kind of checkpoint, or inverted with other weights or on other levels."""
     shape, channels = noise.latents.shape, checkpoint.unet.config.in_channels
     heights = {shape[3] * checkpoint.downscale}
     heights |= set() if noise.subject is None else {noise.subject.shape[3]}
@@ -295,6 +295,11 @@ def check_noise(path: Path, noise: InvertedNoise, checkpoint: Checkpoint, weight
     if noise.weights not in (None, weights):  # earlier versions noted none
         problem = f"was inverted with other weights than those of {field('tuned')}"
         raise TavError("noise", path, problem, "give the file that it was inverted with, or invert the clip again")
+    if noise.sigmas is not None:  # of a graph, and the end is no level: there a schedule stops just short of 0
+        levels = Schedule.of(checkpoint.scheduler, len(noise.sigmas) - 1).sigmas
+        if not torch.allclose(noise.sigmas[:-1], levels[:-1], rtol=1e-3):
+            problem = "was inverted in a graph on other noise levels than DDIM takes"
+            raise TavError("noise", path, problem, "invert it on the scheduler ddim_uniform, or sample it there")
 
 
 def models(args) -> Models:

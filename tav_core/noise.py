@@ -1,6 +1,6 @@
 """The noise file: what DDIM inversion found and how, and the pace of the clip, as one safetensors file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,6 +16,8 @@ from .sound import RATES, Sound
 from .stored import Damaged, check_finite, reading
 
 FORMAT = "tune-a-video-noise-1"
+CAPTION, EMPTY, OTHER = "caption", "empty prompt", "other words"  # that a clip was inverted with; the last in graphs
+CONDITION = "condition."  # before the names of what a graph inverted with
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class InvertedNoise:
         frames: the clip, uint8 `f h w c`: its own pixels stay where an edit may change nothing.
         fps, sound: its rate and its sound.
         weights: fingerprint of the tuned weights that it was inverted with (see `weights_fingerprint`).
+        sigmas: the noise levels of a graph, which may be others than those of DDIM in as many steps, falling to 0.
+        condition: what a graph inverted it with: "hidden_states", `1 n d` or `f n d`, and what else belongs to it.
     """
 
     latents: Tensor
@@ -38,6 +42,8 @@ class InvertedNoise:
     fps: float | None = None
     sound: Sound | None = None
     weights: str | None = None
+    sigmas: Tensor | None = None
+    condition: dict[str, Tensor] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         parts = [told_latents(self.latents), repr(shortened(self.prompt, 60))]
@@ -57,10 +63,15 @@ def save_noise(path: Path, noise: InvertedNoise, preset: Preset):
     Raises:
         TavError: frames that are none (see `as_frames`), or a file that can't be written.
     """
-    metadata = {"format": FORMAT, "prompt": noise.prompt, "steps": str(preset.sampling_steps),
-                "inverted_with": "caption" if preset.caption_as_negative else "empty prompt"}  # fmt: skip
+    write_noise(path, noise, preset.sampling_steps, CAPTION if preset.caption_as_negative else EMPTY)
+
+
+def write_noise(path: Path, noise: InvertedNoise, steps: int, inverted_with: str):
+    """Writes it as `save_noise` does, and how it was inverted: in how many steps, and with what."""
+    metadata = {"format": FORMAT, "prompt": noise.prompt, "steps": str(steps), "inverted_with": inverted_with}
     frames = None if noise.frames is None else as_frames(noise.frames)
-    tensors = {"latents": noise.latents, "subject": noise.subject, "frames": frames}
+    tensors = {"latents": noise.latents, "subject": noise.subject, "frames": frames, "sigmas": noise.sigmas}
+    tensors |= {CONDITION + name: tensor for name, tensor in noise.condition.items()}
     if noise.weights is not None:
         metadata["weights"] = noise.weights
     if noise.fps is not None:
@@ -84,26 +95,41 @@ def read_noise(path: Path, preset: Preset | None = None) -> InvertedNoise:
     Raises:
         TavError: a file that isn't noise, or noise that was inverted in another way than `preset` samples.
     """
+    noise, steps, inverted_with = read_inversion(path)
+    if preset is None:
+        return noise
+    if inverted_with == OTHER:
+        problem = "was inverted in a graph, with other words than the clip's sentence"
+        raise TavError("noise", path, problem, "sample it there, or invert it with that sentence or with none")
+    if steps != preset.sampling_steps:
+        problem = f"is not the {steps} that {path} was inverted with"
+        raise TavError("sampling_steps", preset.sampling_steps, problem, f"give {steps}")
+    if (inverted_with == CAPTION) != (preset.caption_as_negative > 0):
+        remedy = "a value above 0" if inverted_with == CAPTION else "0"
+        problem = f"doesn't fit {path}, which was inverted with the {inverted_with}"
+        raise TavError("caption_as_negative", preset.caption_as_negative, problem, f"give it {remedy}, or invert again")
+    return noise
+
+
+def read_inversion(path: Path) -> tuple[InvertedNoise, int, str]:
+    """The noise of a file, in how many steps it was inverted, and with what: one of `CAPTION`, `EMPTY` and `OTHER`.
+
+    Raises:
+        TavError: a file that isn't noise.
+    """
     with reading(path, "noise", FORMAT, "inverted noise", "make one with tune-a-video invert") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
         fps = float(metadata["fps"]) if "fps" in metadata else None
         sound = None
         if "sound_rate" in metadata and "sound" in tensors:
             sound = _sound(tensors["sound"], int(metadata["sound_rate"]))
+        condition = {name.removeprefix(CONDITION): tensor for name, tensor in tensors.items()
+                     if name.startswith(CONDITION)}  # fmt: skip
         noise = InvertedNoise(tensors["latents"], metadata["prompt"], tensors.get("subject"), tensors.get("frames"),
-                              fps, sound, metadata.get("weights"))  # fmt: skip
-        steps, inverted_with = int(metadata["steps"]), metadata.get("inverted_with", "empty prompt")
+                              fps, sound, metadata.get("weights"), tensors.get("sigmas"), condition)  # fmt: skip
+        steps, inverted_with = int(metadata["steps"]), metadata.get("inverted_with", EMPTY)
         _check(noise, steps, inverted_with)
-    if preset is None:
-        return noise
-    if steps != preset.sampling_steps:
-        problem = f"is not the {steps} that {path} was inverted with"
-        raise TavError("sampling_steps", preset.sampling_steps, problem, f"give {steps}")
-    if (inverted_with == "caption") != (preset.caption_as_negative > 0):
-        remedy = "a value above 0" if inverted_with == "caption" else "0"
-        problem = f"doesn't fit {path}, which was inverted with the {inverted_with}"
-        raise TavError("caption_as_negative", preset.caption_as_negative, problem, f"give it {remedy}, or invert again")
-    return noise
+    return noise, steps, inverted_with
 
 
 def _sound(samples: Tensor, rate: int) -> Sound:
@@ -115,7 +141,8 @@ def _sound(samples: Tensor, rate: int) -> Sound:
 def _check(noise: InvertedNoise, steps: int, inverted_with: str):
     """Raises `Damaged` for what `save_noise` would not have written."""
     latents, subject, frames = noise.latents, noise.subject, noise.frames
-    check_finite({"latents": latents} | ({} if subject is None else {"subject": subject}))
+    numbers = {"latents": latents, "subject": subject, "sigmas": noise.sigmas, **noise.condition}
+    check_finite({name: tensor for name, tensor in numbers.items() if tensor is not None})
     if latents.ndim != 5 or len(latents) != 1 or 0 in latents.shape:
         raise Damaged(f"latents have shape {tuple(latents.shape)}")
     _, _, f, h, w = latents.shape
@@ -131,9 +158,16 @@ def _check(noise: InvertedNoise, steps: int, inverted_with: str):
     if (
         not noise.prompt.strip()
         or steps not in LIMITS["sampling_steps"]
-        or inverted_with not in ("caption", "empty prompt")
+        or inverted_with not in (CAPTION, EMPTY, OTHER)
     ):
         raise Damaged(f"it was inverted with {noise.prompt!r} in {steps} steps with the {inverted_with}")
+    if (sigmas := noise.sigmas) is not None and (
+        sigmas.shape != (steps + 1,) or not (sigmas.diff() < 0).all() or sigmas[-1] != 0
+    ):
+        raise Damaged(f"it has {len(sigmas)} noise levels for {steps} steps, or they don't fall to 0")
+    hidden = noise.condition.get("hidden_states")
+    if hidden is not None and (hidden.ndim != 3 or len(hidden) not in (1, f)):
+        raise Damaged(f"it was inverted with what has shape {tuple(hidden.shape)}")
 
 
 def _check_size(name: str, tensor: Tensor, size: tuple, kind: bool, latents: tuple[int, int]):

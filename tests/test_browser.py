@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from itertools import combinations
+from itertools import combinations, pairwise, product
 
 import numpy as np
 import pytest
@@ -17,24 +17,27 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from support import ROOT
 from support.browser_install import chromium
+from support.comfyui_server import Refused
 from tav_core import load_video
 from tav_core.mini.demo import CLIP
 from tav_core.project import Project
-from workflows import build
+from workflows import build, wires
+from workflows.blueprint import NAME
 from workflows.build import WORKFLOWS
 from workflows.graph import SHOWS
+from workflows.parts import DEMO
 
 DOCS = ROOT / "nodes" / "web" / "docs"
 PICTURES = bool(os.environ.get("TAV_PICTURES"))
 FIRST, SAVES, LOADS = "01-one-shot-edit-mini", "02-four-edits-mini", "04-reuse-tuned-weights-mini"
 MINI = {  # workflow -> columns, rows and size of the tiles of its video
-    FIRST: (2, 1, 128), SAVES: (3, 2, 128), LOADS: (2, 1, 128), "05-stock-sampler-mini": (2, 1, 128),
-    "06-upscale-mini": (2, 1, 256), "07-long-clip-mini": (2, 1, 128), "08-two-takes-mini": (2, 1, 128),
-    "09-regions-mini": (2, 2, 128),
-    "10-controlnet-mini": (2, 2, 128),
-    "11-lora-mini": (3, 1, 128),
-    "12-metrics-mini": (2, 1, 128),
+    FIRST: (2, 1, 128), SAVES: (3, 2, 128), LOADS: (2, 1, 128), "11-regions-mini": (2, 2, 128),
+    "13-controlnet-mini": (2, 2, 128), "14-lora-mini": (3, 1, 128), "15-travel-mini": (2, 1, 128),
+    "21-long-clip-mini": (2, 1, 128), "22-two-takes-mini": (2, 1, 128), "31-stock-sampler-mini": (2, 1, 128),
+    "32-sweep-mini": (3, 2, 128), "33-metrics-mini": (2, 1, 128), "41-upscale-mini": (2, 1, 256),
+    "42-back-to-source-mini": (2, 1, 256),
 }  # fmt: skip
+BATCH = "23-batch-mini"  # whose names of files come over a wire, one for each clip
 FEW = {"TAVOneShotTune": {"steps": 2, "preview_every": 2}, "TAVDDIMInversion": {"steps": 2},
        "TAVVideoSampler": {"steps": 2}, "KSamplerAdvanced": {"steps": 2}, "KSampler": {"steps": 2}}  # fmt: skip
 NODES = sorted(path.stem for path in DOCS.glob("*.md"))
@@ -148,13 +151,16 @@ def test_first_workflow_with_the_mouse(browser, server):
 def test_files_are_those_of_the_script(server, monkeypatch, tmp_path):
     if is_newer(server):
         pytest.skip("they are written from the nodes of the oldest core, some of which have other widgets here")
-    monkeypatch.setattr(sys, "argv", ["build.py", server.url, "--output", str(tmp_path)])
+    folders = {name: tmp_path / name for name in ("workflows", "subgraphs")}
+    for folder in folders.values():
+        folder.mkdir()
+    paths = map(str, folders.values())
+    monkeypatch.setattr(sys, "argv", ["build.py", server.url, "--output", next(paths), "--subgraphs", next(paths)])
     build.main()
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (ROOT / "workflows").glob("*.json")}
-    for path in tmp_path.iterdir():
-        assert path.read_bytes() == (ROOT / "workflows" / path.name).read_bytes(), (
-            f"{path.name}: run workflows/build.py"
-        )
+    for name, folder in folders.items():
+        assert {path.name for path in folder.iterdir()} == {path.name for path in (ROOT / name).glob("*.json")}
+        for path in folder.iterdir():
+            assert path.read_bytes() == (ROOT / name / path.name).read_bytes(), f"{path.name}: run workflows/build.py"
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -202,6 +208,34 @@ def test_opens_as_it_was_saved(page, server, name):
             sum(gx <= x and gy <= y and x + w <= gx + gw and y + h <= gy + gh for gx, gy, gw, gh in graph["groups"])
             == 1
         )
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_wires_can_be_followed(page, name):
+    """Each goes from stop to stop level above all nodes, between two of them, or steeply between two columns."""
+    workflow = saved(name)
+    links, stops = page.evaluate(
+        """async workflow => {
+            await app.loadGraphData(workflow)
+            const links = [...app.graph.links.values()], slot = (id, i, input) =>
+                [...(app.graph.getNodeById(id)[input ? 'getInputPos' : 'getOutputPos'](i))]
+            const way = id => { const stop = app.graph.reroutes.get(id)
+                return stop ? [...way(stop.parentId), [...stop.pos]] : [] }
+            return [links.map(link => [Number(link.origin_id), Number(link.target_id),
+                [slot(link.origin_id, link.origin_slot, false), ...way(link.parentId),
+                 slot(link.target_id, link.target_slot, true)]]), app.graph.reroutes.size]
+        }""",
+        workflow,
+    )
+    assert stops == len(workflow["extra"]["reroutes"]) and len(links) == len(workflow["links"])
+    inset = 15  # of a slot in its node
+    boxes = {node["id"]: (*node["pos"], *node["size"]) for node in workflow["nodes"]}
+    for source, target, way in links:
+        for ((ax, ay), (bx, by)), (id_, (x, y, w, h)) in product(pairwise(way), boxes.items()):
+            beside = max(ax, bx) <= x + inset or min(ax, bx) >= x + w - inset
+            assert beside or max(ay, by) <= y - wires.TITLE or min(ay, by) >= y + h or id_ in (source, target), (
+                f"a wire from {source} to {target} runs behind {id_}"
+            )
 
 
 @pytest.mark.parametrize("renderer", ["classic", "Nodes 2.0"])
@@ -282,9 +316,83 @@ def test_result(results, name):
         assert min((alone - tile).abs().mean() for tile in tiles) < 8, "none of those that are compared"
 
 
+def test_each_clip_of_a_folder_is_edited(page, server):
+    """Under its own name, by its own sentences."""
+    prompt = page.evaluate(
+        "async graph => { await app.loadGraphData(graph); return (await app.graphToPrompt()).output }", saved(BATCH)
+    )
+    for node in prompt.values():
+        node["inputs"].update(FEW.get(node["class_type"], {}))
+    shown = server.run(prompt)
+    saves = [id_ for id_, node in prompt.items() if node["class_type"] == "SaveVideo"]
+    files = [server.file(file) for save in saves for file in shown[save]["images"]]
+    names = [f"{BATCH}{kind}-{clip}_0000" for kind in ("", "-edit") for clip in ("bouncing", "circling")]
+    assert [path.name[: len(name)] for path, name in zip(files, names, strict=True)] == names
+    *_, one, other = (load_video(file).frames.float() for file in files)
+    assert one.shape == other.shape == (8, 128, 128, 3) and (one - other).abs().mean() > 10
+
+
+@pytest.mark.parametrize("name", [name for name in WORKFLOWS if name.endswith("sd15")])
+def test_a_large_checkpoint_is_all_that_is_missing(page, server, name):
+    """Of workflows that can't run here: the server finds nothing else to refuse."""
+    prompt = page.evaluate(
+        "async graph => { await app.loadGraphData(graph); return (await app.graphToPrompt()).output }", saved(name)
+    )
+    for node in prompt.values():
+        if node["class_type"] == "TAVLoadVideo":
+            node["inputs"]["file"] = "clip.mp4"
+    with pytest.raises(Refused) as error:
+        server.queue(prompt)
+    wrong = {
+        (node["class_type"], each["extra_info"]["input_name"])
+        for node in json.loads(error.value.details)["node_errors"].values()
+        for each in node["errors"]
+    }
+    assert ("CheckpointLoaderSimple", "ckpt_name") in wrong
+    assert wrong <= {("CheckpointLoaderSimple", "ckpt_name"), ("TAVLoadTunedWeights", "file")}
+
+
+def test_the_blueprint_edits_a_clip(page, server):
+    """As one node between the clip, the checkpoint and Save Video."""
+    (entry,) = (id_ for id_, entry in server.get("/global_subgraphs").items() if entry["name"] == NAME)
+    prompt = page.evaluate(
+        """async ([graph, demo]) => {
+            await app.loadGraphData(graph)
+            await new Promise(done => setTimeout(done, 500))
+            const add = (kind, values) => {
+                const node = LiteGraph.createNode(kind)
+                app.graph.add(node)
+                for (const widget of node.widgets ?? []) if (widget.name in values) widget.value = values[widget.name]
+                return node
+            }
+            const [edit] = app.graph.nodes, to = name => edit.inputs.findIndex(input => input.name == name)
+            const clip = add('TAVLoadVideo', {file: demo, count: 8, width: 128, height: 128})
+            const checkpoint = add('TAVLoadCheckpoint', {})
+            for (const [i, name] of [[0, 'images'], [1, 'fps'], [3, 'audio']]) clip.connect(i, edit, to(name))
+            for (const [i, name] of ['model', 'clip', 'vae'].entries()) checkpoint.connect(i, edit, to(name))
+            edit.connect(0, add('SaveVideo', {filename_prefix: 'video/blueprint'}), 0)
+            const words = {'what the clip shows': 'a red ball', 'what it should show': 'a blue star', cfg: 5,
+                'tuning steps': 2, 'sampling steps': 2}
+            for (const widget of edit.widgets) if (widget.name in words) widget.value = words[widget.name]
+            return (await app.graphToPrompt()).output
+        }""",
+        [json.loads(server.get(f"/global_subgraphs/{entry}")["data"]), DEMO],
+    )
+    kinds = {node["class_type"]: node["inputs"] for node in prompt.values()}
+    assert kinds["TAVOneShotTune"]["steps"] == kinds["TAVDDIMInversion"]["steps"] == 2
+    assert kinds["TAVVideoSampler"]["steps"] == 2 and kinds["TAVVideoSampler"]["cfg"] == 5
+    texts = [node["inputs"]["text"] for node in prompt.values() if node["class_type"] == "CLIPTextEncode"]
+    assert texts == ["a red ball", "a blue star", ""]
+    shown = server.run(prompt)
+    (save,) = (id_ for id_, node in prompt.items() if node["class_type"] == "SaveVideo")
+    video, clip = load_video(server.file(shown[save]["images"][0])), load_video(CLIP)
+    assert video.frames.shape == clip.frames.shape and video.fps == clip.fps
+    assert (video.frames.float() - clip.frames.float()).abs().mean() > 2
+
+
 def test_an_edit_alone_has_the_rate_of_the_clip(results):
     (source,) = (node for node in saved(FIRST)["nodes"] if node["type"] == "TAVLoadVideo")
-    assert source["widgets_values"][0] == build.DEMO
+    assert source["widgets_values"][0] == DEMO
     assert {clip.fps for clip in results(FIRST).values()} == {load_video(CLIP).fps}
 
 

@@ -16,6 +16,7 @@ HOSTILE = {
     "IMAGE": (*JSON, torch.ones(8, 8, 3), torch.ones(0, 8, 8, 3), torch.ones(1, 8, 8, 1)),
     "MASK": (*JSON, torch.ones(8, 8), torch.ones(0, 8, 8)),
     "CONDITIONING": (*(each for each in JSON if each != []), [[torch.ones(3), {}]], [[torch.ones(1, 2, 3)]]),
+    "AUDIO": (*JSON, {"waveform": torch.ones(2, 8), "sample_rate": 8000}, {"waveform": torch.ones(1, 1, 8)}),
     "SIGMAS": (*JSON, torch.ones(2, 2)),
 }  # fmt: skip
 NAMES = ("..", ".", "a/..", "../x", "/x", "a/../../x", "", " ", "/", "a/", "\\\\server\\x", "..\\..\\x", "C:\\x",
@@ -81,15 +82,13 @@ def test_optional_inputs_may_be_nothing(pack):
 
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
 def test_names_of_new_files(pack, name):
-    with pytest.raises(pack.tav_core.TavError) as error:
-        pack.nodes.tuned_weights.new_path(name)
-    assert one_line(error.value).startswith("name ")
-    for module in (
-        pack.nodes.load_video,
-        pack.nodes.load_checkpoint,
-        pack.nodes.load_controlnet,
-        pack.nodes.tuned_weights,
-    ):
+    nodes = pack.nodes
+    for module in (nodes.tuned_weights, nodes.inverted_noise):
+        with pytest.raises(pack.tav_core.TavError) as error:
+            module.new_path(name)
+        assert one_line(error.value).startswith("name ")
+    for module in (nodes.load_video, nodes.load_folder, nodes.load_checkpoint, nodes.load_controlnet,
+                   nodes.tuned_weights, nodes.inverted_noise):  # fmt: skip
         with pytest.raises(pack.tav_core.TavError) as error:
             module.path_of(name)
         one_line(error.value)
@@ -151,7 +150,8 @@ def test_the_core_is_told_in_one_sentence(core, inputs, kind):
 
 def test_the_core_is_told_of_names(pack, core):
     for node, field in ((pack.nodes.SaveTunedWeights, "name"), (pack.nodes.LoadTunedWeights, "file"),
-                        (pack.nodes.LoadVideo, "file")):  # fmt: skip
+                        (pack.nodes.SaveInvertedNoise, "name"), (pack.nodes.LoadInvertedNoise, "file"),
+                        (pack.nodes.LoadVideo, "file"), (pack.nodes.LoadVideoFolder, "folder")):  # fmt: skip
         for name in NAMES:
             if isinstance(name, list) or name is None:
                 continue

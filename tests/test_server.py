@@ -15,6 +15,7 @@ from tav_core import load_video
 
 NODES = {
     "TAVLoadVideo": "Load Video (Tune-A-Video)",
+    "TAVLoadVideoFolder": "Load Video Folder (Tune-A-Video)",
     "TAVLoadCheckpoint": "Load Checkpoint (Tune-A-Video)",
     "TAVLoadControlNet": "Load ControlNet (diffusers)",
     "TAVInflate": "Inflate (Tune-A-Video)",
@@ -25,6 +26,8 @@ NODES = {
     "TAVApplyTunedWeights": "Apply Tuned Weights (Tune-A-Video)",
     "TAVContextWindows": "Context Windows (Tune-A-Video)",
     "TAVDDIMInversion": "DDIM Inversion (Tune-A-Video)",
+    "TAVSaveInvertedNoise": "Save Inverted Noise (Tune-A-Video)",
+    "TAVLoadInvertedNoise": "Load Inverted Noise (Tune-A-Video)",
     "TAVSubjectMask": "Subject Mask (Tune-A-Video)",
     "TAVWordMask": "Word Mask (Tune-A-Video)",
     "TAVAttentionInjection": "Attention Injection (Tune-A-Video)",

@@ -5,6 +5,8 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
+from workflows.wires import ROW, TITLE, aisles, columns, ways
+
 # of the frontend: title bar and body of a node, frame of a group
 COLOURS = {
     "green": ("#232", "#353", "#8A8"), "red": ("#322", "#533", "#A88"), "blue": ("#223", "#335", "#88A"),
@@ -13,10 +15,10 @@ COLOURS = {
 }  # fmt: skip
 BUTTON = "IMAGEUPLOAD"  # the frontend adds it where a file can be uploaded
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", BUTTON}
-TITLE, ROW, WIDGET, TEXT, GAP, HEADING = 30, 20, 24, 52, 24, 44
+WIDGET, TEXT, GAP, HEADING = 24, 52, 24, 44
 # room for what a node shows below its widgets: a picture, a video, progress; as much as the renderer that takes the
 # most
-SHOWS = {"PreviewImage": 220, "SaveImage": 220, "PreviewAny": 52, "SaveVideo": 270, "TAVLoadVideo": 300,
+SHOWS = {"PreviewImage": 220, "SaveImage": 220, "PreviewAny": 110, "SaveVideo": 270, "TAVLoadVideo": 300,
          "TAVOneShotTune": 380, "TAVDDIMInversion": 375,
          "TAVVideoSampler": 300, "KSampler": 300, "KSamplerAdvanced": 300}  # fmt: skip
 # below the others, since rows of "Nodes 2.0" are higher than those of the classic renderer, and for a widget that a
@@ -154,8 +156,19 @@ class Workflow:
         output["links"].append(link)
         entry["link"] = link
 
+    def make_room(self):
+        """Moves the columns apart, as far as their wires need it."""
+        nodes = [node.data for node in self.nodes]
+        room, column = aisles(nodes, self.links), columns(nodes)
+        places = [(node["pos"], column[node["id"]]) for node in nodes]
+        at = {node["pos"][0] - GAP: column[node["id"]] for node in nodes}
+        places += [(group["bounding"], at[group["bounding"][0]]) for group in self.groups]
+        for place, number in places:
+            place[0] += sum(room[left] for left in range(number + 1))
+
     def json(self, name: str) -> dict:
         """What the frontend would save."""
+        self.make_room()
         return {
             "id": str(uuid.uuid5(uuid.NAMESPACE_URL, name)),
             "revision": 0,
@@ -165,7 +178,7 @@ class Workflow:
             "links": self.links,
             "groups": self.groups,
             "config": {},
-            "extra": {"frontendVersion": "1.32.9"},
+            "extra": {"frontendVersion": "1.32.9"} | ways([node.data for node in self.nodes], self.links, 0),
             "version": 0.4,
         }
 

@@ -16,16 +16,27 @@ PICTURES = {
     "02-four-edits-mini": ("Four edits from one tuning", [[(1, 1), (2, 1)], [(3, 1), (4, 1)]]),
     "03-one-shot-edit-sd15": ("Your clip, your checkpoint", [["SD 1.5"], [(0, 0), (0, 1), (0, 2)]]),
     "04-reuse-tuned-weights-mini": ("Tuned before: no tuning", [[".safetensors"], [(1, 0), (1, 2)]]),
-    "05-stock-sampler-mini": ("A stock sampler", [["KSampler", (1, 1)], [(0, 1), "dpmpp_2m"]]),
-    "06-upscale-mini": ("Upscale", [[(0, 1)]]),
-    "07-long-clip-mini": ("A long clip in windows", [[(0, 0), (0, 1), (0, 2)], ["[ 1   2 [ 3   4 ] 5   6 ]"],
+    "05-reuse-tuned-weights-sd15": ("Your clip, tuned before", [["SD 1.5", (0, 1)], [(1, 1), (4, 1)]]),
+    "11-regions-mini": ("The subject, or all but it", [[(0, 1), (1, 1)], [(2, 1), (3, 1)]]),
+    "12-regions-sd15": ("A part of your clip", [["SD 1.5", (2, 1)], [(1, 1), "“word”"]]),
+    "13-controlnet-mini": ("Another shape and motion", [[(1, 0), (1, 1), (1, 2)], [(2, 0), (2, 1), (2, 2)]]),
+    "14-lora-mini": ("A style from a LoRA", [[(0, 1), (1, 1), (2, 1)], ["neon 0, 0.5, 1"]]),
+    "15-travel-mini": ("One sentence fades to another", [["blue  ...  green"], [(1, 0), (1, 1), (1, 2)]]),
+    "21-long-clip-mini": ("A long clip in windows", [[(0, 0), (0, 1), (0, 2)], ["[ 1   2 [ 3   4 ] 5   6 ]"],
                                                 [(1, 0), (1, 1), (1, 2)]]),
-    "08-two-takes-mini": ("One tuning, two takes", [[(0, 0), "+", (0, 2)], ["=", (1, 1), ""]]),
-    "09-regions-mini": ("The subject, or all but it", [[(0, 1), (1, 1)], [(2, 1), (3, 1)]]),
-    "10-controlnet-mini": ("Another shape and motion", [[(1, 0), (1, 1), (1, 2)], [(2, 0), (2, 1), (2, 2)]]),
-    "12-metrics-mini": ("How good is the edit?", [[(0, 1), (1, 1)], ["PSNR  SSIM  CLIP"]]),
-    "11-lora-mini": ("A style from a LoRA", [[(0, 1), (1, 1), (2, 1)], ["neon 0, 0.5, 1"]]),
+    "22-two-takes-mini": ("One tuning, two takes", [[(0, 0), "+", (0, 2)], ["=", (1, 1), ""]]),
+    "23-batch-mini": ("Many clips at once", [[(0, 0), (0, 2), (1, 2)], [(2, 0), (2, 2), (3, 2)]]),
+    "31-stock-sampler-mini": ("A stock sampler", [["KSampler", (1, 1)], [(0, 1), "dpmpp_2m"]]),
+    "32-sweep-mini": ("Which settings?", [[(0, 1), (1, 1), (2, 1)], [(3, 1), (4, 1), (5, 1)]]),
+    "33-metrics-mini": ("How good is the edit?", [[(0, 1), (1, 1)], ["PSNR  SSIM  CLIP"]]),
+    "41-upscale-mini": ("Upscale", [[(0, 1)]]),
+    "42-back-to-source-mini": ("Over the clip, at its own size", [["128", "+", (0, 2)], ["=", (1, 2), "256"]]),
 }  # fmt: skip
+LIKE = {  # those that need a large checkpoint: their pictures are of the same graph on the mini one
+    "03-one-shot-edit-sd15": "01-one-shot-edit-mini",
+    "05-reuse-tuned-weights-sd15": "02-four-edits-mini",
+    "12-regions-sd15": "11-regions-mini",
+}
 MARGIN = 8  # of a strip, and around the tiles
 SIDE = 480  # cards of the template browser are square
 INK, PAPER = (232, 232, 235), (24, 25, 28)
@@ -50,7 +61,7 @@ def execute(server: str, prompt: dict) -> dict:
 
 
 def frames_of_run(server: str, workflow: Workflow, columns: int = 3) -> list[list[Image.Image]]:
-    """Runs a workflow. Returns `columns` frames of each clip that Compare put together."""
+    """Runs a workflow. Returns `columns` frames of each clip that Compare put together, in each of its runs."""
     prompt = workflow.prompt()
     compare = next(id_ for id_, node in prompt.items() if node["class_type"] == "TAVCompare")
     prompt[compare]["inputs"]["columns"] = columns
@@ -59,10 +70,12 @@ def frames_of_run(server: str, workflow: Workflow, columns: int = 3) -> list[lis
         for id_, node in prompt.items()
         if node["class_type"] == "PreviewImage" and node["inputs"]["images"][0] == compare
     )
-    file = execute(server, prompt)[shown]["images"][0]
-    picture = Image.open(io.BytesIO(fetch(f"{server}/view?{urllib.parse.urlencode(file)}"))).convert("RGB")
     clips = sum(name.startswith("images_") for name in prompt[compare]["inputs"])
-    return frames_of(picture, clips, columns)
+    frames = []
+    for file in execute(server, prompt)[shown]["images"]:  # several of a graph that runs once for each clip of a list
+        picture = Image.open(io.BytesIO(fetch(f"{server}/view?{urllib.parse.urlencode(file)}"))).convert("RGB")
+        frames += frames_of(picture, clips, columns)
+    return frames
 
 
 def frames_of(strip: Image.Image, clips: int, columns: int) -> list[list[Image.Image]]:
