@@ -87,4 +87,3 @@ def silence() -> Iterator[None]:
 def whole(path: Path | str | None) -> str | None:
     """A path as other machines know it too."""
     return None if path is None else str(path) if str(path) == "mini" else os.path.abspath(path)
-

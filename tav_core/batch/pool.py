@@ -17,7 +17,8 @@ from ..recompute import MEMORY
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported: it shall tell nobody
 PERIOD = 1.0  # seconds, in which the table is drawn anew
 PARTS = {"control": 1}  # of a worker: `progress` and `stop` have a thread of their own
-_LOADING = 3  # times that a worker may die before its first job
+_FALLS = 6  # times that a worker may not answer before that is told
+_LATEST = 30.0  # seconds between two times that it is asked again
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Hand:
         state: "starting", "working" or "gone".
         told: what its job tells of its progress.
         asked: whether that has been asked for, and no answer came yet.
+        falls: times that it has not answered since it last worked.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Hand:
     job: Job | None = None
     told: dict[str, Any] = field(default_factory=dict)
     asked: bool = False
+    falls: int = 0
 
 
 class Pool:
@@ -79,6 +82,7 @@ class Pool:
         self.base, self.retries = base, retries
         self.hands = [Hand(f"worker {n}", hire(f"worker {n}")) for n in range(1, min(workers, len(jobs)) + 1)]
         self.calls: dict[Any, tuple[Hand, Callable[[Hand, Any], Iterator[str]]]] = {}
+        self.later: list[tuple[float, Hand]] = []  # who is greeted again, and when
         self.stopped = False
         for hand in self.hands:
             self._greet(hand)
@@ -105,10 +109,15 @@ class Pool:
                 self.stopped = True
                 for hand in self.running:
                     hand.actor.stop.options(concurrency_group="control").remote()
-            if not self.calls:
+            if all(hand.state == "gone" or hand.falls >= _FALLS for hand in self.hands):
                 remedy = "see above, put it right, and run the command again, which does only what is missing"
                 raise TavError("workers", None, "are none that can work", remedy)
-            ready, _ = ray.wait(list(self.calls), timeout=PERIOD / 4)
+            for due in [due for due in self.later if due[0] <= time.monotonic()]:
+                self.later.remove(due)
+                self._greet(due[1])
+            if not self.calls:
+                time.sleep(PERIOD / 4)
+            ready, _ = ray.wait(list(self.calls), timeout=PERIOD / 4) if self.calls else ([], [])
             for ref in ready:
                 hand, then = self.calls.pop(ref)
                 try:
@@ -127,18 +136,26 @@ class Pool:
 
     def _greet(self, hand: Hand):
         """Asks a worker that was started, or started anew, to load its checkpoint; waits until there is room for it."""
-        hand.state, hand.job, hand.told = "starting", None, {}
-        self.calls[hand.actor.hello.options(max_task_retries=_LOADING).remote()] = hand, self._greeted
+        hand.state, hand.told = "starting", {}
+        self.calls[hand.actor.hello.options(max_task_retries=0).remote()] = hand, self._greeted
 
     def _greeted(self, hand: Hand, answer: Any) -> Iterator[str]:
-        fault = f"died while it began ({_first_line(answer)})" if isinstance(answer, Exception) else answer.get("fault")
+        import ray
+
+        if isinstance(answer, ray.exceptions.ActorUnavailableError):  # it is just being started anew, or has no room
+            hand.falls += 1
+            self.later.append((time.monotonic() + min(0.25 * 2**hand.falls, _LATEST), hand))
+            if hand.falls == _FALLS:
+                yield f"{hand.name} is not there ({_first_line(answer)})"
+            return
+        fault = f"can't begin ({_first_line(answer)})" if isinstance(answer, Exception) else answer.get("fault")
         if not fault and self.base is not None and answer["base"] != self.base:
             fault = "has another checkpoint, whose weights are others than those of the machine that began the batch"
         if fault:
             hand.state = "gone"
             yield f"{hand.name}{'' if isinstance(answer, Exception) else ' on ' + answer['node']} {fault}"
         else:
-            hand.state, hand.node = "working", answer["node"]
+            hand.state, hand.node, hand.falls = "working", answer["node"], 0
             self._next(hand)
 
     def _next(self, hand: Hand):
@@ -163,10 +180,10 @@ class Pool:
     # ------------------------------------------------------------------------------------------------- jobs
 
     def _ran(self, hand: Hand, answer: Any) -> Iterator[str]:
-        job = hand.job
+        job, hand.job = hand.job, None
         if isinstance(answer, Exception):
-            yield from self._lost(job, answer)
             self._greet(hand)
+            yield from self._lost(job, answer)
             return
         if answer["status"] == "memory":
             yield from self._lower(job, answer["memory"], answer["why"])

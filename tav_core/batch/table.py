@@ -76,10 +76,11 @@ class Table(AbstractContextManager):
         return told
 
     def _table(self, pool: Pool) -> Any:
+        from rich.console import Group
         from rich.table import Table as Drawn
         from rich.text import Text
 
-        drawn = Drawn(title=self.head(pool), title_justify="left", box=None, pad_edge=False)
+        drawn = Drawn(box=None, pad_edge=False)
         for column in ("worker", "job", "stage", "speed", "left"):
             drawn.add_column(column, overflow="ellipsis", no_wrap=True)
         most = max(4, self.live.console.height - 6)
@@ -87,7 +88,7 @@ class Table(AbstractContextManager):
             drawn.add_row(*map(Text, cells(hand)))
         if len(pool.hands) > most:
             drawn.add_row(f"and {len(pool.hands) - most} more")
-        return drawn
+        return Group(Text(self.head(pool)), drawn)
 
 
 def cells(hand: Hand) -> list[str]:
