@@ -348,7 +348,7 @@ def evaluate_arguments(parser):
     add_preset_arguments(parser)
     run_arguments(parser)
     told = "edit the clips at once, by several workers on Ray (an extra of the pack)"
-    parser.add_argument("--batch", action="store_true", help=told)
+    parser.add_argument("--batch", action="store_const", const=True, help=told)
     ray_arguments(parser)
 
 
@@ -397,10 +397,10 @@ def ray_arguments(parser):
     group.add_argument("--address", type=sentence, metavar="ADDRESS", help=told)
     told = "of each worker (1; 0 without --address where there is none)"
     _number(group, "--gpus-per-job", "gpus_per_job", metavar="X", help=told)
-    _number(group, "--cpus-per-job", "threads", default=1, help="threads of each worker (1)")
+    _number(group, "--cpus-per-job", "threads", help="threads of each worker (1)")
     _number(group, "--workers", "workers", help="how many (as many as fit)")
     told = "how often a job is tried again whose worker died (3)"
-    _number(group, "--retries", "retries", default=3, help=told)
+    _number(group, "--retries", "retries", help=told)
 
 
 EXAMPLES["batch"] = f"jobs.yaml {_SD15} --output batch"

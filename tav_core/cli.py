@@ -317,6 +317,7 @@ def _check_measured(args):
 
 
 def _evaluate(args):
+    check_needs(args, **dict.fromkeys(("address", "gpus_per_job", "cpus_per_job", "workers", "retries"), "batch"))
     if args.batch:
         from .batch.command import edit_all, settle_for_evaluation
 

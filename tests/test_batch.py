@@ -1,4 +1,4 @@
-"""Batches: lists that are read and refused as a whole; a real Ray of this machine, and what happens to workers on it."""
+"""Batches: lists that are read, or refused as a whole; a real Ray of this machine, and what happens to its workers."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ from support.batch_workers import Stub, made_short_of_memory
 from support.commands import environment
 from support.datasets import make_tgve
 from support.errors import refused
-from tav_core import cli, load_checkpoint, load_video, run_edit
+from tav_core import cli, load_checkpoint, run_edit
 from tav_core.batch.jobs import combination, expanded, read_jobs, read_sweep, spec_of
 from tav_core.batch.worker import Worker
 from tav_core.evaluation import jobs_of
@@ -179,7 +179,8 @@ def test_a_batch_survives_a_kill_a_bad_clip_too_little_memory_and_a_stop(clip, f
     path = write_list(tmp_path, killed, f"{{video: {bad}}}", *listed)
     checkpoint = load_checkpoint(folder)
     memory = {"large": "checkpointing"}
-    alone = {name: single_run(name, path, checkpoint, tmp_path / "alone", memory=memory.get(name)) for name in names}
+    alone = {name: single_run(name, path, checkpoint, tmp_path / "alone", memory=memory.get(name))
+             for name in names[:3]}  # fmt: skip
 
     monkeypatch.setattr("tav_core.batch.command.Worker", made_short_of_memory(Worker))
     args = ("batch", path, "--checkpoint", folder, "--preset", "paper", "--size", 32, "--output", out, "--workers", 2)
@@ -201,8 +202,8 @@ def test_a_batch_survives_a_kill_a_bad_clip_too_little_memory_and_a_stop(clip, f
     assert Counter(line for line in (told + more).splitlines() if line.endswith("is done")) == {
         f"{name} is done": 1 for name in names
     }
-    for name, weights in alone.items():
-        own = load_file(out / "jobs" / name / "tuned.safetensors")
+    for name in names:
+        own, weights = load_file(out / "jobs" / name / "tuned.safetensors"), alone.get(name, alone["three"])
         assert all(torch.equal(own[key], weights[key]) for key in weights), name
     with open(out / "results.csv") as file:
         rows = {row["job"]: row for row in csv.DictReader(file)}
@@ -272,7 +273,8 @@ def test_a_machine_that_leaves_takes_no_job_with_it(nodes, clip, folder, tmp_pat
     start("--head", f"--port={port}", "--include-dashboard=false")
     second = start(f"--address={address}")
     out = tmp_path / "out"
-    jobs = [f"{{video: {clip}, name: {name}, settings: {{steps: 60, save_every: 1}}}}" for name in ("a", "b", "c")]
+    jobs = [f"{{video: {clip}, name: {name}, settings: {{steps: 30, save_every: 1}}}}" for name in ("a", "b")]
+    jobs.append(f"{{video: {clip}, name: c}}")
     monkeypatch.setattr("tav_core.batch.command.Worker", made_short_of_memory(Worker))
     left = []
 
@@ -298,11 +300,11 @@ def test_a_machine_that_leaves_takes_no_job_with_it(nodes, clip, folder, tmp_pat
 def test_an_evaluation_by_workers_writes_what_one_without_them_does(tmp_path, folder, tav, monkeypatch):
     dataset = make_tgve(tmp_path / "tgve")
     args = ("evaluate", "--dataset", dataset, "--checkpoint", folder, "--size", 32, "--steps", 1, "--sampling-steps", 1,
-            "--kinds", "style", "--quiet")  # fmt: skip
+            "--kinds", "style", "--only", "stunt", "salsa", "--quiet")  # fmt: skip
     tav(*args, "--output", tmp_path / "one")
-    tav(*args, "--output", tmp_path / "many", "--batch", "--workers", 2)
+    tav(*args, "--output", tmp_path / "many", "--batch", "--workers", 1)
     files = [{path.relative_to(each): path.read_bytes() for path in each.rglob("*.jpg")}
              for each in (tmp_path / "one" / "frames", tmp_path / "many" / "frames")]  # fmt: skip
-    assert len(files[0]) == 6 and files[0] == files[1]
+    assert len(files[0]) == 4 and files[0] == files[1]
     assert (tmp_path / "many" / "summary.csv").read_text() == (tmp_path / "one" / "summary.csv").read_text()
     shutil.rmtree(tmp_path / "many")

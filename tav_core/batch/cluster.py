@@ -37,13 +37,13 @@ def cluster(address: str | None, cpus: int, gpus: float, workers: int | None, na
     """
     import ray
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(namespace=name, log_to_driver=False, logging_level="ERROR")
     if address is None:
-        options = dict(object_store_memory=_STORE, include_dashboard=False)
+        options |= dict(object_store_memory=_STORE, include_dashboard=False)
         options |= {} if workers is None else dict(num_cpus=max(workers * cpus, os.cpu_count() or 1))
     with silence():
         try:
-            ray.init(address=address or "local", namespace=name, log_to_driver=False, logging_level="ERROR", **options)
+            ray.init(address="local" if address is None else address, **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             told = " ".join(str(error).split())[:200]
             raise TavError("address", address, f"can't be reached ({told})", "begin it with ray start") from error

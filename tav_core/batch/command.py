@@ -28,6 +28,8 @@ from .report import REPORT, SWEEP, as_lines, compared, write_results
 from .table import Table
 from .worker import JOB, STARTED, Worker
 
+RETRIES = 3  # where nothing else says how many
+
 
 def batch(args):
     """Does the jobs of a list, and measures them."""
@@ -42,6 +44,8 @@ def batch(args):
     job.check_folder(args.output, [*REPORT, SWEEP, STARTED], **{JOBS: args.jobs})
     given.models(args)  # whether they can be read
     checkpoint = given.checkpoint(args, preset)
+    if args.size is not None:
+        pipeline.check_size(checkpoint, width=args.size[0], height=args.size[1])
     frames = [_frames(each, args, checkpoint) for each in wanted]
     _refuse(args, [*evaluation.word_faults(clips, checkpoint), *_size_faults(clips, frames, checkpoint)])
     base = base_fingerprint(checkpoint.unet)
@@ -67,6 +71,10 @@ def edit_all(args, clips: Sequence[ClipJob], checkpoint: Checkpoint, frames: Fra
 
 def _settle(args):
     """What a worker has where nothing is said: a GPU if there may be one, and a single thread of the CPU."""
+    if args.address is not None and not args.address.strip():
+        raise TavError("address", args.address, "is none", "give host:port, or auto")
+    args.cpus_per_job = args.cpus_per_job or 1
+    args.retries = RETRIES if args.retries is None else args.retries
     if args.gpus_per_job is None:
         args.gpus_per_job = 1.0 if args.address is not None or torch.cuda.is_available() else 0.0
     if args.gpus_per_job and args.device.type == "cpu":  # the driver of a cluster
@@ -75,7 +83,7 @@ def _settle(args):
 
 
 def settle_for_evaluation(args):
-    """The same for `evaluate`."""
+    """`batch`'s own options, for `evaluate`."""
     check_ray()
     _settle(args)
 

@@ -252,7 +252,7 @@ def comparable(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def of_tuning(job: dict[str, Any]) -> dict[str, Any]:
-    """What of `comparable` the tuning and the noise depend on: where it is the same, edits are added to what is there."""
+    """What the tuning and the noise depend on: where this of `comparable` is the same, edits are added."""
     entry = {name: value for name, value in job["entry"].items() if name != "edits"}
     preset = {name: job["preset"][name] for name in ("tuning", "sampling_steps", "caption_as_negative")}
     return job | {"entry": entry, "preset": preset}

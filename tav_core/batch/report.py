@@ -15,6 +15,7 @@ from .jobs import combination
 
 REPORT = ("results.csv", "results.json", "index.html")
 SWEEP = "sweep.csv"
+_SHOWN = ("psnr_rest", "motion_fidelity", "tgve_text", "tgve_frame", "tgve_pickscore")  # in the terminal
 _OF_JOB = ("reconstruction_psnr", "probe_loss_before", "probe_loss_after", "steps", "seconds", "memory", "tries")
 
 
@@ -84,8 +85,9 @@ def compared(jobs: Sequence[dict[str, Any]], sweep: dict[str, list[Any]]) -> lis
 
 
 def as_lines(means: Sequence[Measured]) -> list[str]:
-    """The comparison for a terminal, a combination a line: figures without models, which all have."""
-    names = [name for name in ("psnr_rest", "motion_fidelity", "tgve_text", "tgve_frame")
-             if any(math.isfinite(row.figures.get(name, math.nan)) for row in means)]  # fmt: skip
-    return [f"{row.name} ({row.prompt}): " + ", ".join(f"{name} {row.figures.get(name, math.nan):.4g}" for name in names)
-            for row in means]  # fmt: skip
+    """The comparison for a terminal, a combination a line."""
+    lines = []
+    for row in means:
+        known = [(name, row.figures[name]) for name in _SHOWN if math.isfinite(row.figures.get(name, math.nan))]
+        lines.append(f"{row.name} ({row.prompt}): " + ", ".join(f"{name} {value:.4g}" for name, value in known))
+    return lines
