@@ -1,10 +1,10 @@
 """Measures how batches scale: real tiny jobs for soaking, and stub jobs of known length in great number.
 
-    python tests/batch_scale.py soak [--jobs 100]               memory of driver and workers, over real tiny jobs
-    python tests/batch_scale.py workers [--jobs 16]             real jobs a minute with 1 and with 2 workers, and what of a
-                                                                job is not tuning or sampling
+    python tests/batch_scale.py soak [--jobs 100]       memory of driver and workers, over real tiny jobs
+    python tests/batch_scale.py workers [--jobs 8]      real jobs a minute with 1 and with 2 workers, and what of a job
+                                                        is not tuning, inversion or sampling
     python tests/batch_scale.py stubs [--jobs 10000] [--workers 2] [--seconds 0]
-                                                                overhead a job, or efficiency with jobs of some seconds
+                                                        overhead a job, or efficiency with jobs of some seconds
 
 Ray is started on this machine and stopped. The figures of BATCH.md come from here.
 """
@@ -12,6 +12,7 @@ Ray is started on this machine and stopped. The figures of BATCH.md come from he
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -30,11 +31,15 @@ def megabytes(process: psutil.Process) -> int:
     return round(process.memory_info().rss / 1e6)
 
 
-def workers_of(name: str = "Worker") -> list[psutil.Process]:
+def tell(line: str):
+    print(line, file=sys.stderr, flush=True)  # stdout is silent beside a batch
+
+
+def workers_of() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if f"ray::{name}" in " ".join(process.cmdline()):
+            if re.match("ray::(job |Worker)", " ".join(process.cmdline())):
                 found.append(process)
         except psutil.NoSuchProcess:
             pass
@@ -94,14 +99,14 @@ def soak(args):
             at = len(pool.finished)
             if at and at % 10 == 0 and at not in told:
                 told[at] = megabytes(psutil.Process()), sorted(map(megabytes, workers_of()))
-                print(f"{at} jobs: driver {told[at][0]} MB, workers {told[at][1]} MB", flush=True)
+                tell(f"{at} jobs: driver {told[at][0]} MB, workers {told[at][1]} MB")
 
         jobs = [Job(spec) for spec in specs(args.jobs, folder, steps=2)]
         pool, seconds = run(jobs, Worker, settings_in(folder), args.workers, each)
         assert [job.result["status"] for job in pool.finished] == ["done"] * args.jobs, pool.finished
         assert Counter(job.name for job in pool.finished) == {job.name: 1 for job in jobs}
         assert all("result" in json.loads(path.read_text()) for path in folder.glob("jobs/*/job.json"))
-        print(f"{args.jobs} jobs in {seconds:.0f} s")
+        tell(f"{args.jobs} jobs in {seconds:.0f} s")
 
 
 def workers(args):
@@ -118,8 +123,8 @@ def workers(args):
             for job in pool.finished:
                 stages.update(job.result["seconds"])
             at_work = sum(stages[name] for name in ("tune", "invert", "sample", "find the subject"))
-            print(f"{count} workers: {(len(jobs) - pool.already) / seconds * 60:.1f} jobs a minute; a job takes "
-                  f"{took / len(jobs):.2f} s, of which {1 - at_work / took:.1%} are not tuning, inversion or sampling; "
+            tell(f"{count} workers: {(len(jobs) - pool.already) / seconds * 60:.1f} jobs a minute; a job takes "
+                 f"{took / len(jobs):.2f} s, of which {1 - at_work / took:.1%} are not tuning, inversion or sampling; "
                   f"the workers worked {took / seconds / count:.1%} of the time")  # fmt: skip
 
 
@@ -136,13 +141,13 @@ def stubs(args):
         done = Counter(line for path in folder.glob("*.txt") for line in path.read_text().splitlines())
         assert done == {job.name: 1 for job in jobs}
         count = args.jobs - pool.already
-        print(f"{args.jobs} jobs of {args.seconds:g} s by {args.workers} workers: {seconds:.1f} s, driver "
-              f"{before} -> {megabytes(psutil.Process())} MB, {(used.user - cpu.user) / args.jobs * 1000:.2f} ms of its "
-              "processor a job")  # fmt: skip
+        spent = (used.user - cpu.user) / args.jobs * 1000
+        tell(f"{args.jobs} jobs of {args.seconds:g} s by {args.workers} workers: {seconds:.1f} s, driver "
+             f"{before} -> {megabytes(psutil.Process())} MB, {spent:.2f} ms of its processor a job")  # fmt: skip
         if args.seconds:
-            print(f"efficiency {count * args.seconds / args.workers / seconds:.1%}")
+            tell(f"efficiency {count * args.seconds / args.workers / seconds:.1%}")
         else:
-            print(f"overhead {seconds * 1000 / count:.2f} ms a job")
+            tell(f"overhead {seconds * 1000 / count:.2f} ms a job")
 
 
 def main():

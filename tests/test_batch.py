@@ -88,8 +88,8 @@ def test_every_fault_of_every_job_is_told_at_once(tmp_path, clip, tav):
 
 
 @pytest.mark.parametrize("content, told", [
-    ("just text", "is no list of jobs"), ("{jobs: [], clips: []}", "is no list of jobs"), ("[", "can't be read as YAML"),
-    ("{defaults: [], jobs: []}", "is no list of jobs"),
+    ("just text", "is no list of jobs"), ("{jobs: [], clips: []}", "is no list of jobs"),
+    ("[", "can't be read as YAML"), ("{defaults: [], jobs: []}", "is no list of jobs"),
 ])  # fmt: skip
 def test_files_that_are_no_lists(tmp_path, content, told):
     (tmp_path / "jobs.yaml").write_text(content)
@@ -175,7 +175,7 @@ def test_a_batch_survives_a_kill_a_bad_clip_too_little_memory_and_a_stop(clip, f
     bad.write_bytes(clip.read_bytes()[:300])
     names = ["killed", "large", "three", "four", "five"]
     listed = [f"{{video: {clip}, name: {name}}}" for name in names[1:]]
-    killed = f"{{video: {clip}, name: killed, settings: {{steps: 80, save_every: 1}}}}"
+    killed = f"{{video: {clip}, name: killed, settings: {{steps: 30, save_every: 1}}}}"
     path = write_list(tmp_path, killed, f"{{video: {bad}}}", *listed)
     checkpoint = load_checkpoint(folder)
     memory = {"large": "checkpointing"}
