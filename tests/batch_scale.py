@@ -140,14 +140,17 @@ def stubs(args):
         used = psutil.Process().cpu_times()
         done = Counter(line for path in folder.glob("*.txt") for line in path.read_text().splitlines())
         assert done == {job.name: 1 for job in jobs}
-        count = args.jobs - pool.already
         spent = (used.user - cpu.user) / args.jobs * 1000
         tell(f"{args.jobs} jobs of {args.seconds:g} s by {args.workers} workers: {seconds:.1f} s, driver "
              f"{before} -> {megabytes(psutil.Process())} MB, {spent:.2f} ms of its processor a job")  # fmt: skip
-        if args.seconds:
-            tell(f"efficiency {count * args.seconds / args.workers / seconds:.1%}")
-        else:
-            tell(f"overhead {seconds * 1000 / count:.2f} ms a job")
+        times = {}
+        for job in pool.finished:
+            times.setdefault(job.result["pid"], []).append((job.result["began"], job.result["ended"]))
+        gaps = [after[0] - before[1] for own in times.values() for before, after in zip(sorted(own), sorted(own)[1:])]
+        busy = sum(ended - began for own in times.values() for began, ended in own)
+        mean, most = sum(gaps) / len(gaps) * 1000, max(gaps) * 1000
+        tell(f"between two jobs of a worker: {mean:.1f} ms on average, {most:.0f} ms at most; efficiency "
+             f"{busy / (busy + sum(gaps)):.2%}; {seconds * 1000 / args.jobs:.2f} ms a job")  # fmt: skip
 
 
 def main():

@@ -23,12 +23,14 @@ class Stub:
         self.stopped = True
 
     def run(self, spec: dict[str, Any]) -> dict[str, Any]:
+        began = time.time()
         time.sleep(spec.get("seconds", 0))
         if spec.get("dies"):
             os.kill(os.getpid(), 9)
         with open(self.output / f"{os.getpid()}.txt", "a") as file:
             file.write(f"{spec['name']}\n")
-        return {"status": "stopped" if self.stopped else "done", "node": platform.node()}
+        times = {"pid": os.getpid(), "began": began, "ended": time.time()}
+        return {"status": "stopped" if self.stopped else "done", "node": platform.node(), **times}
 
 
 def made_short_of_memory(worker: type) -> type:
