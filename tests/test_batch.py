@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -38,6 +39,15 @@ defaults:
   settings: {steps: 2, sampling_steps: 2}
 jobs:
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def secret():
+    """Of all clusters of this module; Ray would leave one in the home folder otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        yield
 
 
 def write_list(folder: Path, *jobs: str, name: str = "jobs.yaml") -> Path:
