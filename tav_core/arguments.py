@@ -401,6 +401,9 @@ def evaluate_arguments(parser):
     measuring_arguments(parser)
     add_preset_arguments(parser)
     run_arguments(parser)
+    told = "edit the clips at once, by several workers on Ray (an extra of the pack)"
+    parser.add_argument("--batch", action="store_const", const=True, help=told)
+    ray_arguments(parser)
 
 
 def export_arguments(parser):
@@ -409,6 +412,41 @@ def export_arguments(parser):
     told = "a new folder, or an empty one"
     parser.add_argument("--output", required=True, type=path, metavar="DIR", help=told)
     parser.set_defaults(device=torch.device("cpu"), dtype="fp32", preset=None, prompt_weights=False, quiet=True)
+
+
+def batch_arguments(parser):
+    told = ("the list of jobs: a YAML file, a table in CSV, or a folder with one that is named jobs.yaml or jobs.csv; "
+            "videos beside it")  # fmt: skip
+    parser.add_argument("jobs", type=path, metavar="JOBS", help=told)
+    told = "where jobs/ and the results go; a batch that was stopped, or that failed in part, goes on there"
+    parser.add_argument("--output", required=True, type=path, metavar="DIR", help=told)
+    told = "settings of which every combination is tried, such as learning_rate=1e-5,3e-5 steps=200,500"
+    parser.add_argument("--sweep", nargs="+", type=sentence, metavar="NAME=X,Y", help=told)
+    ray_arguments(parser)
+    model_arguments(parser)
+    group = parser.add_argument_group("clips", "of those that don't say it themselves")
+    _number(group, "--frames", "count", help=f"how many frames ({FRAMES})")
+    _number(group, "--stride", "stride", help="take every N-th frame (1)")
+    told = "size to work at (the size of the checkpoint)"
+    group.add_argument("--size", type=size, metavar="WxH", help=told)
+    told = "how clips of another shape are brought to --size (crop)"
+    group.add_argument("--fit", choices=FITS, default="crop", help=told)
+    tuning_arguments(parser, resume=False)
+    measuring_arguments(parser)
+    add_preset_arguments(parser)
+    run_arguments(parser)
+
+
+def ray_arguments(parser):
+    group = parser.add_argument_group("workers", "processes that have a checkpoint each, on Ray")
+    told = "a Ray cluster that is there, host:port, or auto for that of this machine (one is started here, and stopped)"
+    group.add_argument("--address", type=sentence, metavar="ADDRESS", help=told)
+    told = "of each worker (1; 0 without --address where there is none)"
+    _number(group, "--gpus-per-job", "gpus_per_job", metavar="X", help=told)
+    _number(group, "--cpus-per-job", "threads", help="threads of each worker (1)")
+    _number(group, "--workers", "workers", help="how many (as many as fit)")
+    told = "how often a job is tried again whose worker died (3)"
+    _number(group, "--retries", "retries", help=told)
 
 
 _SD15 = "--checkpoint v1-5-pruned-emaonly-fp16.safetensors"
@@ -423,6 +461,7 @@ EXAMPLES = {
     "doctor": f"{_SD15} --frames 24",
     "evaluate": f"{_SD15} --dataset loveu-tgve-2023 --output evaluated",
     "metrics": "--edited skiing",
+    "batch": f"jobs.yaml {_SD15} --output batch",
     "bench": "--layout small --stages tune --no-memory",
     "export": f"{_SD15} --tuned tuned/tuned.safetensors --output skiing-model",
 }

@@ -13,6 +13,7 @@ from . import bench, evaluation, given, job, pipeline
 from .arguments import (
     EXAMPLES,
     FRAMES,
+    batch_arguments,
     demo_arguments,
     device_argument,
     doctor_arguments,
@@ -338,6 +339,11 @@ def _check_measured(args):
 
 
 def _evaluate(args):
+    check_needs(args, **dict.fromkeys(("address", "gpus_per_job", "cpus_per_job", "workers", "retries"), "batch"))
+    if args.batch:
+        from .batch.command import edit_all, settle_for_evaluation
+
+        settle_for_evaluation(args)
     preset, inflation, found = given.preset(args), given.inflation(args), read_dataset(args.dataset, FRAMES)
     wanted = found.entries if found.faults else chosen(found.entries, args.only, args.kinds)
     entries = [replace(entry, count=entry.count or args.frames or found.count, stride=entry.stride or args.stride)
@@ -353,7 +359,10 @@ def _evaluate(args):
     with job.claimed(args.output), _told_how_to_go_on("run the command again"):
         evaluation.check_settings(args.output, preset, inflation, checkpoint, frames)
         progress = Progress(args.quiet).stop_at_interrupt()
-        failed = evaluation.edit_all(jobs, checkpoint, args.output, frames, progress)
+        if args.batch:
+            failed = edit_all(args, jobs, checkpoint, frames)
+        else:
+            failed = evaluation.edit_all(jobs, checkpoint, args.output, frames, progress)
         names = {name: str(getattr(args, name)) for name in ("clip", "pickscore", "dino")}
         rows, more = evaluation.measure_all(jobs, args.output, models.to(args.device), names, progress)
         evaluation.write_evaluation(rows, failed | more, args.output)
@@ -390,6 +399,12 @@ def _export(args):
     tell(f"{args.output}: " + ", ".join(sorted(path.name for path in args.output.iterdir())))
 
 
+def _batch(args):
+    from .batch.command import batch  # Ray is an extra that this command alone needs
+
+    batch(args)
+
+
 def _bench_arguments(parser):
     device_argument(parser)
     bench.add_arguments(parser)
@@ -410,6 +425,7 @@ COMMANDS = {
                                              "written plainly"),
     "export": (_export, export_arguments, "write a checkpoint with its tuned weights as one folder, as published "
                                           "Tune-A-Video models are"),
+    "batch": (_batch, batch_arguments, "edit and measure the clips of a list on many GPUs or machines, by Ray"),
 }  # fmt: skip
 
 

@@ -160,7 +160,7 @@ def _read_tgve(folder: Path) -> tuple[list[Entry], list[str]]:
         with open(folder / TGVE, newline="", encoding="utf-8-sig") as file:
             rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise _unreadable(folder / TGVE, "a table", error) from error
+        raise unreadable(folder / TGVE, "a table", error) from error
     header = rows[0] if rows else []
     if lacking := [name for name in (_NAME, _PROMPT, *_CAPTIONS.values()) if name not in header]:
         problem = f"lacks the columns {', '.join(lacking)}"
@@ -186,7 +186,7 @@ def _read_tgve(folder: Path) -> tuple[list[Entry], list[str]]:
     return _unique(entries, faults, TGVE)
 
 
-def _unreadable(path: Path, kind: str, error: Exception) -> TavError:
+def unreadable(path: Path, kind: str, error: Exception) -> TavError:
     told = " ".join(str(error).split())
     return TavError("dataset", path, f"can't be read as {kind} ({told})", "repair it")
 
@@ -217,18 +217,32 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read_own(path: Path) -> tuple[list[Entry], list[str]]:
+    clips = read_yaml(path)
+    if not isinstance(clips, list):
+        remedy = "begin each clip with a dash, and give it video, prompt and edits"
+        raise TavError("dataset", path, "is no list of clips", remedy)
+    return read_clips(clips, path)
+
+
+def read_yaml(path: Path) -> Any:
+    """Plain data from a YAML file.
+
+    Raises:
+        TavError: it can't be read as such.
+    """
     try:
-        clips = yaml.load(path.read_text("utf-8-sig"), _Loader)
+        return yaml.load(path.read_text("utf-8-sig"), _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark else ""
         told = ValueError(f"{place}{getattr(error, 'problem', None) or error}")
-        raise _unreadable(path, "YAML", told) from error
+        raise unreadable(path, "YAML", told) from error
     except Exception as error:  # what makes numbers and dates of texts fails in every way
-        raise _unreadable(path, "YAML", error) from error
-    if not isinstance(clips, list):
-        remedy = "begin each clip with a dash, and give it video, prompt and edits"
-        raise TavError("dataset", path, "is no list of clips", remedy)
+        raise unreadable(path, "YAML", error) from error
+
+
+def read_clips(clips: Sequence[Any], path: Path) -> tuple[list[Entry], list[str]]:
+    """The clips of a list that stands in a file, beside which their videos are; and what is wrong with it."""
     entries, faults = [], []
     for number, clip in enumerate(clips, 1):
         entry, told = _read_clip(clip, path.parent)

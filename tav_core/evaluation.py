@@ -47,6 +47,9 @@ WINDOW = 32  # frames: longer clips are seen in windows of so many, where nothin
 REPORT = ("metrics.csv", "summary.csv", "metrics.json", "metrics.html")
 SETTINGS = "settings.json"
 _DONE, _FIGURES, _ERROR = "frames.json", "figures.json", "error.txt"  # beside what `run_edit` writes
+# what folders of earlier versions, which hadn't these settings, were made with
+_ONCE = {"eta": 0.0, "guidance_rescale": 0.0, "guidance_start": 0.0, "guidance_end": 1.0,
+         "lora": [], "prompt_weights": False}  # fmt: skip
 _NO_MATTER = ("memory", "save_minutes", "save_every", "probe_every")  # to the result
 
 
@@ -97,16 +100,16 @@ def jobs_of(
             own = preset
         for edit in entry.edits.values():  # one by one, so that each tells what is wrong with it
             try:
-                _job(replace(entry, edits={"": edit}), own, inflation)
+                job_of(replace(entry, edits={"": edit}), own, inflation)
             except TavError as error:
                 told.append(in_words(error))
         faults += [f"{entry.name}: {each}" for each in dict.fromkeys(told) if each]
         if not any(told):
-            jobs.append(ClipJob(entry, _job(entry, own, inflation)))
+            jobs.append(ClipJob(entry, job_of(entry, own, inflation)))
     return jobs, faults
 
 
-def _job(entry: Entry, preset: Preset, inflation: dict[str, Any]) -> EditJob:
+def job_of(entry: Entry, preset: Preset, inflation: dict[str, Any]) -> EditJob:
     softness = SOFTNESS if entry.softness is None else entry.softness
     mask = None if entry.mask is None else torch.ones(1, 1, 1)  # till it is read
     return EditJob(entry.prompt, [*entry.edits.values()], preset, entry.contrasts, softness, entry.negative_prompt,
@@ -149,8 +152,8 @@ def check_settings(output: Path, preset: Preset, inflation: dict[str, Any], chec
         f"{of} {name}": value for of, own in content.items() if isinstance(own, dict) for name, value in own.items()
     }
     now = json.loads(json.dumps(flat | {name: own for name, own in content.items() if not isinstance(own, dict)}))
-    before = _read_json(output / SETTINGS)
-    before = before and {"eta": 0.0, "lora": [], "prompt_weights": False} | before  # earlier versions had none of them
+    before = read_json(output / SETTINGS)
+    before = before and _ONCE | before
     if before and before != now:
         name = next(name for name in sorted(before.keys() | now) if before.get(name) != now.get(name))
         problem = f"holds clips that were edited with other settings ({name} {before.get(name)}, now {now.get(name)})"
@@ -179,19 +182,19 @@ def edit_all(
         if done:
             continue
         try:
-            _edit(clip, checkpoint, output, frames, callback)
+            edit_clip(clip, checkpoint, output, frames, callback)
         except Cancelled:
             raise
         except Exception as error:  # whatever it is, the others have nothing to do with it
             if isinstance(error, TavError) and error.field == "output":
                 raise
-            failed[clip.name] = _told(error, output / "runs" / clip.name)
+            failed[clip.name] = told_of(error, output / "runs" / clip.name)
             callback(Note(f"{clip.name} failed: {failed[clip.name]}"))
         release(checkpoint.vae.device)
     return failed
 
 
-def _told(error: Exception, run: Path) -> str:
+def told_of(error: Exception, run: Path) -> str:
     """A line; of what nobody foresaw, the whole in a file."""
     if isinstance(error, TavError):
         return in_words(error)
@@ -203,7 +206,7 @@ def _told(error: Exception, run: Path) -> str:
 
 def is_done(clip: ClipJob, output: Path) -> bool:
     """Whether all edits of a clip are there, made of it as it is wanted now."""
-    before = _read_json(output / "runs" / clip.name / _DONE)
+    before = read_json(output / "runs" / clip.name / _DONE)
     if not before or before.get("clip") != _identity(clip):
         return False
     same = all(before["edits"].get(kind) == _told_of(edit) for kind, edit in clip.entry.edits.items())
@@ -222,22 +225,33 @@ def _identity(clip: ClipJob) -> dict[str, Any]:
     return json.loads(json.dumps({name: value for name, value in own.items() if name != "edits"}))
 
 
-def _edit(clip: ClipJob, checkpoint: Checkpoint, output: Path, frames: Frames, callback: Callback):
-    run, entry, job = output / "runs" / clip.name, clip.entry, clip.job
-    before = _read_json(run / _DONE)
+def edit_clip(clip: ClipJob, checkpoint: Checkpoint, output: Path, frames: Frames, callback: Callback = ignored):
+    """Edits a clip, and writes its edits as frames.
+
+    Raises:
+        TavError, Cancelled: see `run_edit`.
+    """
+    run, entry = output / "runs" / clip.name, clip.entry
+    before = read_json(run / _DONE)
     if before and before.get("clip") != _identity(clip):  # nothing of another tuning shall be mixed with this one
         shutil.rmtree(run)
-    read = dict(width=frames.width, height=frames.height, fit=frames.fit, callback=callback)
-    cut = dict(start=entry.start, stride=entry.stride or 1)
-    video = load_video(entry.video, **cut, count=entry.count, **read)
-    if entry.mask is not None:
-        job = replace(job, mask=_mask(entry.mask, cut | read, len(video.frames)))
-    job = _windowed(job, video)
+    job, video = prepared(clip, frames, callback)
     for kind, edit in entry.edits.items():  # one by one, so that the frames are of what was drawn, not of its video
         _, (drawn,) = run_edit(replace(job, edits=[edit]), checkpoint, video, run, callback=callback)
         _write_frames(drawn, output / "frames" / entry.name / kind)
     edited = {kind: _told_of(edit) for kind, edit in entry.edits.items()}
     write_json(run / _DONE, {"clip": _identity(clip), "edits": edited, "frames": len(video.frames)})
+
+
+def prepared(clip: ClipJob, frames: Frames, callback: Callback = ignored) -> tuple[EditJob, Clip]:
+    """The job of a clip with its mask and, where it is long, with windows; and the clip, read."""
+    entry, job = clip.entry, clip.job
+    read = dict(width=frames.width, height=frames.height, fit=frames.fit, callback=callback)
+    cut = dict(start=entry.start, stride=entry.stride or 1)
+    video = load_video(entry.video, **cut, count=entry.count, **read)
+    if entry.mask is not None:
+        job = replace(job, mask=_mask(entry.mask, cut | read, len(video.frames)))
+    return _windowed(job, video), video
 
 
 def _mask(path: Path, reading: dict[str, Any], frames: int) -> Tensor:
@@ -285,7 +299,7 @@ def measure_all(
         callback(Reading(number))  # by which it may be stopped
         path = output / "runs" / clip.name / _FIGURES
         try:
-            before = _read_json(path)
+            before = read_json(path)
             known = before["videos"] if before and before.get("models") == names else {}
             own = {kind: of_json(row) for kind, row in known.items() if kind in clip.entry.edits}
             for measured in _measured(clip, own, output, models, callback):
@@ -295,7 +309,7 @@ def measure_all(
         except Cancelled:
             raise
         except Exception as error:
-            failed[clip.name] = _told(error, path.parent)
+            failed[clip.name] = told_of(error, path.parent)
     return rows, failed
 
 
@@ -318,12 +332,12 @@ def summed_up(rows: Sequence[Measured]) -> list[Measured]:
     kinds = dict.fromkeys(row.name.rsplit("/", 1)[1] for row in rows)
     groups = {kind: [row for row in rows if row.name.endswith(f"/{kind}")] for kind in kinds} | {"all": list(rows)}
     return [
-        Measured(kind, f"{len(own)} edits", _means([x.figures for x in own]), _means([x.of_source for x in own]))
+        Measured(kind, f"{len(own)} edits", means_of([x.figures for x in own]), means_of([x.of_source for x in own]))
         for kind, own in groups.items()
     ]
 
 
-def _means(figures: Sequence[dict[str, float]]) -> dict[str, float]:
+def means_of(figures: Sequence[dict[str, float]]) -> dict[str, float]:
     of_name = {name: [own[name] for own in figures if math.isfinite(own.get(name, math.nan))] for name in FIGURES}
     return {name: sum(values) / len(values) for name, values in of_name.items() if values}
 
@@ -334,7 +348,7 @@ def write_evaluation(rows: Sequence[Measured], failed: dict[str, str], output: P
     write_figures(rows, output / "metrics.csv")
     write_figures(means, output / "summary.csv")
     told = {"figures": FIGURES, "means": [*map(as_json, means)], "videos": [*map(as_json, rows)], "failed": failed}
-    write_json(output / "metrics.json", told | {"settings": _read_json(output / SETTINGS)})
+    write_json(output / "metrics.json", told | {"settings": read_json(output / SETTINGS)})
     clips = {}
     for row in rows:
         name, kind = row.name.rsplit("/", 1)
@@ -345,7 +359,7 @@ def write_evaluation(rows: Sequence[Measured], failed: dict[str, str], output: P
         path.write_text(content, "utf-8")
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     """What was written there; None if nothing was, or nothing that is whole."""
     try:
         content = json.loads(path.read_text("utf-8"))

@@ -76,6 +76,10 @@ LIMITS = {
     "height": Range(1, 4096),
     "fps": Range(0.01, 1000.0),
     "threads": Range(1, 1024),
+    # batches
+    "gpus_per_job": Range(0.0, 64.0),
+    "workers": Range(1, 10_000),
+    "retries": Range(0, 100),
 }
 PIXELS = 2**28  # of all frames of a clip: a thousand of 512 x 512, which take several GB at once
 

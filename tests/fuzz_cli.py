@@ -68,6 +68,7 @@ BASES = {
                "--edit", "a blue ball", "--sampling-steps", "1", "--output", "{out}/o"],
     "evaluate": [*MINI, "--dataset", "{work}/clips.yaml", *SMALL, "--steps", "1", "--sampling-steps", "1",
                  "--output", "{out}/o"],
+    "batch": ["{work}/clips.yaml", *MINI, *SMALL, "--steps", "1", "--sampling-steps", "1", "--output", "{out}/o"],
     "metrics": ["--edited", "{work}/clip.mp4", "--source", "{work}/clip.mp4", "--prompt", PROMPT,
                 "--output", "{out}/o"],
     "export": [*MINI, "--tuned", "{work}/tuned.safetensors", "--output", "{out}/o"],
@@ -83,8 +84,8 @@ BASES = {
     "mini benchmark": ["--clips", "0", "--seeds", "1", "--arms", "untuned", "--steps", "1", "--sampling-steps", "1"],
 }  # fmt: skip
 # commands whose base takes seconds: what they accept is not tried
-SLOW = ("demo", "doctor", "bench", "mini train", "mini previews", "mini evaluate", "mini controlnet", "mini lora",
-        "mini benchmark")  # fmt: skip
+SLOW = ("batch", "demo", "doctor", "bench", "mini train", "mini previews", "mini evaluate", "mini controlnet",
+        "mini lora", "mini benchmark")  # fmt: skip
 INPUTS = (
     "video",
     "tuned",

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from support import ROOT
 from support.comfyui_server import FRAMES, SIZE, SOURCE, STEPS, Failed, Graph, Interrupted, Refused, pictures
 from tav_core import load_video
 
@@ -610,3 +613,24 @@ def test_the_core_unloads_its_models_when_memory_runs_out(server, graph):
     assert error.value.node == "TAVDDIMInversion"
     assert error.value.message.startswith("the device ran out of memory; use fewer or smaller frames")
     assert server.log.read_text(errors="replace").count(said) == before + 1
+
+
+def test_a_graph_is_queued_for_every_clip_of_a_folder(server, info, tmp_path):
+    graph = Graph(info)
+    video = graph("TAVLoadVideo", file="clip.mp4", count=2, width=32, height=32)
+    graph("SaveImage", images=video[0], filename_prefix="queued")
+    (tmp_path / "graph.json").write_text(json.dumps(graph))
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    whole = (server.home / "input" / "clip.mp4").read_bytes()
+    for name, content in (("one.mp4", whole), ("two.mp4", whole[:300]), ("three.mp4", whole)):
+        (clips / name).write_bytes(content)
+    (tmp_path / "told.csv").write_text("clip,1.count\nthree.mp4,1\n")
+    script = [sys.executable, str(ROOT / "workflows" / "queue_folder.py"), str(tmp_path / "graph.json"), str(clips)]
+    done = subprocess.run([*script, "--server", server.url, "--sentences", str(tmp_path / "told.csv")],
+                          capture_output=True, text=True, timeout=100)  # fmt: skip
+    lines = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
+    assert done.returncode == 1 and len(lines) == 3, done.stderr
+    assert lines["one.mp4"] == "queued-one_00001_.png, queued-one_00002_.png"
+    assert lines["three.mp4"] == "queued-three_00001_.png"
+    assert lines["two.mp4"].startswith(("failed: ", "refused: ")) and "two.mp4" in lines["two.mp4"]
