@@ -231,10 +231,10 @@ def _sample(args):
             problem = f"does nothing with {field('noise')}: it is of random noise{or_with}"
             raise TavError(name, value, problem, "leave it out")
     edits, loras = given.edits(args, None if args.noise is None else args.seed), given.loras(args, "edit_lora")
-    given.check_sentences(args, *args.edit, args.negative_prompt)
     given.tuned_info(args)  # a damaged file should not surface after the checkpoint is loaded
     inverted = None if args.noise is None else read_noise(args.noise, preset)
-    subject = inverted and inverted.subject
+    of_clip, subject = ([], None) if inverted is None else ([inverted.prompt], inverted.subject)
+    given.check_sentences(args, *args.edit, args.negative_prompt, *of_clip)
     if args.steady is not None and subject is None:
         problem = f"does nothing: {args.noise} knows no subject"
         raise TavError("steady", args.steady, problem, f"leave it out, or invert with {field('contrast')}")

@@ -95,9 +95,8 @@ class EditJob:
 
     def check_fits(self, checkpoint: Checkpoint, frames: int, height: int, width: int):
         """Raises a TavError for sentences, hints or LoRAs that don't fit the checkpoint or a clip of that shape."""
-        texts = [("prompt", self.prompt), ("negative_prompt", self.negative_prompt),
-                 *(("contrast", each) for each in self.contrasts),
-                 *(("edit", edit.prompt) for edit in self.edits)]  # fmt: skip
+        texts = [("prompt", self.prompt), ("negative_prompt", self.negative_prompt)]
+        texts += [("contrast", each) for each in self.contrasts] + [("edit", edit.prompt) for edit in self.edits]
         for name, text in texts:
             check_sentence(text, frames, name, checkpoint.prompt_weights)
         if self.control is not None:

@@ -8,7 +8,7 @@ take those.
 import copy
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,7 +119,7 @@ def _changes(path: Path, checkpoint: Checkpoint) -> dict[str, dict[str, tuple[Te
     return changes
 
 
-def _scales(metadata: Mapping[str, str]):
+def _scales(metadata: Mapping[str, str]) -> Callable[[str, int], float]:
     """Alpha / rank of a module, as diffusers notes them in a file's metadata; those of kohya stand in its tensors."""
     told = json.loads(metadata.get("lora_adapter_metadata", "{}"))
 

@@ -165,7 +165,7 @@ class Project:
         size = "{}x{}".format(*summary["size"])
         facts = [summary["checkpoint"], f"{summary['frames']} frames of {size}", f"{summary['fps']:g} a second"]
         edits = [{**edit, "label": label, "settings": [(name, as_text(value)) for name, value in edit.items()
-                                                       if name not in own]}
+                                                       if name not in own and value is not None]}
                  for label, edit in zip(told, self.edits)]  # fmt: skip
         tuning = {}
         if "probe_loss" in summary:
