@@ -157,11 +157,11 @@ def test_tuning_and_inversion(pack, tmp_path, monkeypatch):
 
     noise, sigmas, error = nodes.DDIMInversion.execute(tuned, latent, prompt(1), 20, "ddim_uniform", True).args
     assert error < 0.3 < 0.6 < (latent["samples"] * 0.13025).square().mean().sqrt()
-    edited = nodes.VideoSampler.execute(
-        tuned, prompt(3), prompt(2), noise, 20, 3.0, "ddim_uniform", 0.0, False, 0
-    ).args[0]["samples"]
+    edited = nodes.VideoSampler.execute(tuned, prompt(3), prompt(2), noise, 4, 3.0, "ddim_uniform", 0.0, False, 0).args[
+        0
+    ]["samples"]
     led = nodes.AttentionInjection.execute(tuned, prompt(1), 0.5).args[0]
-    kept = nodes.VideoSampler.execute(led, prompt(3), prompt(2), noise, 20, 3.0, "ddim_uniform", 0.0, False, 0).args[0][
+    kept = nodes.VideoSampler.execute(led, prompt(3), prompt(2), noise, 4, 3.0, "ddim_uniform", 0.0, False, 0).args[0][
         "samples"
     ]
     assert relative(kept, edited) > 1e-2

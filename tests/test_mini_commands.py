@@ -23,7 +23,7 @@ from tav_core.mini.train import fit
 from tav_core.mini.train_clip import CLIP
 from tav_core.mini.train_lora import LORA
 
-EDIT = ["--steps", 1, "--sampling-steps", 2]
+EDIT = ["--steps", 1, "--sampling-steps", 1, "--memory", "fast"]
 PICTURES = ["--sampling-steps", 1, "--sheet"]
 
 
