@@ -498,7 +498,7 @@ def wiring(kind: str) -> dict:
         for slot in other["outputs"]:
             slot["links"] = [link[0] for link in links if link[0] in slot["links"]]
         nodes.append(other)
-    return workflow | {"nodes": nodes, "links": links, "groups": []}
+    return workflow | {"nodes": nodes, "links": links, "groups": [], "extra": {}}
 
 
 def draw_wiring(page: Page, kind: str):

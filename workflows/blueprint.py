@@ -3,7 +3,7 @@
 import uuid
 
 from workflows.graph import GAP, Node, Workflow
-from workflows.parts import TUNING
+from workflows.parts import TUNING, sentence
 from workflows.wires import ways
 
 NAME = "One-shot video edit"
@@ -20,8 +20,8 @@ def inner(w: Workflow) -> tuple[list[Slot], list[tuple[str, Node]]]:
     w.group("Prepare", "blue")
     inflated = w.add("TAVInflate")
     latent = w.add("VAEEncode")
-    words = [w.add("CLIPTextEncode", title=title, colour=colour) for title, colour in
-             (("What the clip shows", "green"), ("What it should show", "green"), ("Nothing", "red"))]  # fmt: skip
+    texts = {"What the clip shows": "a man is skiing", "What it should show": "spider man is skiing", "Nothing": ""}
+    words = [sentence(w, None, title, text) for title, text in texts.items()]
     described, edit, empty = words
     w.group("Tune", "purple", 380)
     given = dict(model=inflated, latent=latent, positive=described, preview_prompt=edit)

@@ -70,11 +70,11 @@ On the command line `--guidance-scale 2.5 5 10 --attention-injection 0 0.6` draw
     described, edit, empty = sentences(w, start.text)
     tuned = tuning(w, start, described, edit)
     noise = inverted(w, tuned.MODEL, start, described, measure=False)
-    w.group("5  How much injection", "cyan")
+    w.group("5a  How much injection", "cyan")
     models = {share: injected(w, tuned.MODEL, described, share=share) for share in shares}
     frames = {}
     for scale in scales:
-        w.group(f"5  Guidance {scale:g}", "cyan")
+        w.group(f"5b  Guidance {scale:g}", "cyan")
         for share, model in models.items():
             title = f"cfg {scale:g}, share {share:g}"
             frames[title] = sampled(w, model, edit, empty, noise, start.vae, cfg=scale, title=title)

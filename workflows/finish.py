@@ -77,7 +77,7 @@ For your clip: *start*, *stride* and *count* are the same in both *Load Video*, 
     others = [sentence(w, start.text, "The same with another subject", text) for text in CONTRASTS[:2]]
     noise = inverted(w, tuned.MODEL, start, described, measure=False, title="4  Invert, and find the subject")
     subject = subject_mask(w, tuned.MODEL, start, described, others)
-    w.group("5  Edit the subject", "cyan")
+    w.group("5a  Edit the subject", "cyan")
     model = injected(w, tuned.MODEL, described, region="subject", subject=subject)
     small = sampled(w, model, edit, empty, noise, start.vae)
     w.group("5b  The clip at its own size", "blue")
