@@ -33,7 +33,7 @@ RETRIES = 3  # where nothing else says how many
 
 def batch(args):
     """Does the jobs of a list, and measures them."""
-    check_ray()
+    check_ray(args.address)
     _settle(args)
     listed, faults = read_jobs(args.jobs)
     preset = given.preset(args)
@@ -84,7 +84,7 @@ def _settle(args):
 
 def settle_for_evaluation(args):
     """`batch`'s own options, for `evaluate`."""
-    check_ray()
+    check_ray(args.address)
     _settle(args)
 
 
