@@ -26,6 +26,7 @@ from support.errors import refused
 from tav_core import cli, load_checkpoint, run_edit
 from tav_core.batch.jobs import combination, expanded, read_jobs, read_sweep, spec_of
 from tav_core.batch.worker import Worker
+from tav_core.errors import TavError
 from tav_core.evaluation import jobs_of
 from tav_core.mini import world
 from tav_core.presets import PRESETS
@@ -230,16 +231,18 @@ def test_stubs_in_great_number_are_neither_lost_nor_doubled(tmp_path, monkeypatc
     from tav_core.batch.pool import Job, Pool
 
     jobs = [Job({"name": f"job {n}", "dies": n in (20, 50)}) for n in range(300)]
-    with cluster(None, 1, 0, 2, "test") as workers:
-        pool = Pool(jobs, hiring(Stub, {"output": str(tmp_path)}, 1, 0), workers, None, retries=1)
-        began = time.monotonic()
+    with cluster(None, 1, 0, 3, "test"):
+        pool = Pool(jobs, hiring(Stub, {"output": str(tmp_path)}, 1, 0), 2, None, retries=1)
         lines = list(pool.events(lambda: False))
-        seconds = time.monotonic() - began
+        other = Pool(jobs[:1], hiring(Stub, {"output": str(tmp_path), "base": "other weights"}, 1, 0), 1, "these", 1)
+        told = []  # a worker with another checkpoint gets no job
+        with pytest.raises(TavError, match="workers are none that can work"):
+            told.extend(other.events(lambda: False))
     done = Counter(line for path in tmp_path.glob("*.txt") for line in path.read_text().splitlines())
     assert done == {job.name: 1 for job in jobs if not job.spec["dies"]}
     assert sum("its worker died 2 times" in line for line in lines) == 2
     assert len(pool.finished) == 300 and len([line for line in lines if line]) == 302
-    assert seconds < 60
+    assert "worker 1 on" in told[0] and "has another checkpoint" in told[0] and not other.finished
 
 
 # --------------------------------------------------------------------------------------------- two machines

@@ -72,7 +72,7 @@ class Table(AbstractContextManager):
         share = len(pool.finished) + sum(hand.told.get("share", 0.0) for hand in pool.running)
         if self.began is None and pool.running:
             self.began = time.monotonic()
-        if self.began is not None and share > 0.02 * (done + running + failed + len(pool.waiting)):
+        if self.began is not None and share > 0.02 * max(1, running):
             took = time.monotonic() - self.began
             left = took * (self.total - self.known - share) / share
             told += f", {clock_time(left)} left"

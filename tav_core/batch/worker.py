@@ -26,8 +26,8 @@ from ..measure import Models, as_json, measure
 from ..memory import is_out_of_memory, release
 from ..noise import read_noise
 from ..project import NOISE, SUMMARY, changeable, write_json
-from ..record import explained
 from ..recompute import MEMORY
+from ..record import explained
 from ..remaining import Remaining
 from ..tuned_weights import base_fingerprint
 from ..video import load_video
