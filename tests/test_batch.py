@@ -126,7 +126,13 @@ def test_a_sweep_is_a_job_for_each_combination_and_an_edit_where_nothing_is_tune
         "style_guidance_scale-5": 5, "style_guidance_scale-10.5": 10.5}  # fmt: skip
     told = combination(found[1].entry.name, "style_guidance_scale-10.5", sweep)
     assert told == "learning_rate 1e-05, steps 500, guidance_scale 10.5"
-    for text, why in (("steps", "has no values"), ("steps=x", "is out of range"), ("stops=1,2", "is no setting")):
+    for text, why in (
+        ("steps", "has no values"),
+        ("keep=1,2", "has several values itself"),
+        ("max_grad_norm=x", "is out of range"),
+        ("steps=x", "is out of range"),
+        ("stops=1,2", "is no setting"),
+    ):
         refused(why, [text], preset, call=read_sweep)
     refused("comes twice", ["steps=1", "steps=2"], preset, call=read_sweep)
 
@@ -237,7 +243,8 @@ def test_stubs_in_great_number_are_neither_lost_nor_doubled(tmp_path, monkeypatc
     with cluster(None, 1, 0, 3, "test"):
         pool = Pool(jobs, hiring(Stub, {"output": str(tmp_path)}, 1, 0), 2, None, retries=1)
         lines = list(pool.events(lambda: False))
-        other = Pool(jobs[:1], hiring(Stub, {"output": str(tmp_path), "base": "other weights"}, 1, 0), 1, "these", 1)
+        hire = hiring(Stub, {"output": str(tmp_path), "base": "other weights"}, 1, 0)
+        other = Pool(jobs[:1], lambda name: hire(f"other {name}"), 1, "these", 1)
         told = []  # a worker with another checkpoint gets no job
         with pytest.raises(TavError, match="workers are none that can work"):
             told.extend(other.events(lambda: False))
