@@ -35,6 +35,7 @@ _SETS = {"davis": "DAVIS_480p", "youtube": "youtube_480p", "videvo": "videvo_480
 _TEXTS = ("video", "prompt", "name", "subject", "mask", "negative_prompt")
 _NUMBERS = {"start": "start", "stride": "stride", "frames": "count", "softness": "softness"}
 _KEYS = (*_TEXTS, *_NUMBERS, "edits", "region", "contrast", "settings")
+SEVERAL = ("betas", "keep")  # settings of a tuning that are no single number or name
 _WORDS = {"word": "subject", "count": "frames", "edit": "edits", "num_steps": "sampling_steps"}  # fields as keys
 _FOLDER = re.compile(r"\w([\w .+()-]{0,98}[\w+()-])?")  # names that every file system takes
 
@@ -303,6 +304,8 @@ def _faults_of_keys(clip: dict) -> Iterator[str]:
             for name, setting in value.items():
                 if not isinstance(name, str) or not isinstance(setting, (str, int, float)):
                     yield f"settings {name} is {_kind(setting)}; give it as one number or name"
+                elif name in SEVERAL:
+                    yield f"settings {name} has several values, which can't be given here; leave it out"
 
 
 def _faults_of_edits(clip: dict) -> Iterator[str]:

@@ -81,7 +81,7 @@ class TuneConfig:
     def __post_init__(self):
         check_fields(self)
         for name, good, remedy in (
-            ("max_grad_norm", lambda x: x > 0, "give a positive number, such as 1.0"),
+            ("max_grad_norm", lambda x: isinstance(x, int | float) and x > 0, "give a positive number, such as 1.0"),
             ("betas", lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x), "give two in [0, 1)"),
             ("dtype", lambda x: x in DTYPES, f"choose one of {', '.join(DTYPES)}"),
             ("memory", lambda x: x in MEMORY_OR_AUTO, f"choose one of {', '.join(MEMORY_OR_AUTO)}"),

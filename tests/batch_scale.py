@@ -69,9 +69,10 @@ def specs(count: int, folder: Path, steps: int, frames: int = 2, size: int = 32)
 
 def run(jobs, worker, settings, workers: int, each=lambda pool: None) -> tuple[object, float]:
     """Has jobs done; the pool, and the seconds from the first worker that is ready to the end."""
-    from tav_core.batch.cluster import cluster, hiring
+    from tav_core.batch.cluster import check_ray, cluster, hiring
     from tav_core.batch.pool import Pool
 
+    check_ray(None)
     with cluster(None, 1, 0, workers, "scale"):
         pool, began = Pool(jobs, hiring(worker, settings, 1, 0), workers, None, 3), None
         for _ in pool.events(lambda: False):

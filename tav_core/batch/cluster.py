@@ -15,8 +15,10 @@ _STORE = 80 * 2**20  # bytes of Ray's object store, the least: what goes through
 _REMEDY = "begin it with ray start, and set RAY_AUTH_MODE and RAY_AUTH_TOKEN as there, if it has them"
 
 
-def check_ray():
-    """Raises a TavError where there is no Ray."""
+def check_ray(address: str | None):
+    """Raises a TavError where there is no Ray. It is told what it reads but once, when it is imported."""
+    if address is None and "RAY_AUTH_MODE" not in os.environ:  # nobody else of this machine may use ours
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     try:
         import ray  # noqa: F401
     except ImportError as error:
@@ -41,8 +43,6 @@ def cluster(address: str | None, cpus: int, gpus: float, workers: int | None, na
 
     options: dict[str, Any] = dict(namespace=name, log_to_driver=False, logging_level="ERROR")
     if address is None:
-        if "RAY_AUTH_MODE" not in os.environ:  # nobody else of this machine may use it, and nothing is kept of it
-            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         options |= dict(object_store_memory=_STORE, include_dashboard=False)
         options |= {} if workers is None else dict(num_cpus=max(workers * cpus, os.cpu_count() or 1))
     with silence():
@@ -50,6 +50,8 @@ def cluster(address: str | None, cpus: int, gpus: float, workers: int | None, na
             ray.init(address="local" if address is None else address, **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             told = " ".join(str(error).split())[:200]
+            if address is None:
+                raise TavError("Ray", None, f"can't be started here ({told})", "look into its logs") from error
             raise TavError("address", address, f"can't be reached ({told})", _REMEDY) from error
         try:
             fitting = sum(_fitting(node["Resources"], cpus, gpus) for node in ray.nodes() if node["Alive"])

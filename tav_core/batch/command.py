@@ -17,6 +17,7 @@ from ..dataset import in_words
 from ..errors import Cancelled, TavError, escaped
 from ..evaluation import ClipJob, Frames, read_json
 from ..limits import check_pixels
+from ..memory import release
 from ..project import write_json
 from ..terminal import Progress, tell
 from ..tuned_weights import base_fingerprint
@@ -33,7 +34,7 @@ RETRIES = 3  # where nothing else says how many
 
 def batch(args):
     """Does the jobs of a list, and measures them."""
-    check_ray()
+    check_ray(args.address)
     _settle(args)
     listed, faults = read_jobs(args.jobs)
     preset = given.preset(args)
@@ -42,6 +43,7 @@ def batch(args):
     clips, more = evaluation.jobs_of([each.entry for each in wanted], preset, given.inflation(args), args.output)
     _refuse(args, [*faults, *more])
     job.check_folder(args.output, [*REPORT, SWEEP, STARTED], **{JOBS: args.jobs})
+    args.device = torch.device("cpu")  # from here on this process only looks; the devices are the workers'
     given.models(args)  # whether they can be read
     checkpoint = given.checkpoint(args, preset)
     if args.size is not None:
@@ -64,6 +66,9 @@ def batch(args):
 
 def edit_all(args, clips: Sequence[ClipJob], checkpoint: Checkpoint, frames: Frames) -> dict[str, str]:
     """`evaluation.edit_all` by workers: why, by the names of the clips that failed."""
+    for part in (checkpoint.vae, checkpoint.text_encoder):  # the device is the workers' for now
+        torch.nn.Module.to(part, "cpu")
+    release(args.device)
     missing = [Job(spec_of(clip, frames)) for clip in clips if not evaluation.is_done(clip, args.output)]
     work(args, missing, len(clips) - len(missing), "evaluation", base_fingerprint(checkpoint.unet))
     return {each.name: each.result["why"] for each in missing if each.result["status"] == "failed"}
@@ -84,7 +89,7 @@ def _settle(args):
 
 def settle_for_evaluation(args):
     """`batch`'s own options, for `evaluate`."""
-    check_ray()
+    check_ray(args.address)
     _settle(args)
 
 

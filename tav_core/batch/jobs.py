@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..dataset import Entry, in_words, read_clips, read_yaml
+from ..dataset import SEVERAL, Entry, in_words, read_clips, read_yaml
 from ..drawing import Edit
 from ..errors import TavError
 from ..evaluation import ClipJob, Frames, job_of
@@ -172,9 +172,11 @@ def read_sweep(texts: Sequence[str], preset: Preset) -> dict[str, list[Any]]:
     for text in texts:
         name, _, values = text.partition("=")
         values = [_value(value.strip()) for value in values.split(",") if value.strip()]
+        remedy = "give each setting once, with its values, such as steps=200,500"
         if not values or name in sweep:
-            remedy = "give each setting once, with its values, such as steps=200,500"
             raise TavError("sweep", text, "has no values" if not values else "comes twice", remedy)
+        if name in SEVERAL:
+            raise TavError("sweep", text, "is of a setting that has several values itself", remedy)
         for value in values:
             try:
                 with_settings(preset, **{name: value})

@@ -23,7 +23,8 @@ class Table(AbstractContextManager):
             total: jobs of the batch, with those.
         """
         self.known, self.total, self.quiet = known, total, quiet
-        self.stream, self.began, self.told = sys.stderr, time.monotonic(), time.monotonic()
+        self.stream, self.told = sys.stderr, time.monotonic()
+        self.began: float | None = None  # when the first job did
         self.live = None
         if not quiet and self.stream.isatty():
             try:
@@ -69,7 +70,9 @@ class Table(AbstractContextManager):
         done, running = len(pool.finished) - failed + self.known, len(pool.running)
         told = f"{len(pool.waiting)} waiting, {running} running, {done} of {self.total} done, {failed} failed"
         share = len(pool.finished) + sum(hand.told.get("share", 0.0) for hand in pool.running)
-        if share > 0.02:
+        if self.began is None and pool.running:
+            self.began = time.monotonic()
+        if self.began is not None and share > 0.02 * max(1, running):
             took = time.monotonic() - self.began
             left = took * (self.total - self.known - share) / share
             told += f", {clock_time(left)} left"

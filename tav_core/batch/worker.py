@@ -25,8 +25,9 @@ from ..job import EditJob, claimed, run_edit
 from ..measure import Models, as_json, measure
 from ..memory import is_out_of_memory, release
 from ..noise import read_noise
-from ..project import NOISE, changeable, write_json
+from ..project import NOISE, SUMMARY, changeable, write_json
 from ..recompute import MEMORY
+from ..record import explained
 from ..remaining import Remaining
 from ..tuned_weights import base_fingerprint
 from ..video import load_video
@@ -136,6 +137,7 @@ class Worker:
             callback = self._follow(note)
             job, video = prepared(clip, frames, callback)
             summary, _ = run_edit(job, self.checkpoint, video, folder, callback=callback)
+            write_json(folder / SUMMARY, summary | explained(summary))
             result = {"edits": self._measured(summary, clip.entry.edits, job, folder)}
             result |= {name: summary[name] for name in OF_PROJECT}
             write_json(folder / JOB, known | {"result": result})

@@ -11,10 +11,10 @@ class Stub:
     """Does nothing, for as long as a job says, and notes in a file that it did it."""
 
     def __init__(self, settings: dict[str, Any]):
-        self.output, self.stopped = Path(settings["output"]), False
+        self.output, self.base, self.stopped = Path(settings["output"]), settings.get("base"), False
 
     def hello(self) -> dict[str, Any]:
-        return {"node": platform.node(), "base": None}
+        return {"node": platform.node(), "base": self.base}
 
     def progress(self) -> dict[str, Any]:
         return {}
