@@ -69,14 +69,21 @@ def checkpoint(args, preset: Preset) -> Checkpoint:
         large = f" ({width} x {height} is larger than anything it has seen)" * (max(width, height) > MINI_SIZE)
         tell(f"mini {MINI_KNOWS}{large}")
     checkpoint = load_checkpoint(args.found, prediction_type=args.prediction_type)
-    for path, strength in args.added["lora"]:
-        checkpoint = load_lora(checkpoint, path, strength)
-    for path in args.added["embedding"]:
-        checkpoint = load_embedding(checkpoint, path)
-    checkpoint = replace(checkpoint, prompt_weights=args.prompt_weights)
+    checkpoint = replace(with_added(checkpoint, **args.added), prompt_weights=args.prompt_weights)
     for part in (checkpoint.vae, checkpoint.text_encoder):  # of the U-Net, only what is inflated from it goes there
         nn.Module.to(part, args.device)
     ddim_timesteps(checkpoint.scheduler, preset.sampling_steps)  # a wrong count should not surface after tuning
+    return checkpoint
+
+
+def with_added(
+    checkpoint: Checkpoint, lora: Sequence[tuple[str | Path, float]], embedding: Sequence[str | Path]
+) -> Checkpoint:
+    """The checkpoint with LoRAs, files and strengths, and textual inversions."""
+    for path, strength in lora:
+        checkpoint = load_lora(checkpoint, path, strength)
+    for path in embedding:
+        checkpoint = load_embedding(checkpoint, path)
     return checkpoint
 
 

@@ -50,7 +50,8 @@ def specs(count: int, folder: Path, steps: int, frames: int = 2, size: int = 32)
     """Jobs of the mini checkpoint's world."""
     import torch
 
-    from tav_core.batch.jobs import spec_of
+    from tav_core.batch.jobs import facts_of, spec_of
+    from tav_core.checkpoint import load_checkpoint
     from tav_core.dataset import Entry
     from tav_core.drawing import Edit
     from tav_core.evaluation import ClipJob, Frames, job_of
@@ -58,13 +59,14 @@ def specs(count: int, folder: Path, steps: int, frames: int = 2, size: int = 32)
     from tav_core.presets import PRESETS, with_settings
     from tav_core.video import save_video
 
+    facts = facts_of(load_checkpoint("mini"))
     drawn = world.render_clip(world.clip_scenes(world.Scene(), "slide", frames), size)
     save_video(torch.from_numpy(drawn), folder / "ball.mp4", 8)
     preset = with_settings(PRESETS["mini"], steps=steps, sampling_steps=max(2, steps // 8))
     for number in range(count):
         edits = {"object": Edit("a red star is sliding on the grass")}
         entry = Entry(f"job {number}", folder / "ball.mp4", "a red ball is sliding on the grass", edits, count=frames)
-        yield spec_of(ClipJob(entry, job_of(entry, preset, {})), Frames(size, size))
+        yield spec_of(ClipJob(entry, job_of(entry, preset, {})), Frames(size, size), facts)
 
 
 def run(jobs, worker, settings, workers: int, each=lambda pool: None) -> tuple[object, float]:
@@ -86,7 +88,8 @@ def run(jobs, worker, settings, workers: int, each=lambda pool: None) -> tuple[o
 def settings_in(folder: Path, **changes) -> dict:
     (folder / "batch.json").write_text(json.dumps({"batch": "scale"}))
     return {"output": str(folder), "batch": "scale", "layout": "project", "device": "cpu", "checkpoint": "mini",
-            "threads": 1, "prediction_type": None, "clip": None, "pickscore": None, "dino": None} | changes  # fmt: skip
+            "threads": 1, "prediction_type": None, "added": {"lora": [], "embedding": []}, "prompt_weights": False,
+            "clip": None, "pickscore": None, "dino": None} | changes  # fmt: skip
 
 
 def soak(args):

@@ -184,7 +184,7 @@ def single_run(name: str, path: Path, checkpoint, folder: Path, **changes):
     from tav_core.batch.jobs import job_of_spec
     from tav_core.evaluation import Frames, prepared
 
-    clip, frames = job_of_spec(spec_of(clip, Frames(32, 32)), **changes)
+    clip, frames = job_of_spec(spec_of(clip, Frames(32, 32), {}), **changes)
     run_edit(*(lambda job, video: (job, checkpoint, video))(*prepared(clip, frames)), folder / name)
     return load_file(folder / name / "tuned.safetensors")
 

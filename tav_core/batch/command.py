@@ -20,10 +20,9 @@ from ..limits import check_pixels
 from ..memory import release
 from ..project import write_json
 from ..terminal import Progress, tell
-from ..tuned_weights import base_fingerprint
 from ..where import MINI
 from .cluster import check_ray, cluster, hiring, whole
-from .jobs import JOBS, Listed, comparable, expanded, read_jobs, read_sweep, spec_of
+from .jobs import JOBS, Listed, comparable, expanded, facts_of, read_jobs, read_sweep, spec_of
 from .pool import Job, Pool
 from .report import REPORT, SWEEP, as_lines, compared, write_results
 from .table import Table
@@ -50,14 +49,14 @@ def batch(args):
         pipeline.check_size(checkpoint, width=args.size[0], height=args.size[1])
     frames = [_frames(each, args, checkpoint) for each in wanted]
     _refuse(args, [*evaluation.word_faults(clips, checkpoint), *_size_faults(clips, frames, checkpoint)])
-    base = base_fingerprint(checkpoint.unet)
+    facts = facts_of(checkpoint)
     del checkpoint
-    specs = [spec_of(clip, own) for clip, own in zip(clips, frames)]
+    specs = [spec_of(clip, own, facts) for clip, own in zip(clips, frames)]
     with job.claimed(args.output):
         known = {spec["name"] for spec in specs if _result(args.output, spec)}
         missing = [Job(spec) for spec in specs if spec["name"] not in known]
         try:
-            work(args, missing, len(known), "project", base)
+            work(args, missing, len(known), "project", facts["base"])
         finally:  # also of what was stopped
             told = _told(args.output, specs, {each.name: each for each in missing})
             write_results(told, sweep, args.output)
@@ -69,8 +68,9 @@ def edit_all(args, clips: Sequence[ClipJob], checkpoint: Checkpoint, frames: Fra
     for part in (checkpoint.vae, checkpoint.text_encoder):  # the device is the workers' for now
         torch.nn.Module.to(part, "cpu")
     release(args.device)
-    missing = [Job(spec_of(clip, frames)) for clip in clips if not evaluation.is_done(clip, args.output)]
-    work(args, missing, len(clips) - len(missing), "evaluation", base_fingerprint(checkpoint.unet))
+    facts = facts_of(checkpoint)
+    missing = [Job(spec_of(clip, frames, facts)) for clip in clips if not evaluation.is_done(clip, args.output)]
+    work(args, missing, len(clips) - len(missing), "evaluation", facts["base"])
     return {each.name: each.result["why"] for each in missing if each.result["status"] == "failed"}
 
 
@@ -145,7 +145,9 @@ def work(args, missing: Sequence[Job], known: int, layout: str, base: str):
     write_json(args.output / STARTED, {"batch": batch, "began": time.strftime("%Y-%m-%d %H:%M:%S")})
     settings = {"output": whole(args.output), "batch": batch, "layout": layout, "device": args.worker_device,
                 "checkpoint": "mini" if args.found == MINI else whole(args.found), "threads": args.cpus_per_job,
-                "prediction_type": args.prediction_type,
+                "prediction_type": args.prediction_type, "prompt_weights": args.prompt_weights,
+                "added": {"lora": [(whole(path), strength) for path, strength in args.added["lora"]],
+                          "embedding": [whole(path) for path in args.added["embedding"]]},
                 **{name: whole(getattr(args, name)) for name in ("clip", "pickscore", "dino")}}  # fmt: skip
     resources = args.cpus_per_job, args.gpus_per_job
     with cluster(args.address, *resources, args.workers, f"tune-a-video {args.output.name} {batch[:4]}") as workers:

@@ -13,12 +13,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import Checkpoint
 from ..dataset import SEVERAL, Entry, in_words, read_clips, read_yaml
 from ..drawing import Edit
 from ..errors import TavError
 from ..evaluation import ClipJob, Frames, job_of
 from ..presets import Preset, with_settings
 from ..project import SWEPT
+from ..tuned_weights import base_fingerprint
 from ..tuning import TuneConfig
 from ..video import FITS
 
@@ -222,13 +224,23 @@ def combination(name: str, kind: str, sweep: dict[str, list[Any]]) -> str:
 # ------------------------------------------------------------------------------------------------- plain data
 
 
-def spec_of(clip: ClipJob, frames: Frames) -> dict[str, Any]:
-    """A job as JSON has it, with whole paths: what a worker on another machine needs to know of it."""
+def spec_of(clip: ClipJob, frames: Frames, facts: dict[str, Any]) -> dict[str, Any]:
+    """A job as JSON has it, with whole paths: what a worker on another machine needs to know of it.
+
+    Args:
+        facts: `facts_of` the checkpoint.
+    """
     entry = asdict(clip.entry) | {"video": str(clip.entry.video.absolute())}
     entry["mask"] = clip.entry.mask and str(clip.entry.mask.absolute())
     whole = {"name": clip.name, "entry": entry, "preset": asdict(clip.job.preset), "inflation": clip.job.inflation,
-             "frames": asdict(frames)}  # fmt: skip
+             "frames": asdict(frames), "checkpoint": facts}  # fmt: skip
     return json.loads(json.dumps(whole))
+
+
+def facts_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What of a checkpoint decides on the jobs that are done with it."""
+    return {"base": base_fingerprint(checkpoint.unet), "lora": list(checkpoint.loras),
+            "embedding": dict(checkpoint.embeddings), "prompt_weights": checkpoint.prompt_weights}  # fmt: skip
 
 
 def job_of_spec(spec: dict[str, Any], memory: str | None = None) -> tuple[ClipJob, Frames]:
@@ -249,8 +261,8 @@ def comparable(spec: dict[str, Any]) -> dict[str, Any]:
     entry = {name: value for name, value in spec["entry"].items() if name != "settings"}
     entry |= {name: entry[name] and Path(entry[name]).name for name in ("video", "mask")}
     tuning = {name: value for name, value in spec["preset"]["tuning"].items() if name not in _NO_MATTER}
-    return {"entry": entry, "preset": spec["preset"] | {"tuning": tuning}, "inflation": spec["inflation"],
-            "frames": spec["frames"]}  # fmt: skip
+    others = {name: spec[name] for name in ("inflation", "frames", "checkpoint")}
+    return {"entry": entry, "preset": spec["preset"] | {"tuning": tuning}, **others}
 
 
 def of_tuning(job: dict[str, Any]) -> dict[str, Any]:

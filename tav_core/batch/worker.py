@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..drawing import Edit
 from ..errors import Cancelled, OutOfMemory, TavError
 from ..evaluation import edit_clip, prepared, read_json, told_of
 from ..events import Callback, Event, Note, Plan, Reading, Step, TuningStep
+from ..given import with_added
 from ..job import EditJob, claimed, run_edit
 from ..measure import Models, as_json, measure
 from ..memory import is_out_of_memory, release
@@ -47,7 +49,8 @@ class Worker:
 
         Args:
             settings: output, batch (what STARTED says), layout ("project" or "evaluation"), checkpoint,
-                prediction_type, device, threads, clip, pickscore, dino.
+                prediction_type, added and prompt_weights (see `given.checkpoint`), device, threads, clip, pickscore,
+                dino.
         """
         self.settings, self.output = settings, Path(settings["output"])
         self.checkpoint = self.models = None
@@ -70,6 +73,8 @@ class Worker:
         settings = self.settings
         torch.set_num_threads(settings["threads"])
         checkpoint = load_checkpoint(settings["checkpoint"], prediction_type=settings["prediction_type"])
+        checkpoint = with_added(checkpoint, **settings["added"])
+        checkpoint = replace(checkpoint, prompt_weights=settings["prompt_weights"])
         for part in (checkpoint.vae, checkpoint.text_encoder):  # of the U-Net, only what is inflated from it goes there
             nn.Module.to(part, settings["device"])
         clip, pickscore, dino = (settings[name] for name in ("clip", "pickscore", "dino"))
