@@ -247,7 +247,7 @@ def test_stubs_in_great_number_are_neither_lost_nor_doubled(tmp_path, monkeypatc
         other = Pool(jobs[:1], lambda name: hire(f"other {name}"), 1, "these", 1)
         told = []  # a worker with another checkpoint gets no job
         with pytest.raises(TavError, match="workers are none that can work"):
-            told.extend(other.events(lambda: False))
+            told.extend(filter(None, other.events(lambda: False)))
     done = Counter(line for path in tmp_path.glob("*.txt") for line in path.read_text().splitlines())
     assert done == {job.name: 1 for job in jobs if not job.spec["dies"]}
     assert sum("its worker died 2 times" in line for line in lines) == 2
