@@ -178,7 +178,7 @@ def test_what_is_free_is_asked_when_the_weights_are_as_they_compute(monkeypatch)
             seen.append({parameter.dtype for parameter in unet.parameters()})
             return 16 * GB
 
-    run(unet, replace(CONFIG, steps=1), device=Asked(torch.device("cpu")))
+    run(unet, replace(CONFIG, steps=1, memory="auto"), device=Asked(torch.device("cpu")))
     assert seen == [True, {torch.float32}]
 
 

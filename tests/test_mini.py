@@ -48,7 +48,7 @@ def test_the_judge_is_right_on_fresh_renders(judge):
 
 @pytest.mark.slow
 def test_pictures_show_what_the_prompt_says(checkpoint, judge):
-    figures, images, _ = evaluate(checkpoint, judge, count=30, steps=12, seed=5)
+    figures, images, _ = evaluate(checkpoint, judge, count=30, steps=8, seed=5)
     assert images.shape == (30, 128, 128, 3)
     for attribute, least in {"shape": 0.8, "colour": 0.95, "background": 0.95, "style": 0.95}.items():
         assert figures[attribute] >= least, figures

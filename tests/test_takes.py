@@ -73,7 +73,7 @@ def test_each_step_sees_one_take_with_its_own_sentence(monkeypatch):
 @pytest.mark.slow
 def test_all_takes_are_learned():
     def losses(unet):
-        nothing = replace(CONFIG, steps=1, learning_rate=1e-7, probe_size=8)
+        nothing = replace(CONFIG, steps=1, learning_rate=1e-7, probe_size=8, memory="fast")
         return [
             run(
                 unet,
@@ -86,7 +86,7 @@ def test_all_takes_are_learned():
         ]
 
     before = losses(unet := make_unet())
-    run(unet, replace(CONFIG, steps=90, learning_rate=2e-2), more_takes=OTHERS)
+    run(unet, replace(CONFIG, steps=90, learning_rate=2e-2, memory="fast"), more_takes=OTHERS)
     assert all(after < 0.95 * start for after, start in zip(losses(unet), before))
 
 
@@ -209,7 +209,7 @@ def test_one_shot_tune_learns_takes_as_the_core_does(pack, mini, inference_mode,
 
     def tuned(takes):
         return nodes.OneShotTune.execute(
-            mini.inflated, mini.latent, mini.encode(said[0]), 4, 1e-3, 0, "fp32", "fast", "uniform", 0, takes=takes
+            mini.inflated, mini.latent, mini.encode(said[0]), 3, 1e-3, 0, "fp32", "fast", "uniform", 0, takes=takes
         ).args[1]
 
     learned = tuned(takes)
@@ -217,7 +217,7 @@ def test_one_shot_tune_learns_takes_as_the_core_does(pack, mini, inference_mode,
     with torch.inference_mode(False):
         latents = [mini.model.model.process_latent_in(c["samples"]).movedim(0, 1)[None].clone() for c in clips]
         learned_from = [take_of(x, encode_prompt(mini.checkpoint, words).clone()) for x, words in zip(latents, said)]
-        config = TuneConfig(steps=4, learning_rate=1e-3)
+        config = TuneConfig(steps=3, learning_rate=1e-3, memory="fast")
         wanted = tune(inflate(mini.checkpoint.unet), mini.checkpoint.scheduler, learned_from, config)
     assert max((learned.tensors[name] - weight).abs().max() for name, weight in wanted.weights.items()) < 1e-4
     assert not all(torch.equal(learned.tensors[name], weight) for name, weight in tuned(takes[:1]).tensors.items())

@@ -13,7 +13,7 @@ from tav_core.tuning import TuneConfig, tune
 
 SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, set_alpha_to_one=False)
 SCHEDULER = DDIMScheduler(**SD)
-CONFIG = TuneConfig(steps=6, learning_rate=1e-3, probe_every=2, probe_size=2, save_every=2, seed=5)
+CONFIG = TuneConfig(steps=6, learning_rate=1e-3, probe_every=2, probe_size=2, save_every=2, seed=5, memory="fast")
 
 
 def make_unet():
