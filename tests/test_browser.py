@@ -41,6 +41,15 @@ BATCH = "23-batch-mini"  # whose names of files come over a wire, one for each c
 FEW = {"TAVOneShotTune": {"steps": 2, "preview_every": 2}, "TAVDDIMInversion": {"steps": 2},
        "TAVVideoSampler": {"steps": 2}, "KSamplerAdvanced": {"steps": 2}, "KSampler": {"steps": 2}}  # fmt: skip
 NODES = sorted(path.stem for path in DOCS.glob("*.md"))
+FIT = """() => {  // the whole graph with the lanes of its wires
+    const {ds} = app.canvas, stops = [...app.graph.reroutes.values()].map(stop => stop.pos)
+    const groups = app.graph.groups.map(group => [...group.boundingRect])
+    const left = Math.min(...groups.map(([x]) => x)), top = Math.min(...stops.map(([, y]) => y)) - 20
+    const right = Math.max(...groups.map(([x, , w]) => x + w)), bottom = Math.max(...groups.map(([, y, , h]) => y + h))
+    ds.scale = Math.min(1820 / (right - left), 980 / (bottom - top))
+    ds.offset = [70 / ds.scale - left, 70 / ds.scale - top]
+    app.canvas.setDirty(true, true)
+}"""
 READY = "() => !!(window.app?.canvas && LiteGraph.registered_node_types.TAVOneShotTune)"
 
 
@@ -110,7 +119,10 @@ def test_first_workflow_with_the_mouse(browser, server):
     expect(card.locator("img").first).to_have_js_property("complete", True)
     assert page.get_by_test_id(re.compile(r"^template-workflow-\d\d-")).count() == len(WORKFLOWS)
     if PICTURES:
-        page.wait_for_timeout(1000)
+        page.get_by_text("Newest").first.click()
+        page.get_by_text("A → Z").first.click()
+        card.scroll_into_view_if_needed()
+        page.wait_for_timeout(3000)
         picture(page, ".github/comfyui-templates.jpg")
     card.click()
     page.wait_for_function("() => app.graph.nodes.some(node => node.type == 'TAVOneShotTune')")
@@ -139,6 +151,7 @@ def test_first_workflow_with_the_mouse(browser, server):
         page.evaluate(
             "() => app.extensionManager.setting.set('Comfy.Minimap.Visible', false)"
         )  # it lies on the last node
+        page.evaluate(FIT)
         page.wait_for_timeout(3000)
         picture(page, ".github/comfyui-workflow.jpg")
     if is_newer(server):
