@@ -23,7 +23,7 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])  # of the workers
+os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])  # of the workers
 os.environ["OMP_NUM_THREADS"] = "1"
 
 

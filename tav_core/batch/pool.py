@@ -15,6 +15,7 @@ from ..errors import Cancelled, TavError
 from ..recompute import MEMORY
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported: it shall tell nobody
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as later versions do; earlier ones warn of it
 PERIOD = 1.0  # seconds, in which the table is drawn anew
 PARTS = {"control": 1}  # of a worker: `progress` and `stop` have a thread of their own
 _FALLS = 6  # times that a worker may not answer before that is told
