@@ -46,7 +46,7 @@ FIT = """() => {  // the whole graph with the lanes of its wires
     const groups = app.graph.groups.map(group => [...group.boundingRect])
     const left = Math.min(...groups.map(([x]) => x)), top = Math.min(...stops.map(([, y]) => y)) - 20
     const right = Math.max(...groups.map(([x, , w]) => x + w)), bottom = Math.max(...groups.map(([, y, , h]) => y + h))
-    ds.scale = Math.min(1820 / (right - left), 980 / (bottom - top))
+    ds.scale = Math.min(2500 / (right - left), 1240 / (bottom - top))
     ds.offset = [70 / ds.scale - left, 70 / ds.scale - top]
     app.canvas.setDirty(true, true)
 }"""
@@ -151,6 +151,8 @@ def test_first_workflow_with_the_mouse(browser, server):
         page.evaluate(
             "() => app.extensionManager.setting.set('Comfy.Minimap.Visible', false)"
         )  # it lies on the last node
+        page.set_viewport_size({"width": 2600, "height": 1340})  # below 0.6 nodes have no words
+        page.wait_for_timeout(1000)
         page.evaluate(FIT)
         page.wait_for_timeout(3000)
         picture(page, ".github/comfyui-workflow.jpg")
