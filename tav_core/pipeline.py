@@ -358,6 +358,7 @@ def sample(
     """
     check_edit(prompt, region, subject is not None and source_prompt is not None)
     check_text("negative_prompt", negative_prompt)
+    source_frames = None if source_frames is None else as_frames(source_frames, "source_frames")
     frames, scale = noise.shape[2], checkpoint.downscale
     check_sentence(prompt, frames, "edit", checkpoint.prompt_weights)
     check_sentence(negative_prompt, frames, "negative_prompt", checkpoint.prompt_weights)
