@@ -19,9 +19,9 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, decode_video
 from ..errors import TavError, field
 from ..events import Callback, Note, ignored
-from ..inflation import VideoUNet, inflate
+from ..inflation import VideoUNet
 from ..metrics import mask_iou, missed
-from ..pipeline import Source, find_subject, invert, prepare, reconstruct, sample, tune_on
+from ..pipeline import Source, find_subject, invert, prepare, reconstruct, sample, tune_on, video_unet
 from ..presets import PRESETS, Preset, with_settings
 from ..project import write_json
 from . import world
@@ -48,6 +48,7 @@ def benchmark(
     """Tunes, inverts and edits every clip with every seed.
 
     Args:
+        checkpoint: computes where its VAE is.
         arms: of `ARMS`.
         clips: by their numbers; all of `benchmark_clips` without it.
         folder: keeps the figures of what is done, which another call with the same settings doesn't do again.
@@ -121,7 +122,7 @@ class _Runs:
             preset = with_settings(PRESETS["paper"], seed=tuning.seed, dtype=tuning.dtype, memory=tuning.memory)
             unet, _ = tune_on(self.checkpoint, [self.source], preset)
         else:
-            unet = inflate(self.checkpoint.unet) if arm == "untuned" else self.tuned
+            unet = video_unet(self.checkpoint) if arm == "untuned" else self.tuned
         if arm == "random_noise":
             generator = torch.Generator().manual_seed(preset.tuning.seed)
             noise, settings = torch.randn(self.source.take.latents.shape, generator=generator), {}
@@ -133,7 +134,7 @@ class _Runs:
         draw = partial(sample, self.checkpoint, unet, noise, preset=preset, **settings)
         rows = [self._whole_clip(draw, show)]
         if "subject" in settings:
-            found, truth = settings["subject"][0, 0], torch.from_numpy(masks(self.clip.scenes()))
+            found, truth = settings["subject"][0, 0].cpu(), torch.from_numpy(masks(self.clip.scenes()))
             rows[0] |= {"mask_iou": mask_iou(found, truth), "mask_missed": missed(found, truth)}
         for kind, value in self.clip.edits.items():
             region = REGIONS[kind] if "subject" in settings else "everything"

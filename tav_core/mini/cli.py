@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..arguments import checkpoint, device_argument, path
 from ..checkpoint import MINI, load_checkpoint, load_controlnet
@@ -187,8 +188,11 @@ def _benchmark(args):
     if args.output is not None:
         check_folder(args.output, [])
     with nullcontext() if args.output is None else claimed(args.output):
+        checkpoint = load_checkpoint(args.checkpoint)
+        for part in (checkpoint.vae, checkpoint.text_encoder):
+            nn.Module.to(part, args.device)
         rows = benchmark(
-            load_checkpoint(args.checkpoint),
+            checkpoint,
             load_judge(),
             preset,
             arms=args.arms,
@@ -277,6 +281,7 @@ def _benchmark_arguments(parser):
     told = "keep every video and every figure in this folder; the same command goes on there"
     parser.add_argument("--output", type=path, metavar="DIR", help=told)
     parser.add_argument("--markdown", action="store_true", help="print tables instead of JSON")
+    device_argument(parser)
     add_preset_arguments(parser, *_settings("seed", "eta"))
 
 
