@@ -58,7 +58,28 @@ class TemporalTail:
 
 
 class VideoGroupNorm(OverFrames, nn.GroupNorm):
-    pass
+    def forward(self, x: Tensor) -> Tensor:  # (b f) c h w
+        if x.is_cuda and not torch.is_grad_enabled():  # on GPUs PyTorch is slow with rows that long
+            return norm_by_frames(self, x, self.frame_context.forward.frames)
+        return super().forward(x)
+
+
+def norm_by_frames(norm: nn.GroupNorm, x: Tensor, frames: int) -> Tensor:
+    """`norm` with the statistics of whole videos, put together from those of their frames: equal to rounding.
+
+    Args:
+        x: `(b f) c h w`.
+    """
+    groups, each = norm.num_groups, norm.num_channels // norm.num_groups
+    x = rearrange(x, "(b f) c h w -> b f c h w", f=frames)
+    variances, means = torch.var_mean(rearrange(x, "b f (g e) h w -> b f g (e h w)", g=groups), -1, correction=0)
+    variances, means = variances.float(), means.float()
+    mean = means.mean(1)  # b g
+    variance = (variances + (means - mean[:, None]).square()).mean(1)
+    scale = (variance + norm.eps).rsqrt().repeat_interleave(each, 1) * norm.weight  # b c
+    shift = norm.bias - mean.repeat_interleave(each, 1) * scale
+    scale, shift = (rearrange(of.to(x.dtype), "b c -> b 1 c 1 1") for of in (scale, shift))
+    return rearrange(torch.addcmul(shift, x, scale), "b f c h w -> (b f) c h w")
 
 
 class VideoResnetBlock(ResnetBlock2D):

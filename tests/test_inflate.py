@@ -16,7 +16,7 @@ from support.tiny_unets import CROSS_DOWN, CROSS_UP, DOWN, UP, difference, input
 from tav_core.attention import FrameAttnProcessor, FrameContext, sdpa, temporal_attention
 from tav_core.condition import Condition, joined
 from tav_core.errors import TavError
-from tav_core.inflation import VideoUNet, inflate
+from tav_core.inflation import VideoUNet, inflate, norm_by_frames
 from tav_core.recompute import MEMORY
 from tav_core.subject import subject_mask
 from tav_core.trainable import trainable_parameters
@@ -351,6 +351,20 @@ def test_gradient_checkpointing_of_the_2d_model_is_kept():
     base = make_unet()
     base.enable_gradient_checkpointing()
     assert inflate(base).is_gradient_checkpointing and base.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_norms_put_together_from_frames_are_those_of_the_clip(dtype, tolerance):
+    """What a GPU computes: frames of unlike brightness, far from 0, two videos."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 16, 5, 7, generator=generator) * 3 + torch.arange(6.0)[:, None, None, None] * 4
+    norm = torch.nn.GroupNorm(4, 16).requires_grad_(False)
+    norm.weight.normal_(generator=generator), norm.bias.normal_(generator=generator)
+    x, norm = x.to(dtype), norm.to(dtype)
+    whole = norm.float()(rearrange(x.float(), "(b f) c h w -> b c f h w", f=3))
+    found = norm_by_frames(norm.to(dtype), x, frames=3)
+    assert found.dtype == dtype and found.shape == x.shape
+    assert (found.float() - rearrange(whole, "b c f h w -> (b f) c h w")).abs().max() < tolerance * whole.abs().max()
 
 
 def test_half_precision_and_dtype():
