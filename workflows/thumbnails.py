@@ -21,7 +21,7 @@ PICTURES = {
     "12-regions-sd15": ("A part of your clip", [["SD 1.5", (2, 1)], [(1, 1), "“word”"]]),
     "13-controlnet-mini": ("Another shape and motion", [[(1, 0), (1, 1), (1, 2)], [(2, 0), (2, 1), (2, 2)]]),
     "14-lora-mini": ("A style from a LoRA", [[(0, 1), (1, 1), (2, 1)], ["neon 0, 0.5, 1"]]),
-    "15-travel-mini": ("One sentence fades to another", [["blue  ...  green"], [(1, 0), (1, 1), (1, 2)]]),
+    "15-travel-mini": ("One sentence fades to another", [[(1, 0), (1, 1), (1, 2)], ["blue  ...  green"]]),
     "21-long-clip-mini": ("A long clip in windows", [[(0, 0), (0, 1), (0, 2)], ["[ 1   2 [ 3   4 ] 5   6 ]"],
                                                 [(1, 0), (1, 1), (1, 2)]]),
     "22-two-takes-mini": ("One tuning, two takes", [[(0, 0), "+", (0, 2)], ["=", (1, 1), ""]]),
