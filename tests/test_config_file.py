@@ -13,8 +13,9 @@ from tav_core.terminal import Parser, preset_of
 
 BASE = ["--video", "x y.mp4", "--prompt", "a ball", "--edit", "one", "--edit=-two", "--output", "o",
         "--checkpoint", "mini"]  # fmt: skip
-OF_THE_PRESET = ("steps", "learning_rate", "seed", "sampling_steps", "preset", "guidance_scale", "attention_injection",
-                 "caption_as_negative", "dtype", "eta", "guidance_rescale", "guidance_start", "guidance_end")  # fmt: skip
+OF_THE_PRESET = ("steps", "learning_rate", "seed", "sampling_steps", "preset", "guidance_scale", "guidance_rescale",
+                 "guidance_start", "guidance_end", "attention_injection", "caption_as_negative", "dtype",
+                 "eta")  # fmt: skip
 
 
 @pytest.fixture
