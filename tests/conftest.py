@@ -22,6 +22,8 @@ SLOW = 15  # seconds that the processor may work for a test without that marker
 
 # the models are tiny: more threads only wait for each other, for minutes on a busy machine
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it in the background: servers would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class PlainFolder:
