@@ -110,7 +110,6 @@ def settings_of(
     return {
         "prompt": edit.prompt, "region": edit.region, "negative_prompt": negative_prompt, "seed": seed,
         "guidance_scale": own.guidance_scale, "sampling_steps": own.sampling_steps,
-        # None where it does nothing, as projects have it that were drawn before there was such a thing
         "guidance_rescale": own.guidance_rescale or None, "guidance_start": own.guidance_start or None,
         "guidance_end": own.guidance_end if own.guidance_end < 1 else None,
         "attention_injection": own.attention_injection if of_clip else None,

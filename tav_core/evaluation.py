@@ -50,7 +50,7 @@ _DONE, _FIGURES, _ERROR = "frames.json", "figures.json", "error.txt"  # beside w
 # what folders of earlier versions, which hadn't these settings, were made with
 _ONCE = {"eta": 0.0, "guidance_rescale": 0.0, "guidance_start": 0.0, "guidance_end": 1.0,
          "lora": [], "prompt_weights": False}  # fmt: skip
-_NO_MATTER = ("memory", "save_minutes", "save_every", "probe_every")  # to the result
+NO_MATTER = ("memory", "save_minutes", "save_every", "probe_every")  # to the result
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def check_settings(output: Path, preset: Preset, inflation: dict[str, Any], chec
     content = asdict(preset) | {"inflation": inflation, "checkpoint": checkpoint.name, "frames": asdict(frames)}
     content |= {"lora": list(checkpoint.loras), "embedding": dict(checkpoint.embeddings)}
     content["prompt_weights"] = checkpoint.prompt_weights
-    content["tuning"] = {name: value for name, value in content["tuning"].items() if name not in _NO_MATTER}
+    content["tuning"] = {name: value for name, value in content["tuning"].items() if name not in NO_MATTER}
     flat = {
         f"{of} {name}": value for of, own in content.items() if isinstance(own, dict) for name, value in own.items()
     }

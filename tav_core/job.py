@@ -453,11 +453,8 @@ class _Run:
 
     def reconstruct(self, unet: VideoUNet, noise: InvertedNoise):
         """The clip drawn again from its noise with its own sentence, and how near to it that comes."""
-        project, job, preset = (
-            self.project,
-            self.job,
-            replace(self.job.preset, eta=0.0),
-        )  # which leaves nothing to chance
+        project, job = self.project, self.job
+        preset = replace(job.preset, eta=0.0)  # leaves nothing to chance
         self.callback(Note("reconstruction ..."))
         settings = settings_of(Edit(job.prompt), self.checkpoint, preset, noise, job.negative_prompt)
         video = project.timed("sample", pipeline.sample, self.checkpoint, unet, noise.latents, job.prompt, preset,

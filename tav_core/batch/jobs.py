@@ -17,7 +17,7 @@ from ..checkpoint import Checkpoint
 from ..dataset import SEVERAL, Entry, in_words, read_clips, read_yaml
 from ..drawing import Edit
 from ..errors import TavError
-from ..evaluation import ClipJob, Frames, job_of
+from ..evaluation import NO_MATTER, ClipJob, Frames, job_of
 from ..presets import Preset, with_settings
 from ..project import SWEPT
 from ..tuned_weights import base_fingerprint
@@ -28,7 +28,6 @@ JOBS = "JOBS"  # the field of errors about the list, as the help calls it
 LISTS = ("jobs.yaml", "jobs.yml", "jobs.csv", "clips.yaml")  # in a folder
 _NUMBER = re.compile(r"[+-]?[0-9]+")
 _OF_EDITS = tuple(name for name in SWEPT if name != "seed")  # settings that need no tuning of their own
-_NO_MATTER = ("memory", "save_minutes", "save_every", "probe_every")  # to what comes out
 
 
 @dataclass(frozen=True)
@@ -260,7 +259,7 @@ def comparable(spec: dict[str, Any]) -> dict[str, Any]:
     """What comes out of a job depends on this of it: a job that is done is so as long as this is the same."""
     entry = {name: value for name, value in spec["entry"].items() if name != "settings"}
     entry |= {name: entry[name] and Path(entry[name]).name for name in ("video", "mask")}
-    tuning = {name: value for name, value in spec["preset"]["tuning"].items() if name not in _NO_MATTER}
+    tuning = {name: value for name, value in spec["preset"]["tuning"].items() if name not in NO_MATTER}
     others = {name: spec[name] for name in ("inflation", "frames", "checkpoint")}
     return {"entry": entry, "preset": spec["preset"] | {"tuning": tuning}, **others}
 
