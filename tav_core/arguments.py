@@ -389,18 +389,9 @@ def evaluate_arguments(parser):
     parser.add_argument("--only", nargs="+", type=sentence, metavar="NAME", help=told)
     told = "these kinds of edits, such as style or object (all)"
     parser.add_argument("--kinds", nargs="+", type=sentence, metavar="KIND", help=told)
-    group = parser.add_argument_group("clips", "of those that don't say it themselves")
-    told = f"how many frames (LOVEU-TGVE: all; of yours: {FRAMES})"
-    _number(group, "--frames", "count", help=told)
-    _number(group, "--stride", "stride", help="take every N-th frame (1)")
-    told = "size to work at (LOVEU-TGVE: 480, or that of a smaller checkpoint; of yours: the size of the checkpoint)"
-    group.add_argument("--size", type=size, metavar="WxH", help=told)
-    told = "how clips of another shape are brought to --size (crop)"
-    group.add_argument("--fit", choices=FITS, default="crop", help=told)
-    tuning_arguments(parser, resume=False)
-    measuring_arguments(parser)
-    add_preset_arguments(parser)
-    run_arguments(parser)
+    own = "the size of the checkpoint"
+    list_arguments(parser, f"LOVEU-TGVE: all; of yours: {FRAMES}",
+                   f"LOVEU-TGVE: 480, or that of a smaller checkpoint; of yours: {own}")  # fmt: skip
     told = "edit the clips at once, by several workers on Ray (an extra of the pack)"
     parser.add_argument("--batch", action="store_const", const=True, help=told)
     ray_arguments(parser)
@@ -424,11 +415,15 @@ def batch_arguments(parser):
     parser.add_argument("--sweep", nargs="+", type=sentence, metavar="NAME=X,Y", help=told)
     ray_arguments(parser)
     model_arguments(parser)
+    list_arguments(parser, str(FRAMES), "the size of the checkpoint")
+
+
+def list_arguments(parser, frames: str, sides: str):
+    """What is done with the clips of a list, whose frames and sizes are those unless it or an option says otherwise."""
     group = parser.add_argument_group("clips", "of those that don't say it themselves")
-    _number(group, "--frames", "count", help=f"how many frames ({FRAMES})")
+    _number(group, "--frames", "count", help=f"how many frames ({frames})")
     _number(group, "--stride", "stride", help="take every N-th frame (1)")
-    told = "size to work at (the size of the checkpoint)"
-    group.add_argument("--size", type=size, metavar="WxH", help=told)
+    group.add_argument("--size", type=size, metavar="WxH", help=f"size to work at ({sides})")
     told = "how clips of another shape are brought to --size (crop)"
     group.add_argument("--fit", choices=FITS, default="crop", help=told)
     tuning_arguments(parser, resume=False)

@@ -30,7 +30,7 @@ from .checkpoint import Checkpoint
 from .dataset import chosen, read_dataset
 from .doctor import about_machine, examine, versions
 from .drawing import Edit, draw
-from .errors import Cancelled, TavError, escaped, field
+from .errors import Cancelled, TavError, field
 from .events import Plan, Stage
 from .export import save_pipeline
 from .lora import with_loras
@@ -41,7 +41,7 @@ from .record import FAIR, GOOD, explained, record_of
 from .sentences import check_sentence
 from .steps import STEP_STRIP, file_of_step
 from .subject import subject_steps
-from .terminal import Parser, Progress, check_needs, preset_of, run, tell
+from .terminal import Parser, Progress, check_faults, check_needs, preset_of, run, tell
 from .tuned_weights import TunedInfo
 from .tuning_state import hash_tensors
 from .video import load_video
@@ -349,13 +349,13 @@ def _evaluate(args):
     entries = [replace(entry, count=entry.count or args.frames or found.count, stride=entry.stride or args.stride)
                for entry in wanted]  # fmt: skip
     jobs, faults = evaluation.jobs_of(entries, preset, inflation, args.output)
-    _check_faults(args, [*found.faults, *faults])
+    check_faults("dataset", args.dataset, [*found.faults, *faults])
     job.check_folder(args.output, [*evaluation.REPORT, evaluation.SETTINGS], dataset=args.dataset)
     models, checkpoint = given.models(args), given.checkpoint(args, preset)
     side = min(found.size or checkpoint.size, checkpoint.size)
     frames = evaluation.Frames(*(args.size or (side, side)), args.fit)
     pipeline.check_size(checkpoint, width=frames.width, height=frames.height)
-    _check_faults(args, evaluation.word_faults(jobs, checkpoint))
+    check_faults("dataset", args.dataset, evaluation.word_faults(jobs, checkpoint))
     with job.claimed(args.output), _told_how_to_go_on("run the command again"):
         evaluation.check_settings(args.output, preset, inflation, checkpoint, frames)
         progress = Progress(args.quiet).stop_at_interrupt()
@@ -374,18 +374,6 @@ def _evaluate(args):
     if failed or more:
         remedy = "see above, put it right, and run the command again, which does only what is missing"
         raise TavError("dataset", args.dataset, f"has clips that failed, {len(failed | more)} of {len(jobs)}", remedy)
-
-
-def _check_faults(args, faults: list[str]):
-    """Tells all of them, a line each.
-
-    Raises:
-        TavError: there are some.
-    """
-    for fault in faults:
-        print(escaped(fault), file=sys.stderr)
-    if faults:
-        raise TavError("dataset", args.dataset, f"can't be used as it is ({len(faults)} faults)", "put them right")
 
 
 def _export(args):

@@ -368,10 +368,8 @@ def sample(
     negative = _along(checkpoint, negative_prompt, frames)
     if source_prompt is not None:
         negative = torch.lerp(negative, encode_prompt(checkpoint, source_prompt), preset.caption_as_negative)
-        places = None
-        if subject is not None:
-            mask = pooled(subject, scale).to(unet.device)
-            places = EditPlaces.of(region, mask, margin=1, steady=preset.steady)
+        mask = None if subject is None else pooled(subject, scale).to(unet.device)
+        places = None if mask is None else EditPlaces.of(region, mask, margin=1, steady=preset.steady)
         walk = SourceWalk(preset.attention_injection, places)
         source = Condition(_inversion_text(checkpoint, source_prompt, preset), source_class_labels)
     latents = ddim_sample(

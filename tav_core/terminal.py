@@ -8,9 +8,10 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -212,6 +213,18 @@ def check_needs(args: argparse.Namespace, **needs: str | tuple[str, ...]):
         if getattr(args, name) is not None and all(getattr(args, other) is None for other in others):
             told = " or ".join(map(mentioned, others))
             raise TavError(name, getattr(args, name), f"does nothing without {told}", "leave it out")
+
+
+def check_faults(of: str, path: Path, faults: Sequence[str]):
+    """Tells what is wrong with a list of clips or jobs, a line each.
+
+    Raises:
+        TavError: about the field `of`, if anything is.
+    """
+    for fault in faults:
+        print(escaped(fault), file=sys.stderr)
+    if faults:
+        raise TavError(of, path, f"can't be used as it is ({len(faults)} faults)", "put them right")
 
 
 # ---------------------------------------------------------------------------------------------- the command

@@ -1,16 +1,17 @@
 """11 to 15: what may change, and how: the subject alone, all but it, its shape, the style, and along the frames."""
 
-from tav_core.mini.demo import CONTRASTS, EDITS, PROMPT
-from workflows.graph import Node, Workflow
+from tav_core.mini.demo import EDITS, PROMPT
+from workflows.graph import Workflow
 from workflows.parts import (
     MINI_STEPS,
     OWN,
     SAMPLING,
-    Source,
     decoded,
+    found_subject,
     injected,
     inverted,
     nothing,
+    put_back,
     read_me,
     result,
     sampled,
@@ -22,17 +23,6 @@ from workflows.parts import (
 
 HINTS = "silhouettes for the mini ControlNet"
 LORA = "mini-neon.safetensors"
-
-
-def subject_mask(w: Workflow, model, start: Source, described: Node, others: list[Node]) -> Node:
-    """Where the subject is, by two sentences about others."""
-    contrast = w.add("ConditioningCombine", conditioning_1=others[0], conditioning_2=others[1])
-    found = dict(latent=start.latent, images=start.clip.images, conditioning=described, contrast=contrast)
-    return w.add("TAVSubjectMask", model=model, **found)
-
-
-def put_back(w: Workflow, frames: Node, start: Source, subject: Node, region: str) -> Node:
-    return w.add("TAVPutBack", images=frames, clip=start.clip.images, subject=subject, region=region)
 
 
 def regions(w: Workflow, name: str):
@@ -55,10 +45,7 @@ Instead of *Subject Mask*, connect a mask that you drew or that another pack fou
     place = sentence(w, start.text, "Another place", EDITS["background"])
     empty = nothing(w, start.text)
     tuned = tuning(w, start, described, colour)
-    w.group("2c  Other subjects", "green", 380, below=True)
-    others = [sentence(w, start.text, "The same with another subject", text) for text in CONTRASTS[:2]]
-    noise = inverted(w, tuned.MODEL, start, described, measure=False, title="4  Invert, and find the subject")
-    subject = subject_mask(w, tuned.MODEL, start, described, others)
+    noise, subject = found_subject(w, tuned, start, described)
     mask = w.add("MaskToImage", mask=subject)
     frames = []
     for part, region, edit in (("a", "subject", colour), ("b", "background", place)):

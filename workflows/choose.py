@@ -1,15 +1,16 @@
 """31 to 33: which sampler, which settings, and how good an edit is."""
 
-from tav_core.mini.demo import CONTRASTS, EDITS, PROMPT
-from workflows.change import put_back, subject_mask
+from tav_core.mini.demo import EDITS, PROMPT
 from workflows.graph import Workflow
 from workflows.parts import (
     EDIT,
     SAMPLING,
     decoded,
+    found_subject,
     injected,
     inverted,
     nothing,
+    put_back,
     read_me,
     result,
     sampled,
@@ -106,10 +107,7 @@ The small CLIP that ships with the pack knows the mini world alone, and its scor
     edit = sentence(w, start.text, "What it should show", EDITS["colour"])
     empty = nothing(w, start.text)
     tuned = tuning(w, start, described, edit)
-    w.group("2c  Other subjects", "green", 380, below=True)
-    others = [sentence(w, start.text, "The same with another subject", text) for text in CONTRASTS[:2]]
-    noise = inverted(w, tuned.MODEL, start, described, measure=False, title="4  Invert, and find the subject")
-    subject = subject_mask(w, tuned.MODEL, start, described, others)
+    noise, subject = found_subject(w, tuned, start, described)
     w.group("5  Edit the subject", "cyan")
     model = injected(w, tuned.MODEL, described, region="subject", subject=subject)
     drawn = sampled(w, model, edit, empty, noise, start.vae)

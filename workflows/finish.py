@@ -1,11 +1,11 @@
 """41 and 42: a larger video, the clip's own size, and more frames a second."""
 
-from tav_core.mini.demo import CONTRASTS, EDITS, PROMPT
-from workflows.change import subject_mask
+from tav_core.mini.demo import EDITS, PROMPT
 from workflows.graph import Workflow
 from workflows.parts import (
     CLIP,
     decoded,
+    found_subject,
     injected,
     inverted,
     nothing,
@@ -73,10 +73,7 @@ For your clip: *start*, *stride* and *count* are the same in both *Load Video*, 
     edit = sentence(w, start.text, "Another colour", EDITS["colour"])
     empty = nothing(w, start.text)
     tuned = tuning(w, start, described, edit)
-    w.group("2c  Other subjects", "green", 380, below=True)
-    others = [sentence(w, start.text, "The same with another subject", text) for text in CONTRASTS[:2]]
-    noise = inverted(w, tuned.MODEL, start, described, measure=False, title="4  Invert, and find the subject")
-    subject = subject_mask(w, tuned.MODEL, start, described, others)
+    noise, subject = found_subject(w, tuned, start, described)
     w.group("5a  Edit the subject", "cyan")
     model = injected(w, tuned.MODEL, described, region="subject", subject=subject)
     small = sampled(w, model, edit, empty, noise, start.vae)

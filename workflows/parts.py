@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tav_core.mini.demo import EDITS, PROMPT
+from tav_core.mini.demo import CONTRASTS, EDITS, PROMPT
 from workflows.graph import Node, Workflow
 
 DEMO = "demo clip of the mini checkpoint"
@@ -83,6 +83,20 @@ def inverted(
     w.group(title, "cyan")
     given = dict(model=model, latent=start.latent, conditioning=conditioning, steps=SAMPLING[mini]["steps"])
     return w.add("TAVDDIMInversion", **given | more)
+
+
+def put_back(w: Workflow, frames: Node, start: Source, subject: Node, region: str) -> Node:
+    return w.add("TAVPutBack", images=frames, clip=start.clip.images, subject=subject, region=region)
+
+
+def found_subject(w: Workflow, tuned: Node, start: Source, described: Node) -> tuple[Node, Node]:
+    """The inverted noise, and where the subject is, by two sentences about others."""
+    w.group("2c  Other subjects", "green", 380, below=True)
+    others = [sentence(w, start.text, "The same with another subject", text) for text in CONTRASTS[:2]]
+    noise = inverted(w, tuned.MODEL, start, described, measure=False, title="4  Invert, and find the subject")
+    contrast = w.add("ConditioningCombine", conditioning_1=others[0], conditioning_2=others[1])
+    found = dict(latent=start.latent, images=start.clip.images, conditioning=described, contrast=contrast)
+    return noise, w.add("TAVSubjectMask", model=tuned.MODEL, **found)
 
 
 def injected(w: Workflow, model, described, **more) -> Node:

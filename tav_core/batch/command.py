@@ -1,7 +1,6 @@
 """The command `batch`, and `evaluate --batch`."""
 
 import secrets
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,12 +13,12 @@ from .. import evaluation, given, job, pipeline
 from ..arguments import FRAMES
 from ..checkpoint import Checkpoint
 from ..dataset import in_words
-from ..errors import Cancelled, TavError, escaped
+from ..errors import Cancelled, TavError
 from ..evaluation import ClipJob, Frames, read_json
 from ..limits import check_pixels
 from ..memory import release
 from ..project import write_json
-from ..terminal import Progress, tell
+from ..terminal import Progress, check_faults, tell
 from ..where import MINI
 from .cluster import check_ray, cluster, hiring, whole
 from .jobs import JOBS, Listed, comparable, expanded, facts_of, read_jobs, read_sweep, spec_of
@@ -40,7 +39,7 @@ def batch(args):
     sweep = read_sweep(args.sweep or (), preset)
     wanted = list(expanded([_with_options(each, args) for each in listed], sweep))
     clips, more = evaluation.jobs_of([each.entry for each in wanted], preset, given.inflation(args), args.output)
-    _refuse(args, [*faults, *more])
+    check_faults(JOBS, args.jobs, [*faults, *more])
     job.check_folder(args.output, [*REPORT, SWEEP, STARTED], **{JOBS: args.jobs})
     args.device = torch.device("cpu")  # from here on this process only looks; the devices are the workers'
     given.models(args)  # whether they can be read
@@ -48,7 +47,8 @@ def batch(args):
     if args.size is not None:
         pipeline.check_size(checkpoint, width=args.size[0], height=args.size[1])
     frames = [_frames(each, args, checkpoint) for each in wanted]
-    _refuse(args, [*evaluation.word_faults(clips, checkpoint), *_size_faults(clips, frames, checkpoint)])
+    faults = [*evaluation.word_faults(clips, checkpoint), *_size_faults(clips, frames, checkpoint)]
+    check_faults(JOBS, args.jobs, faults)
     facts = facts_of(checkpoint)
     del checkpoint
     specs = [spec_of(clip, own, facts) for clip, own in zip(clips, frames)]
@@ -113,18 +113,6 @@ def _size_faults(clips: Sequence[ClipJob], frames: Sequence[Frames], checkpoint:
         except TavError as error:
             faults.append(f"{clip.name}: {in_words(error)}")
     return faults
-
-
-def _refuse(args, faults: Sequence[str]):
-    """Tells all faults, a line each.
-
-    Raises:
-        TavError: there are some.
-    """
-    for fault in faults:
-        print(escaped(fault), file=sys.stderr)
-    if faults:
-        raise TavError(JOBS, args.jobs, f"can't be used as it is ({len(faults)} faults)", "put them right")
 
 
 def work(args, missing: Sequence[Job], known: int, layout: str, base: str):
