@@ -127,6 +127,41 @@ def server(comfyui, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def info(server):
+    """What the server tells of its nodes."""
+    return server.get("/object_info")
+
+
+@pytest.fixture
+def graph(info):
+    """A graph that begins with the demo clip and the mini checkpoint, inflated."""
+    from support.comfyui_server import Graph
+
+    return Graph(info).source()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """The Chromium of the system."""
+    from playwright.sync_api import sync_playwright
+
+    from support.browser_install import chromium
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def page(browser, server):
+    """The page of the frontend, one for a module."""
+    from support.browser import visit
+
+    return visit(browser, server)
+
+
+@pytest.fixture(scope="module")
 def inference_mode():
     with torch.inference_mode():  # as ComfyUI runs its nodes
         yield

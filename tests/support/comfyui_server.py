@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import websocket
 from PIL import Image
@@ -259,3 +260,21 @@ class Graph(dict):
 def pictures(server, outputs, node):
     """What a SaveImage wrote, 0 to 255."""
     return torch.cat([load_video(server.file(entry)).frames for entry in outputs[node.id]["images"]]).float()
+
+
+def refused(server, graph, told):
+    """A graph that is not queued, and what its error says."""
+    with pytest.raises(Refused) as error:
+        server.queue(graph)
+    for part in told:
+        assert part in error.value.details
+    assert "traceback" not in error.value.details
+
+
+def fails(server, graph, node, told):
+    """A graph that ends in an error of a node, in one line."""
+    with pytest.raises(Failed) as error:
+        server.run(graph)
+    assert error.value.node == node
+    assert told in error.value.message
+    assert len(error.value.message.splitlines()) == 1
