@@ -226,7 +226,8 @@ def idle(commands: dict[str, dict[str, argparse.Action]]) -> Iterator[Case]:
                         ["--region", "subject"]],
              "demo": [["--context-overlap", "2"], ["--context-length", "9"]],
              "bench": [["--growth"]],
-             "mini train": [["--unet-steps", "1"], ["--lora-steps", "1"]],
+             "mini train": [["--unet-steps", "1"], ["--lora-steps", "1"], ["--channels", "96", "192"],
+                            ["--prediction-type", "v_prediction"]],
              "mini benchmark": [["--context-overlap", "2"], ["--context-length", "99"]]}  # fmt: skip
     for command, lists in alone.items():
         for more in lists:

@@ -119,11 +119,13 @@ def step_of(path) -> int:
         return int(file.metadata()["step"])
 
 
+@pytest.fixture
+def small_batches(monkeypatch):
+    monkeypatch.setattr(cli, "STEPS", {stage: (steps, 8) for stage, (steps, _) in cli.STEPS.items()})
+
+
 @pytest.mark.slow
-def test_all_stages_are_trained_exported_and_gone_on_with(command, few_colours, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        cli, "STEPS", {stage: (steps, 8) for stage, (steps, _) in cli.STEPS.items()}
-    )  # in small batches
+def test_all_stages_are_trained_exported_and_gone_on_with(command, few_colours, small_batches, tmp_path):
     work, output = tmp_path / "work", tmp_path / "output"
     stages = ("vae", "unet", "judge", "controlnet", "lora", "clip")
     train = ["--work", work, "--output", output, "--renders", 48, "--device", "cpu"]
@@ -152,6 +154,22 @@ def test_all_stages_are_trained_exported_and_gone_on_with(command, few_colours, 
     assert all(torch.equal(weight, before[name]) for name, weight in load_file(work / "vae.safetensors").items())
     command("train", "vae", *train, "--vae-steps", 3)
     assert step_of(work / "vae.safetensors") == 3
+
+
+def test_a_unet_of_another_kind(command, few_colours, small_batches, tmp_path):
+    work, output = tmp_path / "work", tmp_path / "output"
+    folders, kind = ["--work", work, "--renders", 48], ["--channels", 32, 48, "--prediction-type", "v_prediction"]
+    for stage in ("vae", "unet", "judge"):
+        command("train", stage, f"--{stage}-steps", 1, *folders, *(kind if stage == "unet" else ()))
+    command("train", "export", *folders, "--output", output, *kind)
+    checkpoint = load_checkpoint(output / "checkpoint")
+    assert tuple(checkpoint.unet.config.block_out_channels) == (32, 48)
+    assert checkpoint.scheduler.config.prediction_type == "v_prediction"
+    for stage in (["unet", "--unet-steps", 2], ["export", "--output", output]):
+        assert "of another model (32-48 v_prediction)" in command("train", *stage, *folders, fails=True)
+    assert "does nothing for stage vae" in command("train", "vae", *folders, *kind, fails=True)
+    told = command("train", "unet", *folders, "--channels", 60, 120, fails=True)
+    assert "60 is not a multiple of 16" in told and "use 64" in told
 
 
 def test_an_interrupted_training_ends_in_the_same_weights(tmp_path):

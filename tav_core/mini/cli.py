@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..arguments import checkpoint, device_argument, path
-from ..checkpoint import MINI, load_checkpoint, load_controlnet
+from ..checkpoint import MINI, SD_PREDICTION_TYPES, load_checkpoint, load_controlnet
 from ..errors import TavError
 from ..events import Note
 from ..job import check_file, check_folder, claimed
@@ -28,6 +28,7 @@ STEPS = {"vae": (3600, 16), "unet": (3000, 64), "judge": (1600, 48), "controlnet
 NEEDED = {"unet": ["vae"], "judge": ["vae"], "export": ["vae", "unet", "judge"]}  # stages before it, in --work
 WRITTEN = ("export", "controlnet", "lora", "clip", "all")  # stages that write to --output
 RENDERS = Range(48, 1_000_000)
+CHANNELS = Range(16, 512)
 FRAMES = Range(2, 1000)  # of a clip of the world
 PICTURES = Range(1, 1000)  # to judge; there are not many more combinations that training never saw
 LAYOUTS = Range(0, 2**31 - 1)
@@ -40,6 +41,14 @@ def _train(args):
         if given is not None and args.stage not in (stage, "all"):
             raise TavError(f"{stage}_steps", given, f"does nothing for stage {args.stage}", "leave it out")
         setattr(args, f"{stage}_steps", given or STEPS[stage][0])
+    if args.stage not in ("unet", "export", "all"):
+        for name, given in (("channels", args.channels), ("prediction_type", args.prediction_type)):
+            if given is not None:
+                raise TavError(name, given, f"does nothing for stage {args.stage}", "leave it out")
+    for width in args.channels or ():
+        if width % 16:
+            remedy = f"use {round(width / 16) * 16}"
+            raise TavError("channels", width, "is not a multiple of 16, the groups of its norms", remedy)
     for stage in NEEDED.get(args.stage, ()):
         if not (args.work / f"{stage}.safetensors").is_file():
             raise TavError("work", args.work, f"holds no {stage}.safetensors", f"train {stage} there first")
@@ -56,15 +65,16 @@ def _train_stages(args):
     from . import train  # training needs more of transformers and tokenizers than using the checkpoint does
 
     device, batch = args.device, {stage: size for stage, (_, size) in STEPS.items()}
+    kind = {"channels": args.channels or train.CHANNELS, "prediction_type": args.prediction_type or "epsilon"}
     if args.stage in ("vae", "all"):
         train.train_vae(args.work, device, args.renders, args.vae_steps, batch["vae"], 1.5e-3)
     if args.stage in ("unet", "all"):
-        train.train_unet(args.work, device, args.renders, args.unet_steps, batch["unet"], 1e-3)
+        train.train_unet(args.work, device, args.renders, args.unet_steps, batch["unet"], 1e-3, **kind)
     if args.stage in ("judge", "all"):
         renders = min(args.renders, 16_000)
         train.train_judge(args.work, device, renders, args.judge_steps, batch["judge"], 2e-3)
     if args.stage in ("export", "all"):
-        train.export(args.work, args.output)
+        train.export(args.work, args.output, **kind)
     if args.stage in ("controlnet", "all"):
         from .train_controlnet import export_controlnet, train_controlnet
 
@@ -221,6 +231,10 @@ def _train_arguments(parser):
         default=24_000,
         help="pictures to learn from, at most; at least 48, and the same for all stages",
     )
+    told = "of the U-Net's two levels, multiples of 16 (default: 64 128); the same for unet and export"
+    parser.add_argument("--channels", type=CHANNELS, nargs=2, help=told)
+    told = "what the U-Net learns to predict (default: epsilon); the same for unet and export"
+    parser.add_argument("--prediction-type", choices=SD_PREDICTION_TYPES, help=told)
     for stage, (steps, batch) in STEPS.items():
         told = f"batches of {batch} (default: {steps})"
         kind = LIMITS["steps"]

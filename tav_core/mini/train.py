@@ -13,6 +13,7 @@ import random
 import shutil
 import string
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,12 +29,14 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..atomic import atomic_path
+from ..errors import TavError, field
 from . import world
 from .judge import Judge, judge_loss
 from .preview import LATENT_COLOURS, write_latent_colours
 
 TOKENS = 32
 WIDTH = 96  # of the text encoder
+CHANNELS = (64, 128)  # of the U-Net's levels, multiples of its 16 groups
 
 
 # ------------------------------------------------------------------------------------------------ the data
@@ -123,10 +126,10 @@ def make_vae() -> AutoencoderKL:
     return vae
 
 
-def make_unet() -> UNet2DConditionModel:
+def make_unet(channels: Sequence[int] = CHANNELS) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=world.SIZE // 8,
-        block_out_channels=(64, 128),
+        block_out_channels=tuple(channels),
         layers_per_block=1,
         norm_num_groups=16,
         down_block_types=("CrossAttnDownBlock2D",) * 2,
@@ -134,6 +137,12 @@ def make_unet() -> UNet2DConditionModel:
         cross_attention_dim=WIDTH,
         attention_head_dim=4,
     )
+
+
+def kind_of(channels: Sequence[int], prediction_type: str) -> str:
+    """What tells a U-Net from the one that ships, which has none."""
+    shipped = tuple(channels) == CHANNELS and prediction_type == "epsilon"
+    return "" if shipped else f"{'-'.join(map(str, channels))} {prediction_type}"
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -153,12 +162,13 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def make_unet_and_text_encoder(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
-    return nn.ModuleDict({"unet": make_unet(), "text_encoder": make_text_encoder(tokenizer)})
+def make_unet_and_text_encoder(tokenizer: CLIPTokenizer, channels: Sequence[int] = CHANNELS) -> nn.ModuleDict:
+    return nn.ModuleDict({"unet": make_unet(channels), "text_encoder": make_text_encoder(tokenizer)})
 
 
-def make_scheduler() -> DDIMScheduler:
+def make_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
     return DDIMScheduler(
+        prediction_type=prediction_type,
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -171,16 +181,33 @@ def make_scheduler() -> DDIMScheduler:
 # ---------------------------------------------------------------------------------------------- the loop
 
 
-def fit(model: nn.Module, loss_of_step, path: Path, *, steps: int, lr: float, ema: float, save_seconds: float = 120):
+def fit(
+    model: nn.Module,
+    loss_of_step,
+    path: Path,
+    *,
+    steps: int,
+    lr: float,
+    ema: float,
+    kind: str = "",
+    save_seconds: float = 120,
+):
     """AdamW with warm-up and cosine decay, a moving average of the weights, and a state file to resume from.
 
     `loss_of_step(step)` draws its batch from a generator seeded by the step. `load_average` reads the result.
+
+    Args:
+        kind: of the model, which the state is of.
+
+    Raises:
+        TavError: a state of another kind.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
     names = [name for name, _ in model.named_parameters()]
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     start = 0
     if path.exists():
+        check_kind(path, kind)
         with safe_open(path, "pt") as file:
             start = int(file.metadata()["step"])
             model.load_state_dict({n: file.get_tensor(f"model.{n}") for n in model.state_dict()})
@@ -198,7 +225,7 @@ def fit(model: nn.Module, loss_of_step, path: Path, *, steps: int, lr: float, em
             save_file(
                 {k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()},
                 temporary,
-                metadata={"step": str(step)},
+                metadata={"step": str(step), "kind": kind},
             )
 
     last_save, smooth = time.time(), None
@@ -219,6 +246,15 @@ def fit(model: nn.Module, loss_of_step, path: Path, *, steps: int, lr: float, em
         if time.time() - last_save > save_seconds or step + 1 == steps:
             save(step + 1)
             last_save = time.time()
+
+
+def check_kind(path: Path, kind: str):
+    """Raises a TavError if a state file is of another kind of model."""
+    with safe_open(path, "pt") as file:
+        found = file.metadata().get("kind", "")
+    if found != kind:
+        problem = f"holds {path.name} of another model ({found or 'that by default'})"
+        raise TavError("work", path.parent, problem, f"choose another {field('work')}, or go on with that one")
 
 
 def load_average(model: nn.Module, path: Path) -> nn.Module:
@@ -301,15 +337,25 @@ def noisy_batch(
     return chosen, a.sqrt() * latents + (1 - a).sqrt() * noise, t, noise, weight
 
 
-def train_unet(work: Path, device: torch.device, renders: int, steps: int, batch: int, lr: float):
-    """Noise prediction on cached latents; the text encoder learns with the U-Net."""
+def train_unet(
+    work: Path,
+    device: torch.device,
+    renders: int,
+    steps: int,
+    batch: int,
+    lr: float,
+    channels: Sequence[int] = CHANNELS,
+    prediction_type: str = "epsilon",
+):
+    """Noise prediction on cached latents, or v-prediction; the text encoder learns with the U-Net."""
     torch.manual_seed(2)
     scenes = training_scenes(renders)
     vae = load_average(make_vae(), work / "vae.safetensors").to(device)
     mean, std = encode_all(vae, render_all(scenes, work / "renders.npy"), work / "moments.npy", device)
     scale = scaling_factor(mean)
     tokenizer = make_tokenizer(work / "tokenizer")
-    both = make_unet_and_text_encoder(tokenizer).to(device)
+    both = make_unet_and_text_encoder(tokenizer, channels).to(device)
+    alphas = make_scheduler().alphas_cumprod.to(device)
 
     def loss_of_step(step: int) -> torch.Tensor:
         words = random.Random(step)
@@ -320,10 +366,14 @@ def train_unet(work: Path, device: torch.device, renders: int, steps: int, batch
         ).input_ids
         with autocast(device):
             text = both["text_encoder"](ids.to(device)).last_hidden_state
-            predicted = both["unet"](noisy, t, text).sample
-        return (weight * (predicted.float() - noise).square()).mean()
+            predicted = both["unet"](noisy, t, text).sample.float()
+        if prediction_type == "v_prediction":  # the noise that v stands for
+            a = alphas[t].view(-1, 1, 1, 1)
+            predicted = a.sqrt() * predicted + (1 - a).sqrt() * noisy
+        return (weight * (predicted - noise).square()).mean()
 
-    fit(both, loss_of_step, work / "unet.safetensors", steps=steps, lr=lr, ema=0.998)
+    kind = kind_of(channels, prediction_type)
+    fit(both, loss_of_step, work / "unet.safetensors", steps=steps, lr=lr, ema=0.998, kind=kind)
 
 
 @torch.no_grad()
@@ -375,18 +425,19 @@ def train_judge(work: Path, device: torch.device, renders: int, steps: int, batc
     fit(judge, loss_of_step, work / "judge.safetensors", steps=steps, lr=lr, ema=0.995)
 
 
-def export(work: Path, output: Path):
+def export(work: Path, output: Path, channels: Sequence[int] = CHANNELS, prediction_type: str = "epsilon"):
     """Writes `checkpoint/`, a diffusers folder, and `judge.safetensors`, both in fp16."""
     vae = load_average(make_vae(), work / "vae.safetensors")
     vae.register_to_config(scaling_factor=scaling_factor(np.load(work / "moments.npy", mmap_mode="r")[:, 0]))
     tokenizer = make_tokenizer(work / "tokenizer")
-    both = load_average(make_unet_and_text_encoder(tokenizer), work / "unet.safetensors")
+    check_kind(work / "unet.safetensors", kind_of(channels, prediction_type))
+    both = load_average(make_unet_and_text_encoder(tokenizer, channels), work / "unet.safetensors")
     StableDiffusionPipeline(
         vae=vae,
         text_encoder=both["text_encoder"],
         tokenizer=tokenizer,
         unet=both["unet"],
-        scheduler=make_scheduler(),
+        scheduler=make_scheduler(prediction_type),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
