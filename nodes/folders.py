@@ -68,6 +68,16 @@ def found(roots: list[str], file: str) -> Iterator[tuple[str, Path]]:
                 yield os.path.relpath(folder, root), folder
 
 
+def files_in(roots: list[str], *suffixes: str) -> dict[str, Path]:
+    """The files that end so, by their names from their root on, sorted; of two of a name the one of the first root."""
+    files = {}
+    for root in roots:
+        for folder, names in walked(root):
+            paths = [folder / name for name in names if name.lower().endswith(suffixes)]
+            files = {**{os.path.relpath(path, root): path for path in paths}, **files}
+    return dict(sorted(files.items()))
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON file, or nothing if it holds no such object."""
     try:

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..tav_core import TavError
 from .common import inside
 
-FILES = ("file", "folder", "checkpoint", "controlnet", "clip_model")  # inputs whose nodes know themselves what there is
+# inputs whose nodes know themselves what there is
+FILES = ("file", "folder", "checkpoint", "controlnet", "clip_model", "lpips_model", "raft_model")
 LONGEST_NAME, LONGEST_NEW, LONGEST_PATH = 255, 200, 1000  # bytes; a file that is written has a longer name before
 _SHOWN = 100  # characters of a value in an error
 _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows, in every folder

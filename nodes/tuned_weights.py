@@ -1,6 +1,5 @@
 """Save, Load and Apply Tuned Weights: tune once, use it in every graph."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from ..tav_core.limits import LIMITS
 from ..tav_core.tuned_weights import fitting, write_tuned
 from .common import NodeTunedWeights, TunedWeights, schema
 from .errors import plain_errors
-from .folders import walked
+from .folders import files_in
 from .inputs import check_name, checked, new_file, usable
 from .native import trainable_weights, video_unet, weights, with_tuned_weights
 
@@ -83,12 +82,7 @@ def new_path(name: str) -> Path:
 
 def choices() -> dict[str, Path]:
     """The files in models/tune_a_video, by name."""
-    files = {}
-    for root in folder_paths.get_folder_paths(FOLDER):
-        for folder, names in walked(root):
-            paths = [folder / name for name in names if name.lower().endswith(".safetensors")]
-            files = {**{os.path.relpath(path, root): path for path in paths}, **files}
-    return dict(sorted(files.items()))
+    return files_in(folder_paths.get_folder_paths(FOLDER), ".safetensors")
 
 
 def path_of(file: str) -> Path:

@@ -364,18 +364,22 @@ def metrics_arguments(parser):
     told = "white where the edit may change something: an image for all frames, a video or a folder"
     parser.add_argument("--mask", type=path, metavar="PATH", help=told)
     measuring_arguments(parser)
+    device_argument(parser)
     told = "where metrics.csv, .json and .html go (the folder of the edit, or the present one)"
     parser.add_argument("--output", type=path, metavar="DIR", help=told)
 
 
 def measuring_arguments(parser):
-    group = parser.add_argument_group(
-        "models", "folders as transformers saves them; without one its figures are left out"
-    )
+    told = "folders as transformers saves them, and files of weights; without one its figures are left out"
+    group = parser.add_argument_group("models", told)
     told = 'a CLIP, such as openai/clip-vit-large-patch14 (LOVEU-TGVE); or "mini", of the mini world'
     group.add_argument("--clip", type=path, metavar="DIR", help=told)
     group.add_argument("--pickscore", type=path, metavar="DIR", help="yuvalkirstain/PickScore_v1")
     group.add_argument("--dino", type=path, metavar="DIR", help="facebook/dino-vitb16")
+    told = "torchvision's weights of AlexNet, or of SqueezeNet 1.1 (PIE-Bench); needs the extra perceptual"
+    group.add_argument("--lpips", type=path, metavar="FILE", help=told)
+    told = "torchvision's weights of raft_large, for warp_error_raft; needs the extra perceptual"
+    group.add_argument("--raft", type=path, metavar="FILE", help=told)
 
 
 def evaluate_arguments(parser):

@@ -34,7 +34,7 @@ from .errors import Cancelled, TavError, field
 from .events import Plan, Stage
 from .export import save_pipeline
 from .lora import with_loras
-from .measure import REPORT, Measured, Models, as_table, mask_of, measure, measure_job, write_report
+from .measure import MODELS, REPORT, Measured, Models, as_table, mask_of, measure, measure_job, write_report
 from .noise import InvertedNoise, read_noise, save_noise
 from .project import SHOWN, SUMMARY, Project, file_name, write_json
 from .record import FAIR, GOOD, explained, record_of
@@ -306,7 +306,7 @@ def _metrics(args):
         _check_measured(args)
     output = args.output or (folders[0] if folders else Path("."))
     job.check_folder(output, REPORT, mask=args.mask, source=args.source)
-    models = given.models(args)
+    models = given.models(args).to(args.device)
     with job.claimed(output):
         rows, videos, source = measure_job(folders[0], models) if folders else _measured(args, models)
         for line in as_table(rows).splitlines():
@@ -355,6 +355,7 @@ def _evaluate(args):
     side = min(found.size or checkpoint.size, checkpoint.size)
     frames = evaluation.Frames(*(args.size or (side, side)), args.fit)
     pipeline.check_size(checkpoint, width=frames.width, height=frames.height)
+    models.check_frames(frames.width, frames.height)
     check_faults("dataset", args.dataset, evaluation.word_faults(jobs, checkpoint))
     with job.claimed(args.output), _told_how_to_go_on("run the command again"):
         evaluation.check_settings(args.output, preset, inflation, checkpoint, frames)
@@ -363,7 +364,7 @@ def _evaluate(args):
             failed = edit_all(args, jobs, checkpoint, frames)
         else:
             failed = evaluation.edit_all(jobs, checkpoint, args.output, frames, progress)
-        names = {name: str(getattr(args, name)) for name in ("clip", "pickscore", "dino")}
+        names = {name: str(getattr(args, name)) for name in MODELS}
         rows, more = evaluation.measure_all(jobs, args.output, models.to(args.device), names, progress)
         evaluation.write_evaluation(rows, failed | more, args.output)
     for line in as_table(evaluation.summed_up(rows)).splitlines():

@@ -30,7 +30,7 @@ from .errors import Cancelled, TavError
 from .errors import field as mentioned
 from .events import Callback, Note, Reading, ignored
 from .job import EditJob, run_edit
-from .measure import FIGURES, Measured, Models, as_json, lines_of, mask_of, measure, of_json
+from .measure import FIGURES, MODELS, Measured, Models, as_json, lines_of, mask_of, measure, of_json
 from .measure import write_csv as write_figures
 from .memory import release
 from .noise import read_noise
@@ -50,6 +50,7 @@ _DONE, _FIGURES, _ERROR = "frames.json", "figures.json", "error.txt"  # beside w
 # what folders of earlier versions, which hadn't these settings, were made with
 _ONCE = {"eta": 0.0, "guidance_rescale": 0.0, "guidance_start": 0.0, "guidance_end": 1.0,
          "lora": [], "prompt_weights": False}  # fmt: skip
+_NO_MODELS = dict.fromkeys(MODELS, "None")  # earlier versions noted those that they knew
 NO_MATTER = ("memory", "save_minutes", "save_every", "probe_every")  # to the result
 
 
@@ -292,7 +293,7 @@ def measure_all(
     Raises:
         Cancelled: by the callback.
     """
-    rows, failed = [], {}
+    rows, failed, names = [], {}, _NO_MODELS | names
     ready = [clip for clip in jobs if is_done(clip, output)]
     for number, clip in enumerate(ready, 1):
         callback(Note(f"{number} of {len(ready)}, {clip.name} is measured"))
@@ -300,7 +301,7 @@ def measure_all(
         path = output / "runs" / clip.name / _FIGURES
         try:
             before = read_json(path)
-            known = before["videos"] if before and before.get("models") == names else {}
+            known = before["videos"] if before and _NO_MODELS | before["models"] == names else {}
             own = {kind: of_json(row) for kind, row in known.items() if kind in clip.entry.edits}
             for measured in _measured(clip, own, output, models, callback):
                 own[measured.name.rsplit("/", 1)[1]] = measured

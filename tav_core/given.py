@@ -14,7 +14,6 @@ from torch import nn
 from . import pipeline
 from .arguments import FRAMES
 from .checkpoint import Checkpoint, load_checkpoint, load_controlnet
-from .clip_metrics import load_clip, load_dino
 from .control import Control
 from .ddim import Schedule, ddim_timesteps
 from .drawing import Edit
@@ -23,7 +22,7 @@ from .errors import TavError, field
 from .inflation import VideoUNet
 from .limits import LIMITS, check_pixels
 from .lora import load_lora
-from .measure import Models, mask_of
+from .measure import MODELS, Models, load_models, mask_of
 from .noise import InvertedNoise
 from .pictures import IMAGES, is_animated
 from .precision import DTYPES
@@ -310,8 +309,4 @@ def check_noise(path: Path, noise: InvertedNoise, checkpoint: Checkpoint, weight
 
 
 def models(args) -> Models:
-    return Models(
-        args.clip and load_clip(args.clip),
-        args.pickscore and load_clip(args.pickscore, "pickscore"),
-        args.dino and load_dino(args.dino),
-    )
+    return load_models(**{name: getattr(args, name) for name in MODELS})

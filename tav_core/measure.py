@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,18 @@ from .clip_metrics import (
     directional_similarity,
     frame_accuracy,
     frame_consistency,
+    load_clip,
+    load_dino,
     look,
     temporal_consistency,
     text_alignment,
 )
 from .errors import TavError
+from .flow import dis_flow
 from .frames import as_frames
 from .noise import read_noise
 from .page import page
+from .perceptual import LPIPS_SIDE, RAFT_SIDE, LpipsModel, RaftModel, load_lpips, load_raft, lpips_distance, raft_flow
 from .project import NOISE, changeable, labels, read_summary
 from .video import load_video
 from .visuals import strip
@@ -40,8 +44,11 @@ FIGURES = {
     "psnr_rest": "PSNR in dB against the source outside of the mask, as in PIE-Bench; higher",
     "ssim_rest": "SSIM there; higher",
     "mse_rest": "mean squared error there, of pixels in 0 ... 1; lower",
+    "lpips_alex_rest": "LPIPS there, by AlexNet; lower",
+    "lpips_squeeze_rest": "LPIPS there, by SqueezeNet, as PIE-Bench and FiVE have it; lower",
     "motion_fidelity": "how much tracks of corners move as the source's (Yatim et al.); higher",
     "warp_error": "mean squared error along the source's optical flow (Lai et al.); lower",
+    "warp_error_raft": "the same along the flow that RAFT finds (torchvision's raft_large); lower",
     "flicker": "difference of frames from the mean of their neighbours; lower",
     "frame_difference": "difference of neighbouring frames, of motion and flicker together: about the source's",
     "tgve_text": "LOVEU-TGVE, CLIPScore (text): 100 times the cosine to the sentence; higher",
@@ -65,13 +72,46 @@ class Models:
     clip: ClipModel | None = None
     pickscore: ClipModel | None = None
     dino: DinoModel | None = None
+    lpips: LpipsModel | None = None
+    raft: RaftModel | None = None
 
     def to(self, device: torch.device) -> "Models":
         """Moves them there, and gives them back."""
-        for each in (self.clip, self.pickscore, self.dino):
-            if each is not None:
+        for name in MODELS:
+            if (each := getattr(self, name)) is not None:
                 torch.nn.Module.to(each.model, device)
         return self
+
+    def check_frames(self, width: int, height: int):
+        """Raises a TavError for frames that are too small for one of them."""
+        for name, side in (("lpips", LPIPS_SIDE), ("raft", RAFT_SIDE)):
+            if getattr(self, name) and min(width, height) < side:
+                problem = f"takes frames of {side} pixels or more a side, not of {width}x{height}"
+                raise TavError(name, None, problem, "leave it out, or take larger frames")
+
+
+MODELS = tuple(field.name for field in fields(Models))
+
+
+def load_models(
+    clip: str | Path | None = None,
+    pickscore: str | Path | None = None,
+    dino: str | Path | None = None,
+    lpips: str | Path | None = None,
+    raft: str | Path | None = None,
+) -> Models:
+    """The models of some folders (`load_clip`, `load_dino`) and files (`load_lpips`, `load_raft`).
+
+    Raises:
+        TavError: one can't be read, or its package isn't there.
+    """
+    return Models(
+        clip and load_clip(clip),
+        pickscore and load_clip(pickscore, "pickscore"),
+        dino and load_dino(dino),
+        lpips and load_lpips(lpips),
+        raft and load_raft(raft),
+    )
 
 
 @dataclass(frozen=True)
@@ -102,7 +142,7 @@ def measure(
         mask: where the edit may change something, 0 ... 1, `f h w`.
 
     Raises:
-        TavError: videos of several sizes or lengths.
+        TavError: videos of several sizes or lengths, or too small for one of the models.
     """
     video, source = as_frames(video, "edited"), as_frames(source, "source")
     if video.shape != source.shape:
@@ -110,16 +150,21 @@ def measure(
         problem = f"has {f} frames of {w}x{h}, its source {g} of {j}x{i}"
         raise TavError("edited", name, problem, "give the frames that were edited, in their size")
     models = models or Models()
+    models.check_frames(width=video.shape[2], height=video.shape[1])
     figures = {
         "psnr_rest": metrics.psnr(video, source, mask),
         "ssim_rest": metrics.ssim(video, source, mask),
         "mse_rest": metrics.mse(video, source, mask),
         "motion_fidelity": metrics.motion_fidelity(video, source),
     }
-    own = [
-        _own(each, source, [prompt, *([source_prompt] if source_prompt else [])], models) for each in (video, source)
-    ]
+    own = [_own(each, [prompt, *([source_prompt] if source_prompt else [])], models) for each in (video, source)]
+    flows = {"warp_error": dis_flow()} | ({"warp_error_raft": raft_flow(models.raft)} if models.raft else {})
+    for key, flow in flows.items():
+        for values, error in zip(own, metrics.warp_errors([video, source], source, flow)):
+            values[key] = error
     figures |= own[0]
+    if models.lpips:
+        figures[f"lpips_{models.lpips.net}_rest"] = lpips_distance(models.lpips, video, source, mask)
     if models.clip and source_prompt:
         seen = [look(models.clip, each, [prompt, source_prompt]) for each in (video, source)]
         figures["directional"] = directional_similarity(*seen)
@@ -127,13 +172,9 @@ def measure(
     return Measured(name, prompt, *in_order)
 
 
-def _own(video: Tensor, source: Tensor, sentences: list[str], models: Models) -> dict[str, float]:
+def _own(video: Tensor, sentences: list[str], models: Models) -> dict[str, float]:
     """What can be said of a video alone, so of the source too."""
-    figures = {
-        "warp_error": metrics.warp_error(video, source),
-        "flicker": metrics.flicker(video),
-        "frame_difference": metrics.frame_difference(video),
-    }
+    figures = {"flicker": metrics.flicker(video), "frame_difference": metrics.frame_difference(video)}
     if models.clip:
         tgve, seen = look(models.clip, video, sentences, TGVE_SIZE), look(models.clip, video, sentences)
         figures |= {

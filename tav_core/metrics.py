@@ -6,17 +6,28 @@ and compared whole.
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 from torch import Tensor
 
 from .errors import TavError
-from .flow import at, dis_flow, followed
+from .flow import Flow, at, dis_flow, followed
 from .frames import as_frames, as_mask
 
 _TRACKS = 200  # points that are followed, at most
 _STILL = 0.5  # pixels: a track that moves less from frame to frame has no direction
+
+
+def outside(video: Tensor, reference: Tensor, mask: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    """Both in 0 ... 1, float64, black where the mask is."""
+    video, reference = as_frames(video), as_frames(reference, "reference")
+    if video.shape != reference.shape:
+        problem = f"has shape {tuple(video.shape)}, the reference {tuple(reference.shape)}"
+        raise TavError("video", None, problem, "bring both to one size and length")
+    kept = 1 if mask is None else 1 - as_mask(mask, video).numpy()[..., None]
+    return tuple(x.numpy().astype(np.float64) / 255 * kept for x in (video, reference))
 
 
 def psnr(video: Tensor, reference: Tensor, mask: Tensor | None = None) -> float:
@@ -27,7 +38,7 @@ def psnr(video: Tensor, reference: Tensor, mask: Tensor | None = None) -> float:
 
 def mse(video: Tensor, reference: Tensor, mask: Tensor | None = None) -> float:
     """Mean squared error against another video of the same shape, for pixels in 0 ... 1."""
-    video, reference = _outside(video, reference, mask)
+    video, reference = outside(video, reference, mask)
     return float(((video - reference) ** 2).mean())
 
 
@@ -45,7 +56,7 @@ def ssim(video: Tensor, reference: Tensor, mask: Tensor | None = None) -> float:
     if min(video.shape[1:3]) < 11:
         raise TavError("video", None, f"has frames of {video.shape[2]}x{video.shape[1]}", "give 11 pixels or more")
     values = []
-    for a, b in zip(*_outside(video, reference, mask)):
+    for a, b in zip(*outside(video, reference, mask)):
         blurred = [cv2.GaussianBlur(x, (11, 11), 1.5)[5:-5, 5:-5] for x in (a, b, a * a, b * b, a * b)]
         mean_a, mean_b, square_a, square_b, product = blurred
         variance_a, variance_b = square_a - mean_a**2, square_b - mean_b**2
@@ -70,19 +81,24 @@ def flicker(video: Tensor) -> float:
     return (frames[1:-1] - (frames[:-2] + frames[2:]) / 2).abs().mean().item() / 255
 
 
-def warp_error(video: Tensor, source: Tensor) -> float:
-    """How little a video follows the motion of another: mean squared error of its frames (0 ... 1) against
+def warp_errors(videos: Sequence[Tensor], source: Tensor, flow: Flow | None = None) -> list[float]:
+    """How little videos follow the motion of another: for each, the mean squared error of its frames (0 ... 1) against
     the next ones brought back along the source's flow, where nothing is hidden (Lai et al., arXiv 1808.00449).
 
-    The flow is OpenCV's DIS; hidden is what its way there and back doesn't bring to the same place.
+    Hidden is what the flow's way there and back doesn't bring to the same place; nan where all is.
+
+    Args:
+        flow: OpenCV's DIS without it.
     """
-    video, source = as_frames(video).numpy(), as_frames(source, "source").numpy()
-    flow, frames, errors = dis_flow(), video.astype(np.float32) / 255, []
-    for (now, then), (drawn, next_drawn) in zip(pairwise(source), pairwise(frames)):
+    flow, source = flow or dis_flow(), as_frames(source, "source").numpy()
+    drawn, errors = [as_frames(video).numpy() for video in videos], [[] for _ in videos]
+    for i, (now, then) in enumerate(pairwise(source)):
         target, seen = followed(flow(now, then), flow(then, now))
         if seen.any():
-            errors.append(((at(next_drawn, target) - drawn) ** 2).mean(-1)[seen].mean())
-    return float(np.mean(errors)) if errors else math.nan
+            for own, frames in zip(errors, drawn):
+                here, there = (frame.astype(np.float32) / 255 for frame in frames[i : i + 2])
+                own.append(((at(there, target) - here) ** 2).mean(-1)[seen].mean())
+    return [float(np.mean(own)) if own else math.nan for own in errors]
 
 
 def motion_fidelity(video: Tensor, source: Tensor) -> float:
@@ -137,13 +153,3 @@ def _moving_tracks(video: Tensor) -> np.ndarray:
         track.append(points)
     steps = np.diff(np.concatenate(track, 1)[found], axis=1)
     return steps[np.linalg.norm(steps, axis=-1).mean(-1) > _STILL]
-
-
-def _outside(video: Tensor, reference: Tensor, mask: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
-    """Both in 0 ... 1, black where the mask is."""
-    video, reference = as_frames(video), as_frames(reference, "reference")
-    if video.shape != reference.shape:
-        problem = f"has shape {tuple(video.shape)}, the reference {tuple(reference.shape)}"
-        raise TavError("video", None, problem, "bring both to one size and length")
-    kept = 1 if mask is None else 1 - as_mask(mask, video).numpy()[..., None]
-    return tuple(x.numpy().astype(np.float64) / 255 * kept for x in (video, reference))

@@ -89,7 +89,7 @@ def settings_in(folder: Path, **changes) -> dict:
     (folder / "batch.json").write_text(json.dumps({"batch": "scale"}))
     return {"output": str(folder), "batch": "scale", "layout": "project", "device": "cpu", "checkpoint": "mini",
             "threads": 1, "prediction_type": None, "added": {"lora": [], "embedding": []}, "prompt_weights": False,
-            "clip": None, "pickscore": None, "dino": None} | changes  # fmt: skip
+            "clip": None, "pickscore": None, "dino": None, "lpips": None, "raft": None} | changes  # fmt: skip
 
 
 def soak(args):

@@ -111,6 +111,14 @@ def comfyui(request) -> Path:
 
 
 @pytest.fixture(scope="session")
+def perceptual(request):
+    """LPIPS and torchvision can be imported."""
+    from support.comfyui_install import enable_perceptual
+
+    enable_perceptual(request.config.cache.mkdir("perceptual"))
+
+
+@pytest.fixture(scope="session")
 def server(comfyui, tmp_path_factory):
     """A running ComfyUI with this pack, the demo clip in its input folder, a second checkpoint beside the mini one."""
     from support.checkpoints import make_folder

@@ -103,6 +103,8 @@ INPUTS = (
     "clip",
     "pickscore",
     "dino",
+    "lpips",
+    "raft",
     "dataset",
 )
 OUTPUTS = ("output", "work", "sheet", "videos", "json")

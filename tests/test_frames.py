@@ -67,7 +67,8 @@ def test_what_is_no_clip_is_refused_by_its_name(checkpoint, given, told):
     (lambda bad: measure("x", CLIP, bad, "a"), "source"), (lambda bad: measure("x", bad, CLIP, "a"), "edited"),
     (lambda bad: metrics.psnr(CLIP, bad), "reference"), (lambda bad: metrics.ssim(bad, CLIP), "frames"),
     (lambda bad: metrics.flicker(bad), "frames"), (lambda bad: metrics.frame_difference(bad), "frames"),
-    (lambda bad: metrics.warp_error(CLIP, bad), "source"), (lambda bad: metrics.motion_fidelity(bad, CLIP), "frames"),
+    (lambda bad: metrics.warp_errors([CLIP], bad), "source"),
+    (lambda bad: metrics.motion_fidelity(bad, CLIP), "frames"),
     (lambda bad: pipeline.drawn_subject(torch.ones(2, 64, 64), bad, 0), "frames"),
 ], ids=range(13))  # fmt: skip
 def test_all_that_takes_a_clip_refuses_floats(call, name):

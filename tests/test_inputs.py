@@ -58,7 +58,8 @@ def test_hostile_values_are_refused_before_a_node_does_anything(pack, inputs):
             with pytest.raises(pack.tav_core.TavError) as error:
                 pack.nodes.inputs.check(each, value)
                 if kind == "COMBO":  # of files, which the node looks up
-                    getattr(pack.nodes, module_of(node)).path_of(value)
+                    find = getattr(pack.nodes, module_of(node)).path_of
+                    find(value, each.id) if node is pack.nodes.Measure else find(value)
             assert one_line(error.value).startswith(each.id), (node, each.id, value)
             refused += 1
     assert refused > 600

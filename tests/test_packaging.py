@@ -56,6 +56,14 @@ def test_requirements_are_lowest_versions_that_were_tried(requirement):
     assert version(requirement.name) in requirement.specifier
 
 
+def test_extras_that_are_spoken_of_are_there():
+    extras, told = PYPROJECT["project"]["optional-dependencies"], set()
+    for path in [*(ROOT / "tav_core").rglob("*.py"), *(ROOT / "tav_core").rglob("*.md")]:
+        told |= set(re.findall(r"comfyui-tune-a-video\[(\w+)\]", path.read_text()))
+    assert {"batch", "perceptual"} == told <= extras.keys()
+    assert all(Requirement(line).specifier for lines in extras.values() for line in lines)
+
+
 def test_every_file_of_the_package_is_installed():
     packages, data = PYPROJECT["tool"]["setuptools"]["packages"], PYPROJECT["tool"]["setuptools"]["package-data"]
     folders = {name: ROOT.joinpath(*name.split(".")) for name in packages}

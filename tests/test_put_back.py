@@ -1,9 +1,11 @@
 """The clip's own pixels around an edit: in the core and in the node."""
 
+import json
+
 import pytest
 import torch
 
-from tav_core import sample
+from tav_core import measure, sample
 from tav_core.mini import world
 from tav_core.presets import PRESETS
 
@@ -60,10 +62,6 @@ def test_the_core_does_as_the_node(checkpoint):
 
 
 def test_measure_tells_what_the_core_measures(pack, arguments):
-    import json
-
-    from tav_core import measure
-
     frames = [(arguments[name] * 255).round().to(torch.uint8) for name in ("images", "clip")]
     given = dict(images=arguments["images"], source=arguments["clip"], prompt="a blue ball on the sand")
     table, told, _ = pack.nodes.Measure.execute(
@@ -79,6 +77,34 @@ def test_measure_tells_what_the_core_measures(pack, arguments):
         ({"images": given["images"][:2]}, "images edit has 2 frames of 128x128, its source 3"),
         ({"mask": torch.ones(2, 128, 128)}, "mask has 2 frames for 3"),
         ({"clip_model": "x"}, "clip_model x is neither"),
+        ({"raft_model": "x"}, "raft_model x is not in models/optical_flow; put it there"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             pack.nodes.Measure.execute(**{**given, "source_prompt": "", "clip_model": "none", **changes})
+
+
+def test_measure_takes_weights_from_folders_of_models(pack, arguments, perceptual, tmp_path, monkeypatch):
+    import folder_paths
+    from torchvision import models
+
+    frames = [(arguments[name] * 255).round().to(torch.uint8) for name in ("images", "clip")]
+    for name, model in (("lpips", models.squeezenet1_1), ("optical_flow", models.optical_flow.raft_large)):
+        (tmp_path / name / "own").mkdir(parents=True)
+        torch.save(model(weights=None).state_dict(), tmp_path / name / "own" / "a.pth")
+        (tmp_path / name / "note.txt").write_text("x")
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(tmp_path / name)], set()))
+    node, weights = pack.nodes.Measure, {"lpips_model": "own/a.pth", "raft_model": "own/a.pth"}
+    assert [each.options for each in node.define_schema().inputs if each.id in weights] == [["none", "own/a.pth"]] * 2
+    assert node.validate_inputs("none", **weights) is node.validate_inputs() is True
+    assert node.validate_inputs("none", "own/a.pth", "b.pth").startswith("raft_model b.pth is not in models/optical_fl")
+    given = dict(images=arguments["images"], source=arguments["clip"], prompt="", source_prompt="", clip_model="none")
+    table, told, _ = node.execute(**given, mask=arguments["subject"], **weights).args
+    files = [tmp_path / name / "own" / "a.pth" for name in ("lpips", "optical_flow")]
+    wanted = measure.measure(
+        "edit", *frames, "", mask=arguments["subject"], models=measure.load_models(None, None, None, *files)
+    )
+    assert json.loads(told)["figures"] == pytest.approx(wanted.figures, rel=1e-3, nan_ok=True)
+    assert "lpips_squeeze_rest" in table and "warp_error_raft" in json.loads(told)["source"]
+    with pytest.raises(ValueError, match="raft_model .*can't be read as a raft_large"):
+        files[1].write_bytes(b"x")
+        node.execute(**given, **weights)

@@ -16,6 +16,7 @@ from ..dataset import in_words
 from ..errors import Cancelled, TavError
 from ..evaluation import ClipJob, Frames, read_json
 from ..limits import check_pixels
+from ..measure import MODELS, Models
 from ..memory import release
 from ..project import write_json
 from ..terminal import Progress, check_faults, tell
@@ -42,12 +43,12 @@ def batch(args):
     check_faults(JOBS, args.jobs, [*faults, *more])
     job.check_folder(args.output, [*REPORT, SWEEP, STARTED], **{JOBS: args.jobs})
     args.device = torch.device("cpu")  # from here on this process only looks; the devices are the workers'
-    given.models(args)  # whether they can be read
+    models = given.models(args)  # whether they can be read
     checkpoint = given.checkpoint(args, preset)
     if args.size is not None:
         pipeline.check_size(checkpoint, width=args.size[0], height=args.size[1])
     frames = [_frames(each, args, checkpoint) for each in wanted]
-    faults = [*evaluation.word_faults(clips, checkpoint), *_size_faults(clips, frames, checkpoint)]
+    faults = [*evaluation.word_faults(clips, checkpoint), *_size_faults(clips, frames, checkpoint, models)]
     check_faults(JOBS, args.jobs, faults)
     facts = facts_of(checkpoint)
     del checkpoint
@@ -104,12 +105,15 @@ def _frames(each: Listed, args, checkpoint: Checkpoint) -> Frames:
     return Frames(width, height, each.fit or args.fit)
 
 
-def _size_faults(clips: Sequence[ClipJob], frames: Sequence[Frames], checkpoint: Checkpoint) -> list[str]:
+def _size_faults(
+    clips: Sequence[ClipJob], frames: Sequence[Frames], checkpoint: Checkpoint, models: Models
+) -> list[str]:
     faults = []
     for clip, own in zip(clips, frames):
         try:
             pipeline.check_size(checkpoint, width=own.width, height=own.height)
             check_pixels(clip.entry.count, own.width, own.height)
+            models.check_frames(own.width, own.height)
         except TavError as error:
             faults.append(f"{clip.name}: {in_words(error)}")
     return faults
@@ -136,7 +140,7 @@ def work(args, missing: Sequence[Job], known: int, layout: str, base: str):
                 "prediction_type": args.prediction_type, "prompt_weights": args.prompt_weights,
                 "added": {"lora": [(whole(path), strength) for path, strength in args.added["lora"]],
                           "embedding": [whole(path) for path in args.added["embedding"]]},
-                **{name: whole(getattr(args, name)) for name in ("clip", "pickscore", "dino")}}  # fmt: skip
+                **{name: whole(getattr(args, name)) for name in MODELS}}  # fmt: skip
     resources = args.cpus_per_job, args.gpus_per_job
     with cluster(args.address, *resources, args.workers, f"tune-a-video {args.output.name} {batch[:4]}") as workers:
         pool = Pool(missing, hiring(Worker, settings, *resources), workers, base, args.retries)

@@ -17,14 +17,13 @@ import torch
 from torch import nn
 
 from ..checkpoint import load_checkpoint
-from ..clip_metrics import load_clip, load_dino
 from ..drawing import Edit
 from ..errors import Cancelled, OutOfMemory, TavError
 from ..evaluation import edit_clip, prepared, read_json, told_of
 from ..events import Callback, Event, Note, Plan, Reading, Step, TuningStep
 from ..given import with_added
 from ..job import EditJob, claimed, run_edit
-from ..measure import Models, as_json, measure
+from ..measure import MODELS, as_json, load_models, measure
 from ..memory import is_out_of_memory, release
 from ..noise import read_noise
 from ..project import NOISE, SUMMARY, changeable, write_json
@@ -49,8 +48,8 @@ class Worker:
 
         Args:
             settings: output, batch (what STARTED says), layout ("project" or "evaluation"), checkpoint,
-                prediction_type, added and prompt_weights (see `given.checkpoint`), device, threads, clip, pickscore,
-                dino.
+                prediction_type, added and prompt_weights (see `given.checkpoint`), device, threads, and those of
+                `load_models`.
         """
         self.settings, self.output = settings, Path(settings["output"])
         self.checkpoint = self.models = None
@@ -77,10 +76,7 @@ class Worker:
         checkpoint = replace(checkpoint, prompt_weights=settings["prompt_weights"])
         for part in (checkpoint.vae, checkpoint.text_encoder):  # of the U-Net, only what is inflated from it goes there
             nn.Module.to(part, settings["device"])
-        clip, pickscore, dino = (settings[name] for name in ("clip", "pickscore", "dino"))
-        self.models = Models(
-            clip and load_clip(clip), pickscore and load_clip(pickscore, "pickscore"), dino and load_dino(dino)
-        )
+        self.models = load_models(**{name: settings[name] for name in MODELS})
         self.checkpoint = checkpoint
 
     def progress(self) -> dict[str, Any]:

