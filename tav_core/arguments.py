@@ -126,8 +126,9 @@ def model_arguments(parser, computes: bool = True):
     if computes:
         device_argument(group)
     told = (
-        "a LoRA for the checkpoint, also for its tuning, a .safetensors file or a name in the lists of --comfyui, and "
-        "how strong it is (1); several times for several; mini-neon is one for the mini checkpoint"
+        "a LoRA (or LoHa, LoKr, DoRA) for the checkpoint, also for its tuning, a .safetensors file or a name in the "
+        "lists of --comfyui, and how strong it is (1); several times for several; mini-neon is one for the mini "
+        "checkpoint"
     )
     group.add_argument("--lora", action="append", type=lora, metavar="FILE[:STRENGTH]", help=told)
     told = "a textual inversion, likewise; its file's name is the word for it in sentences; several times for several"
