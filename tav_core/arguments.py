@@ -230,14 +230,18 @@ def edits_arguments(parser):
 
 def control_arguments(parser):
     group = parser.add_argument_group("ControlNet", "hints for every frame of the edits")
-    told = "a diffusers folder of a ControlNet, a name in the lists of --comfyui, or mini, which takes silhouettes"
-    group.add_argument("--controlnet", type=path, metavar="DIR", help=told)
-    told = "what it sees: an image for all frames, or a video or folder, cut as the clip is"
-    group.add_argument("--hints", type=path, metavar="PATH", help=told)
-    _number(group, "--control-strength", "control_strength", metavar="X", help="of what it adds (1)")
+    told = (
+        "a .safetensors file or a diffusers folder of a ControlNet, a name in the lists of --comfyui, or mini, which "
+        "takes silhouettes; several add up"
+    )
+    group.add_argument("--controlnet", nargs="+", type=path, metavar="NAME", help=told)
+    told = "what each of them sees: an image for all frames, or a video or folder, cut as the clip is"
+    group.add_argument("--hints", nargs="+", type=path, metavar="PATH", help=told)
+    told = "of what it adds (1); one for all ControlNets or one for each, as of the next two"
+    _number(group, "--control-strength", "control_strength", nargs="+", metavar="X", help=told)
     told = "share of the sampling steps after which it begins (0)"
-    _number(group, "--control-start", "control_start", metavar="X", help=told)
-    _number(group, "--control-end", "control_end", metavar="X", help="share after which it ends (1)")
+    _number(group, "--control-start", "control_start", nargs="+", metavar="X", help=told)
+    _number(group, "--control-end", "control_end", nargs="+", metavar="X", help="share after which it ends (1)")
 
 
 def contrast_arguments(parser):

@@ -7,7 +7,8 @@ What the kinds compute is in `adapters`, how files name modules in `lora_names`.
 import copy
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -58,16 +59,9 @@ def load_lora(checkpoint: Checkpoint, path: str | Path, strength: float = 1.0) -
         TavError: missing or damaged files, a pickle, another kind of adapter (OFT, BOFT, GLoRA, (IA)3), one that names
             what the checkpoint hasn't (SDXL, other families), a strength out of range.
     """
-    check(lora_strength=strength)
-    path = Path(path)
-    with reading("lora", path):
-        metadata, tensors = _read(path)
-        adapters = _adapters(metadata, tensors, checkpoint)
-        weights = {part: _weights(part, getattr(checkpoint, part), of) for part, of in adapters.items()}
-        parts = {part: _changed(getattr(checkpoint, part), of, strength) for part, of in weights.items()}
-    told = f"{path.stem}:{strength:g}"
-    alphas = [torch.tensor(list(metadata.get("lora_adapter_metadata", "").encode()))]
-    digest = hash_tensors([*(tensors[key] for key in sorted(tensors)), *alphas])
+    weights, digest = _fitting(checkpoint, path, strength)
+    parts = {part: _changed(getattr(checkpoint, part), of, strength) for part, of in weights.items()}
+    told = f"{Path(path).stem}:{strength:g}"
     loras = (*checkpoint.loras, f"{told} ({digest[:8]})")
     return replace(checkpoint, name=f"{checkpoint.name} + {told}", loras=loras, **parts)
 
@@ -83,12 +77,42 @@ def with_loras(
         TavError: see `load_lora`; about the field "edit_lora".
     """
     styled = replace(checkpoint, unet=unet)
-    try:
+    with _of_edits():
         for path, strength in loras:
             styled = load_lora(styled, path, strength)
+    return styled, styled.unet
+
+
+def check_loras(checkpoint: Checkpoint, loras: Sequence[tuple[str | Path, float]]):
+    """Raises what `with_loras` would, at once: no weight is computed."""
+    with _of_edits():
+        for path, strength in loras:
+            _fitting(checkpoint, path, strength)
+
+
+@contextmanager
+def _of_edits() -> Iterator[None]:
+    try:
+        yield
     except TavError as error:
         raise TavError("edit_lora", error.value, error.problem, error.remedy) from error
-    return styled, styled.unet
+
+
+def _fitting(
+    checkpoint: Checkpoint, path: str | Path, strength: float
+) -> tuple[dict[str, list[tuple[nn.Parameter, Adapter]]], str]:
+    """The weights of each part of a checkpoint with what a file has for them, and the file's fingerprint.
+
+    Raises:
+        TavError: see `load_lora`.
+    """
+    check(lora_strength=strength)
+    with reading("lora", path):
+        metadata, tensors = _read(Path(path))
+        adapters = _adapters(metadata, tensors, checkpoint)
+        weights = {part: _weights(part, getattr(checkpoint, part), of) for part, of in adapters.items()}
+    alphas = torch.tensor(list(metadata.get("lora_adapter_metadata", "").encode()))
+    return weights, hash_tensors([*(tensors[key] for key in sorted(tensors)), alphas])
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
