@@ -126,6 +126,9 @@ def test_what_does_nothing_or_does_not_fit_is_refused(run, files, tav, tmp_path)
         ([*star, *net, "--hints", files / "none.mp4"], "--hints"),
         ([*star, "--controlnet", "mini", *hints], "is for another family of checkpoints"),
         ([*star, "--controlnet", "nowhere", *hints], "--controlnet nowhere is no path that exists"),
+        ([*star, "--controlnet", files / "net" / "diffusion_pytorch_model.safetensors", *hints],
+         "takes text of width 32, which is neither SD 1.x nor 2.x"),
+        ([*star, "--controlnet", files / "soft.safetensors", *hints], "is no ControlNet (it lacks input_hint_block)"),
         ([*star, *net, files / "net", *hints], "--hints has 1 values for 2 --controlnet; give one for each in"),
         ([*star, *net, *hints, files / "one.png"], "--hints has 2 values for 1 --controlnet"),
         ([*star, *net, *hints, "--control-start", 0, 0.1], "--control-start has 2 values for 1 --controlnet; give one "
@@ -188,13 +191,16 @@ def test_what_decides_on_an_edit_is_in_its_settings(checkpoint):
 
 def test_models_by_the_names_of_a_comfyui(tmp_path):
     models = tmp_path / "models"
-    for path in ("loras/mine/soft.safetensors", "embeddings/x1-style.safetensors", "controlnet/net/config.json"):
+    for path in ("loras/mine/soft.safetensors", "embeddings/x1-style.safetensors", "controlnet/net/config.json",
+                 "controlnet/1.5/canny_fp16.safetensors"):  # fmt: skip
         (models / path).parent.mkdir(parents=True)
         (models / path).touch()
     soft = models / "loras" / "mine" / "soft.safetensors"
     for name in ("soft", "soft.safetensors", "mine/soft", "mine/soft.safetensors", soft):
         assert find_model("lora", name, "loras", tmp_path) == soft
     assert find_model("controlnet", "net", "controlnet", tmp_path) == models / "controlnet" / "net"
+    canny = models / "controlnet" / "1.5" / "canny_fp16.safetensors"
+    assert find_model("controlnet", "canny_fp16", "controlnet", tmp_path) == canny
     assert find_model("lora", "mini-neon", "loras").is_file() and find_model("x", "mini", "controlnet").is_dir()
     (models / "loras" / "soft.safetensors").touch()
     refused("'soft' is several in models/loras of the ComfyUI in", "lora", "soft", "loras", tmp_path,
