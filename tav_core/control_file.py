@@ -46,7 +46,8 @@ def load_control_file(path: Path, config: str | Path | None) -> ControlNetModel:
     if config is None and width not in _FAMILIES:
         raise Unfit(f"takes text of width {width}, which is neither SD 1.x nor 2.x", _REMEDY)
     model = empty_controlnet(Path(config or CONFIGS / _FAMILIES[width]))
-    converted = convert_controlnet_checkpoint(tensors, model.config)
+    original = "time_embed.0.weight" in tensors
+    converted = convert_controlnet_checkpoint(tensors, model.config) if original else tensors
     wanted = model.state_dict().keys()
     if lost := sorted(name for name in wanted if converted.get(name) is None):
         raise lacking(lost, "ControlNet")
