@@ -126,8 +126,9 @@ def model_arguments(parser, computes: bool = True):
     if computes:
         device_argument(group)
     told = (
-        "a LoRA for the checkpoint, also for its tuning, a .safetensors file or a name in the lists of --comfyui, and "
-        "how strong it is (1); several times for several; mini-neon is one for the mini checkpoint"
+        "a LoRA (or LoHa, LoKr, DoRA) for the checkpoint, also for its tuning, a .safetensors file or a name in the "
+        "lists of --comfyui, and how strong it is (1); several times for several; mini-neon is one for the mini "
+        "checkpoint"
     )
     group.add_argument("--lora", action="append", type=lora, metavar="FILE[:STRENGTH]", help=told)
     told = "a textual inversion, likewise; its file's name is the word for it in sentences; several times for several"
@@ -229,14 +230,18 @@ def edits_arguments(parser):
 
 def control_arguments(parser):
     group = parser.add_argument_group("ControlNet", "hints for every frame of the edits")
-    told = "a diffusers folder of a ControlNet, a name in the lists of --comfyui, or mini, which takes silhouettes"
-    group.add_argument("--controlnet", type=path, metavar="DIR", help=told)
-    told = "what it sees: an image for all frames, or a video or folder, cut as the clip is"
-    group.add_argument("--hints", type=path, metavar="PATH", help=told)
-    _number(group, "--control-strength", "control_strength", metavar="X", help="of what it adds (1)")
+    told = (
+        "a .safetensors file or a diffusers folder of a ControlNet, a name in the lists of --comfyui, or mini, which "
+        "takes silhouettes; several add up"
+    )
+    group.add_argument("--controlnet", nargs="+", type=path, metavar="NAME", help=told)
+    told = "what each of them sees: an image for all frames, or a video or folder, cut as the clip is"
+    group.add_argument("--hints", nargs="+", type=path, metavar="PATH", help=told)
+    told = "of what it adds (1); one for all ControlNets or one for each, as of the next two"
+    _number(group, "--control-strength", "control_strength", nargs="+", metavar="X", help=told)
     told = "share of the sampling steps after which it begins (0)"
-    _number(group, "--control-start", "control_start", metavar="X", help=told)
-    _number(group, "--control-end", "control_end", metavar="X", help="share after which it ends (1)")
+    _number(group, "--control-start", "control_start", nargs="+", metavar="X", help=told)
+    _number(group, "--control-end", "control_end", nargs="+", metavar="X", help="share after which it ends (1)")
 
 
 def contrast_arguments(parser):

@@ -17,6 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from .checkpoint_file import load_file
 from .checkpoint_folder import load_folder, load_part
 from .checkpoint_parts import Unfit, check_parts
+from .control_file import load_control_file
 from .errors import TavError
 from .frames import told_numbers
 from .inflation import VideoUNet
@@ -129,16 +130,24 @@ def _name(path: Path) -> str:
     return path.stem if path.is_file() else path.name
 
 
-def load_controlnet(path: str | Path) -> ControlNetModel:
-    """Loads "mini", whose hint is the subject's silhouette, or a diffusers folder of a ControlNet for SD 1.x or 2.x.
+def load_controlnet(path: str | Path, config: str | Path | None = None) -> ControlNetModel:
+    """Loads "mini", whose hint is the subject's silhouette, or a ControlNet for SD 1.x or 2.x: a diffusers folder, or a
+    single `.safetensors` file with the names of the original code or of diffusers. Never uses the network.
+
+    Args:
+        config: a folder of diffusers configurations, with that of its checkpoint's `unet`, for a single file of an
+            unusual layout. Unused with a folder.
 
     Returns: float32, on the CPU, frozen and in evaluation mode.
 
     Raises:
-        TavError: missing or broken files, pickled weights, or another kind of model (ControlNets of SDXL, SD3, Flux).
+        TavError: missing or broken files, pickled weights, or another kind of model (ControlNets of SDXL, SD3, Flux,
+            Control-LoRAs, T2I-Adapters).
     """
     path = MINI_CONTROLNET if str(path) == "mini" else Path(path)
     with reading("controlnet", path):
+        if path.is_file():
+            return load_control_file(path, config).eval().requires_grad_(False)
         config = json.loads((path / "config.json").read_text())
         kind = config.get("_class_name")
         if kind != "ControlNetModel":

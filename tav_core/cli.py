@@ -77,11 +77,11 @@ def _edit(args):
     if args.overwrite and args.resume:
         raise TavError("resume", None, f"has nothing to go on with after {field('overwrite')}", "leave one of them out")
     _check_project(args, wanted, args.resume, video=args.video, mask=args.mask, hints=args.hints)
-    control, checkpoint = given.control_model(args), given.checkpoint(args, preset)
+    nets, checkpoint = given.control_models(args), given.checkpoint(args, preset)
     clip = given.clip(args, checkpoint, args.video, sound=args.audio)
     shape = clip.frames.shape[:3]
-    hints = given.control(args, control, checkpoint, *shape, start=args.start, stride=args.stride, count=shape[0])
-    wanted = replace(wanted, mask=given.mask(args, clip), control=hints)
+    control = given.control(args, nets, checkpoint, *shape, start=args.start, stride=args.stride, count=shape[0])
+    wanted = replace(wanted, mask=given.mask(args, clip), control=control)
     wanted.check_fits(checkpoint, *shape)
     if args.dry_run:
         count, height, width, _ = clip.frames.shape
@@ -97,7 +97,7 @@ def _edit(args):
     _report(args.output, summary)
 
 
-def _check_project(args, wanted: job.EditJob, resume: bool, **inputs: Path | None):
+def _check_project(args, wanted: job.EditJob, resume: bool, **inputs: Path | list[Path] | None):
     """Says before any work what is in the way of a project in --output."""
     first = 1 if args.overwrite else Project.at(args.output).next_number
     job.check_folder(args.output, wanted.files(first), **inputs)
@@ -246,7 +246,7 @@ def _sample(args):
     ]
     job.check_folder(args.output, [*files, *SHOWN, SUMMARY], noise=args.noise, tuned=args.tuned,
                      hints=args.hints)  # fmt: skip
-    net, checkpoint = given.control_model(args), given.checkpoint(args, preset)
+    nets, checkpoint = given.control_models(args), given.checkpoint(args, preset)
     unet, info, weights = given.tuned_unet(args, checkpoint)
     rate, sound = given.pace(args, inverted)
     if inverted is None:
@@ -259,7 +259,7 @@ def _sample(args):
     count, *sides = next(iter(starts.values())).latents.shape[2:]
     for name, text in [*(("edit", edit.prompt) for edit in edits), ("negative_prompt", args.negative_prompt)]:
         check_sentence(text, count, name, checkpoint.prompt_weights)
-    control = given.control(args, net, checkpoint, count, *(checkpoint.downscale * side for side in sides))
+    control = given.control(args, nets, checkpoint, count, *(checkpoint.downscale * side for side in sides))
     preset, drawn = preset_of(args), []
     styled = with_loras(checkpoint, unet, loras)
     with job.claimed(args.output):

@@ -1,5 +1,7 @@
 """ControlNets (Zhang et al., arXiv 2302.05543): a hint picture for each frame leads an edit, beside its sentence."""
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,34 +65,49 @@ class Control:
             problem = f"are {size[1]} x {size[0]}, the clip is {width} x {height}"
             raise TavError("hints", None, problem, "give them in the size of the clip")
 
-    def settings(self, step: int, steps: int, videos: int, sources: int, frames: int) -> dict[str, Tensor]:
-        """What a `ControlledUNet` is given at a step, from 0 on, for a batch of videos whose first are sources."""
-        if step / steps < self.start or (step + 1) / steps > self.end:
-            return {}
-        strengths = torch.full((videos, frames), self.strength)
-        strengths[:sources] = 0  # the clip itself is led by no hint
-        return {
-            "hints": self.hints.expand(frames, -1, -1, -1).repeat(videos, 1, 1, 1),
-            "strengths": strengths.flatten(),
-        }
+    def strength_at(self, step: int, steps: int) -> float:
+        """At a step, from 0 on; 0 where it doesn't act."""
+        return 0.0 if step / steps < self.start or (step + 1) / steps > self.end else self.strength
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """What decides on an edit."""
-        hints = hash_tensors([self.hints])[:12]
-        return {"controlnet": base_fingerprint(self.model)[:12], "hints": hints, "control_strength": self.strength,
-                "control_start": self.start, "control_end": self.end}  # fmt: skip
+    def facts(self) -> tuple[Any, ...]:
+        """What decides on an edit, in the order of `FACTS`."""
+        return (base_fingerprint(self.model)[:12], hash_tensors([self.hints])[:12], self.strength, self.start, self.end)
 
 
-NO_FACTS = dict.fromkeys(("controlnet", "hints", "control_strength", "control_start", "control_end"))
+Controls = Control | Sequence[Control] | None  # as callers give one, several, or none
+FACTS = ("controlnet", "hints", "control_strength", "control_start", "control_end")
+
+
+def each_of(control: Controls) -> Sequence[Control]:
+    return [control] if isinstance(control, Control) else control or ()
+
+
+def facts_of(control: Controls) -> dict[str, Any]:
+    """What of ControlNets decides on an edit: a value for one, a list for several, None for none."""
+    values = list(zip(*(each.facts for each in each_of(control)))) or [(None,)] * len(FACTS)
+    return {name: of[0] if len(of) == 1 else list(of) for name, of in zip(FACTS, values, strict=True)}
+
+
+def hints_at(
+    controls: Sequence[Control], step: int, steps: int, videos: int, sources: int, frames: int
+) -> dict[str, Tensor]:
+    """What a `ControlledUNet` is given at a step, from 0 on, for a batch of videos whose first are sources."""
+    strengths = torch.tensor([control.strength_at(step, steps) for control in controls])
+    if not strengths.any():
+        return {}
+    strengths = strengths.repeat(videos, frames, 1)
+    strengths[:sources] = 0  # the clip itself is led by no hint
+    hints = torch.stack([control.hints.expand(frames, -1, -1, -1) for control in controls], 1)  # f n h w c
+    return {"hints": hints.repeat(videos, 1, 1, 1, 1), "strengths": strengths.flatten(0, 1)}
 
 
 @dataclass(frozen=True)
 class ControlledUNet:
-    """A video U-Net with a ControlNet beside it, which sees each frame alone."""
+    """A video U-Net with ControlNets beside it, which see each frame alone; what they say adds up."""
 
     unet: VideoUNet
-    model: ControlNetModel
+    models: Sequence[ControlNetModel]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -113,36 +130,46 @@ class ControlledUNet:
         strengths: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        """`VideoUNet.forward` with what the ControlNet adds.
+        """`VideoUNet.forward` with what the ControlNets add.
 
         Args:
-            hints: uint8 `(b f) h w c`; None: the U-Net alone.
-            strengths: `(b f)`; a frame of strength 0 isn't shown to the ControlNet.
+            hints: uint8 `(b f) n h w c`, of the n ControlNets; None: the U-Net alone.
+            strengths: `(b f) n`; a frame of strength 0 isn't shown to that ControlNet.
         """
-        if hints is None or not (led := strengths != 0).any():
+        if hints is None or not strengths.any():
             return self.unet(latents, timesteps, text, **kwargs)
         b, _, f, _, _ = latents.shape
-        model, led = self.model, led.to(latents.device)
         t = torch.as_tensor(timesteps, device=latents.device).reshape(-1).expand(b).repeat_interleave(f)
         seen = (rearrange(latents, "b c f h w -> (b f) c h w"), t, per_frame("encoder_hidden_states", text, b, f))
-        pictures = rearrange(hints.to(latents.device)[led], "f h w c -> f c h w").to(model.dtype) / 255
-        x, t, words = (each[led].to(model.device) for each in seen)
-        down, middle = model(x.to(model.dtype), t, words.to(model.dtype), pictures.to(model.device), return_dict=False)
-        strengths = strengths.to(latents)[led][:, None, None, None]
+        of_each = [_residuals(model, seen, hints[:, at], strengths[:, at]) for at, model in enumerate(self.models)
+                   if strengths[:, at].any()]  # fmt: skip
+        *down, middle = (functools.reduce(torch.add, parts) for parts in zip(*of_each, strict=True))
+        residuals = dict(down_block_additional_residuals=down, mid_block_additional_residual=middle)
+        return self.unet(latents, timesteps, text, **residuals, **kwargs)
 
-        def for_all(residual: Tensor) -> Tensor:  # nothing for frames that aren't led
-            whole = latents.new_zeros(b * f, *residual.shape[1:])
-            whole[led] = residual.to(latents) * strengths
-            return whole
 
-        return self.unet(
-            latents,
-            timesteps,
-            text,
-            down_block_additional_residuals=[for_all(each) for each in down],
-            mid_block_additional_residual=for_all(middle),
-            **kwargs,
-        )
+def _residuals(
+    model: ControlNetModel, seen: tuple[Tensor, Tensor, Tensor], hints: Tensor, strengths: Tensor
+) -> list[Tensor]:
+    """What a ControlNet adds to the down blocks and, last, to the middle: nothing for frames that it doesn't lead.
+
+    Args:
+        seen: latents `(b f) c h w`, timesteps `(b f)` and text `(b f) n d`.
+        hints: uint8 `(b f) h w c`.
+        strengths: `(b f)`.
+    """
+    latents, led = seen[0], (strengths != 0).to(seen[0].device)
+    pictures = rearrange(hints.to(latents.device)[led], "f h w c -> f c h w").to(model.dtype) / 255
+    x, t, words = (each[led].to(model.device) for each in seen)
+    down, middle = model(x.to(model.dtype), t, words.to(model.dtype), pictures.to(model.device), return_dict=False)
+    strengths = strengths.to(latents)[led][:, None, None, None]
+
+    def for_all(residual: Tensor) -> Tensor:
+        whole = latents.new_zeros(len(latents), *residual.shape[1:])
+        whole[led] = residual.to(latents) * strengths
+        return whole
+
+    return [for_all(each) for each in (*down, middle)]
 
 
 def family(config: Any) -> Family:

@@ -5,7 +5,7 @@ Both walk along noise levels sigma in the scale of Karras et al. (arXiv 2206.003
 signal level alphas_cumprod is `1 / (1 + sigma^2)`. Arithmetic runs in float32, the model in its own dtype.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -17,12 +17,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .condition import Condition, VideoModel, joined, predict
+from .control import Control, hints_at
 from .errors import TavError
 from .events import Callback, DDIMStep, ignored
 from .limits import check
 
 if TYPE_CHECKING:
-    from .control import Control
     from .injection import Led, SourceWalk
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -253,7 +253,7 @@ def ddim_sample(
     negative_hidden_states: Tensor | Condition | None = None,
     source_walk: "SourceWalk | None" = None,
     source_hidden_states: Tensor | Condition | None = None,
-    control: "Control | None" = None,
+    controls: Sequence[Control] = (),
     eta: float = 0.0,
     generator: torch.Generator | None = None,
     callback: Callback = ignored,
@@ -268,7 +268,7 @@ def ddim_sample(
         source_walk: takes the source clip back beside the edit, from the same noise without guidance, and lets it lead
             the edit's attention or hold a part of it (see `injection`); needs a model with a `frame_context`.
         source_hidden_states: what the source clip was inverted with, for `source_walk`.
-        control: hints for the edit, for a `ControlledUNet`.
+        controls: hints for the edit, those of the ControlNets of a `ControlledUNet`.
         eta: 0 (DDIM) to 1 (DDPM) share of fresh noise, drawn from `generator`.
         callback: as in `ddim_invert`, with stage "sample".
 
@@ -294,7 +294,7 @@ def ddim_sample(
     if source_walk is not None:
         source_walk.begin()
         source = Condition.of(source_hidden_states).or_labels_of(condition)
-    denoise = _edit_denoiser(unet, schedule, latents.shape, prompts, guidance, source_walk, source, control)
+    denoise = _edit_denoiser(unet, schedule, latents.shape, prompts, guidance, source_walk, source, controls)
     x = from_latents(latents.float().contiguous(), schedule.sigmas[0])
     for step, (sigma, lower) in enumerate(pairwise(schedule.sigmas)):
         x0 = denoise(x, step)
@@ -315,7 +315,7 @@ def _edit_denoiser(
     guidance: Guidance,
     source_walk: "SourceWalk | None",
     source: Condition | None,
-    control: "Control | None",
+    controls: Sequence[Control],
 ) -> Callable[[Tensor, int], Tensor]:
     """What a U-Net sees in an edit at a step, `(x, step) -> x0`: under guidance, and beside the source where it walks.
 
@@ -338,8 +338,8 @@ def _edit_denoiser(
 
         def ask(x: Tensor, led: "Led | None") -> Tensor:
             sources, hints = 0 if led is None else b, {}
-            if control is not None:
-                hints = control.settings(step, len(schedule.timesteps), len(x), sources, f)
+            if controls:
+                hints = hints_at(controls, step, len(schedule.timesteps), len(x), sources, f)
             if led is None:
                 return schedule.denoised(unet, x, step, texts(guided, False), **hints)
             with unet.frame_context.running(sources=led.sources):

@@ -18,6 +18,7 @@ from . import __version__, attention_choice, pipeline
 from .bench import cpu_name
 from .checkpoint import Checkpoint, encode_prompt
 from .condition import Condition
+from .control import each_of
 from .errors import Cancelled
 from .events import Callback, DDIMStep, Event, Note, Step
 from .inflation import VideoUNet
@@ -25,7 +26,7 @@ from .job import EditJob
 from .memory import MARGIN, free_memory, offloaded
 from .precision import DTYPES
 from .recompute import MEMORY
-from .remaining import clock_time, plan_of
+from .remaining import CONTROL, clock_time, plan_of
 from .take import Take
 from .tuning import step_memory, tune
 
@@ -80,7 +81,11 @@ def examine(
     yield f"checkpoint: {checkpoint.name}, made for {checkpoint.size} x {checkpoint.size}"
     yield f"clip: {frames} frames of {width} x {height}, in {preset.tuning.dtype}"
     unet = pipeline.video_unet(checkpoint, **job.inflation)
-    with offloaded(checkpoint.vae, checkpoint.text_encoder):
+    nets = [each.model for each in each_of(job.control)]
+    if nets:
+        size = sum(weight.nbytes for weight in {weight for net in nets for weight in net.parameters()})
+        yield f"ControlNets: {size / 1e9:.2f} GB of weights on the device, while edits are drawn and not before"
+    with offloaded(checkpoint.vae, checkpoint.text_encoder, *nets):
         yield from _what_fits(unet, take, job, (width, height), scale)
     yield from _how_long(checkpoint, unet, source, job, callback)
 
@@ -112,14 +117,16 @@ def _how_long(
     preset, clock = job.preset, _Clock(callback)
     sampling = replace(preset, sampling_steps=max(1 + _STEPS, preset.sampling_steps))
     config = replace(preset.tuning, steps=max(2 + _STEPS, preset.tuning.steps), probe_every=100)
-    with offloaded(checkpoint.vae, checkpoint.text_encoder), suppress(Cancelled):
+    controls = [replace(each, start=0.0, end=1.0) for each in each_of(job.control) if each.strength]
+    waiting = checkpoint.vae, checkpoint.text_encoder, *(each.model for each in controls)
+    with offloaded(*waiting), suppress(Cancelled):
         tune(unet, checkpoint.scheduler, [source.take], config, callback=clock)
     nn.Module.to(unet, DTYPES[config.dtype])
     noise = source.take.latents
     with suppress(Cancelled):
         pipeline.invert(checkpoint, unet, source, sampling, callback=clock)
     with suppress(Cancelled):
-        pipeline.sample(checkpoint, unet, noise, job.prompt, sampling, source_prompt=job.prompt, control=job.control,
+        pipeline.sample(checkpoint, unet, noise, job.prompt, sampling, source_prompt=job.prompt, control=controls,
                         callback=clock)  # fmt: skip
     seconds, plan = clock.seconds, plan_of(job)
     kernels = Counter(attention_choice.CHOSEN.values())
@@ -128,7 +135,8 @@ def _how_long(
     told = ", ".join(f"{name} {seconds[stage]:.2f} s" for stage, name in _NAMES.items())
     yield f"a step, the mean of {_STEPS}: {told}"
     # the first steps of a sampling are its dearest: the clip walks beside them
-    dearest = 1 + (preset.guidance_scale > 1) + (preset.attention_injection > 0)
+    guided, walks = preset.guidance_scale > 1, preset.attention_injection > 0
+    dearest = (1 + guided) * (1 + CONTROL * len(controls)) + walks
     sample = next(stage.cost for stage in plan.stages if stage.name == "sample") / dearest * seconds["sample"]
     rates = {"encode": 0.0, "tune": seconds["tune"], "invert": seconds["invert"], "subject": seconds["invert"],
              "sample": sample}  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 
 from . import pipeline
 from .checkpoint import Checkpoint
-from .control import NO_FACTS, Control
+from .control import Controls, facts_of
 from .embeddings import named_in
 from .events import Callback, Note, ignored
 from .inflation import VideoUNet
@@ -49,7 +49,7 @@ def draw(
     *,
     negative_prompt: str = "",
     seed: int | None = None,
-    control: Control | None = None,
+    control: Controls = None,
     callback: Callback = ignored,
 ) -> list[dict[str, Any]]:
     """Draws the edits that a project lacks.
@@ -57,7 +57,7 @@ def draw(
     Args:
         noise: what they begin from; they play at its rate, with its sound.
         seed: of noise that is random; None: it is that of a clip.
-        control: leads all of them.
+        control: one or several that lead all of them.
 
     Returns: what the project's summary tells of the edits, in their order.
     """
@@ -97,7 +97,7 @@ def settings_of(
     noise: InvertedNoise,
     negative_prompt: str,
     seed: int | None = None,
-    control: Control | None = None,
+    control: Controls = None,
 ) -> dict[str, Any]:
     """All that decides on what an edit shows, but for the project that it is of: this makes it another edit.
 
@@ -118,7 +118,7 @@ def settings_of(
         "context_length": tuning.context_length, "context_overlap": own.context_overlap if windows else None,
         "dtype": tuning.dtype, "noise": hash_tensors([noise.latents.float()])[:12], "frames": noise.latents.shape[2],
         "fps": noise.fps, "sound": noise.sound is not None, "eta": own.eta or None,
-        **reading_of(checkpoint, edit.prompt, negative_prompt), **(NO_FACTS if control is None else control.facts),
+        **reading_of(checkpoint, edit.prompt, negative_prompt), **facts_of(control),
     }  # fmt: skip
 
 

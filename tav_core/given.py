@@ -124,12 +124,11 @@ def mask(args, clip: Clip) -> torch.Tensor | None:
         return None
     count, height, width = clip.frames.shape[:3]
     cut = dict(start=args.start, stride=args.stride, count=count)
-    return mask_of(_pictures(args, "mask", width, height, args.fit, cut), count)
+    return mask_of(_pictures(args, "mask", args.mask, width, height, args.fit, cut), count)
 
 
-def _pictures(args, of: str, width: int, height: int, fit: str, cut: dict[str, int | None]) -> torch.Tensor:
+def _pictures(args, of: str, path: Path, width: int, height: int, fit: str, cut: dict[str, int | None]) -> torch.Tensor:
     """Those of an option that takes an image or a video, uint8 `f h w c`; an image isn't cut."""
-    path = getattr(args, of)
     one = path.suffix.lower() in IMAGES and path.is_file() and not is_animated(path)
     read = dict(width=width, height=height, fit=fit, sound=False, callback=Progress(args.quiet))
     try:
@@ -139,41 +138,58 @@ def _pictures(args, of: str, width: int, height: int, fit: str, cut: dict[str, i
         raise TavError(named, error.value, error.problem, error.remedy) from error
 
 
-def control_model(args) -> ControlNetModel | None:
-    """That of --controlnet, on the device, in the precision of the U-Net.
+def control_models(args) -> list[ControlNetModel]:
+    """Those of --controlnet, on the device, in the precision of the U-Net.
 
     Raises:
-        TavError: one without hints, hints or settings without one, an end that isn't behind the start.
+        TavError: one without hints, hints or settings without one, more or fewer of them, an end that isn't behind the
+            start.
     """
     of_control = ("hints", "control_strength", "control_start", "control_end")
     check_needs(args, **dict.fromkeys(of_control, "controlnet"))
     if args.controlnet is None:
-        return None
+        return []
     if args.hints is None:
         raise TavError("hints", None, "is missing", f"give {field('controlnet')} a picture for each frame, or for all")
-    Control(None, torch.zeros(1, 1, 1, 3, dtype=torch.uint8), **_control_settings(args))
-    model = load_controlnet(find_model("controlnet", args.controlnet, "controlnet", args.comfyui))
-    return nn.Module.to(model, args.device, DTYPES[args.dtype])
+    count = len(args.controlnet)
+    for name in of_control:
+        for_all = "" if name == "hints" else "one for all, or "
+        if (values := getattr(args, name)) and len(values) != count and not (for_all and len(values) == 1):
+            problem = f"has {len(values)} values for {count} {field('controlnet')}"
+            raise TavError(name, None, problem, f"give {for_all}one for each in the same order")
+    for own in _control_settings(args):
+        Control(None, torch.zeros(1, 1, 1, 3, dtype=torch.uint8), **own)
+    paths = [find_model("controlnet", name, "controlnet", args.comfyui) for name in args.controlnet]
+    models = {path: nn.Module.to(load_controlnet(path), args.device, DTYPES[args.dtype]) for path in {*paths}}
+    return [models[path] for path in paths]
 
 
-def _control_settings(args) -> dict[str, float]:
+def _control_settings(args) -> list[dict[str, float]]:
+    """Those of each ControlNet, where they are given."""
     given = {name: getattr(args, f"control_{name}") for name in ("strength", "start", "end")}
-    return {name: value for name, value in given.items() if value is not None}
+    count = len(args.controlnet)
+    return [{name: (values * count)[at] for name, values in given.items() if values} for at in range(count)]
 
 
 def control(
-    args, model: ControlNetModel | None, checkpoint: Checkpoint, frames: int, height: int, width: int, **cut
-) -> Control | None:
-    """The ControlNet with its hints, for a clip of that shape.
+    args, models: Sequence[ControlNetModel], checkpoint: Checkpoint, frames: int, height: int, width: int, **cut
+) -> list[Control]:
+    """The ControlNets with their hints, for a clip of that shape.
 
     Args:
         cut: how the clip was cut, where that is known; else there must be one picture for each of its frames.
     """
-    if model is None:
-        return None
-    hints = _pictures(args, "hints", width, height, getattr(args, "fit", "crop"), cut)
-    made = Control(model, hints, **_control_settings(args))
-    made.check(checkpoint.unet, frames, height, width)
+    if not models:
+        return []
+    made = []
+    for model, name, path, own in zip(models, args.controlnet, args.hints, _control_settings(args), strict=True):
+        hints = _pictures(args, "hints", path, width, height, getattr(args, "fit", "crop"), cut)
+        made.append(Control(model, hints, **own))
+        try:
+            made[-1].check(checkpoint.unet, frames, height, width)
+        except TavError as error:
+            value = {"controlnet": name, "hints": path}[error.field]
+            raise TavError(error.field, value, error.problem, error.remedy) from error
     return made
 
 

@@ -17,13 +17,14 @@ from torch import Tensor
 from . import errors, pipeline
 from .atomic import sole_user
 from .checkpoint import Checkpoint, decode_video
-from .control import Control
+from .control import Controls, each_of
 from .drawing import Edit, draw, reading_of, settings_of
 from .errors import TavError
 from .events import Callback, Note, Step, ignored
 from .inflation import VideoUNet
 from .limits import check
-from .lora import with_loras
+from .lora import check_loras, with_loras
+from .memory import offloaded
 from .metrics import psnr
 from .noise import InvertedNoise, read_noise, save_noise
 from .precision import DTYPES
@@ -59,7 +60,7 @@ class EditJob:
         word: of the sentence that names the subject, to find it by; with contrasts, what either of them finds.
         mask: of the subject, drawn or found elsewhere, 0 ... 1, `f h w` of pixels: it isn't looked for then.
         rank: of what the files of tuned weights hold (see `save_tuned`).
-        control: a ControlNet with hints for the edits.
+        control: a ControlNet with hints for the edits, or several, which add up.
         loras: files and strengths, for the edits alone; those of the tuning are in the checkpoint (see `load_lora`).
 
     Raises:
@@ -77,7 +78,7 @@ class EditJob:
     word: str = ""
     mask: Tensor | None = field(default=None, repr=False, compare=False)
     rank: int | None = None
-    control: Control | None = field(default=None, compare=False)
+    control: Controls = field(default=None, compare=False)
     loras: Sequence[tuple[Path, float]] = ()
 
     def __post_init__(self):
@@ -99,9 +100,9 @@ class EditJob:
         texts += [("contrast", each) for each in self.contrasts] + [("edit", edit.prompt) for edit in self.edits]
         for name, text in texts:
             check_sentence(text, frames, name, checkpoint.prompt_weights)
-        if self.control is not None:
-            self.control.check(checkpoint.unet, frames, height, width)
-        with_loras(checkpoint, checkpoint.unet, self.loras)
+        for control in each_of(self.control):
+            control.check(checkpoint.unet, frames, height, width)
+        check_loras(checkpoint, self.loras)
 
     @property
     def knows_subject(self) -> bool:
@@ -120,21 +121,23 @@ def tuned_files(preset: Preset) -> list[str]:
     return [*TUNED_FILES, *map(file_of_step, preset.tuning.keep)]
 
 
-def check_folder(folder: Path, files: Sequence[str], of: str = "output", **inputs: Path | None):
+def check_folder(folder: Path, files: Sequence[str], of: str = "output", **inputs: Path | list[Path] | None):
     """Says before any work that files can't be written into a folder, which needn't be there.
 
     Args:
         files: their names.
         of: the field that errors are about.
-        inputs: by their field what is read, must be there, and not be written over.
+        inputs: by their field what is read, must be there, and not be written over; a path, or several.
 
     Raises:
         TavError: no folder, none to write to, names too long for it, a folder in the way of a file; no input, or one in
             the way.
     """
-    read = {path.resolve(): path for path in inputs.values() if path is not None}
-    for name, path in inputs.items():
-        if path is not None and not (path.is_file() or path.is_dir()):  # in a pipe readers would wait for ever
+    given = [(name, path) for name, of_name in inputs.items()
+             for path in (of_name if isinstance(of_name, list) else [of_name]) if path is not None]  # fmt: skip
+    read = {path.resolve(): path for _, path in given}
+    for name, path in given:
+        if not (path.is_file() or path.is_dir()):  # in a pipe readers would wait for ever
             problem = "is neither a file nor a folder" if path.exists() else "does not exist"
             raise TavError(name, path, problem, "check where it is")
     remedy, parent = f"choose another {errors.field(of)}", folder
@@ -281,12 +284,13 @@ def run_edit(
     if job.word:  # a wrong one should not surface after the tuning
         pipeline.places_of(checkpoint, job.prompt, job.word, job.preset)
     callback(plan_of(job, run.stages_done()))
-    unet, project = run.tuned(resume), run.project
-    if "source" not in project.summary:
-        project.put("source", clip.frames, clip.fps, clip.sound)
-    noise = run.inverted(unet)
-    if "reconstruction" not in project.summary:
-        run.reconstruct(unet, noise)
+    with offloaded(*(control.model for control in each_of(job.control))):  # edits alone need them
+        unet, project = run.tuned(resume), run.project
+        if "source" not in project.summary:
+            project.put("source", clip.frames, clip.fps, clip.sound)
+        noise = run.inverted(unet)
+        if "reconstruction" not in project.summary:
+            run.reconstruct(unet, noise)
     styled = with_loras(checkpoint, unet, job.loras)
     edits = draw(project, job.edits, *styled, job.preset, noise, negative_prompt=job.negative_prompt,
                  control=job.control, callback=callback)  # fmt: skip

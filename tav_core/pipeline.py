@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video
 from .condition import Condition
-from .control import Control, ControlledUNet
+from .control import ControlledUNet, Controls, each_of
 from .ddim import Schedule, ddim_invert, ddim_sample
 from .errors import TavError, field, shortened
 from .events import Callback, Step, ignored
@@ -330,7 +330,7 @@ def sample(
     class_labels: Tensor | None = None,
     negative_class_labels: Tensor | None = None,
     source_class_labels: Tensor | None = None,
-    control: Control | None = None,
+    control: Controls = None,
     generator: torch.Generator | None = None,
     callback: Callback = ignored,
 ) -> Tensor:
@@ -349,7 +349,7 @@ def sample(
             the noise reconstructs of them.
         class_labels: of the edit, `1` or `f`, for a U-Net with classes; those beside the negative prompt (the label for
             no class if the U-Net has one) and those that the source was inverted with are the same by default.
-        control: a ControlNet with its hints, for the edit alone.
+        control: a ControlNet with its hints, for the edit alone, or several, which add up.
         generator: of the fresh noise that the `eta` of the preset asks for; by default torch's own.
 
     Raises:
@@ -362,8 +362,8 @@ def sample(
     frames, scale = noise.shape[2], checkpoint.downscale
     check_sentence(prompt, frames, "edit", checkpoint.prompt_weights)
     check_sentence(negative_prompt, frames, "negative_prompt", checkpoint.prompt_weights)
-    if control is not None:
-        control.check(unet, frames, *(scale * side for side in noise.shape[3:]))
+    for each in (controls := each_of(control)):
+        each.check(unet, frames, *(scale * side for side in noise.shape[3:]))
     walk = source = None
     negative = _along(checkpoint, negative_prompt, frames)
     if source_prompt is not None:
@@ -373,7 +373,7 @@ def sample(
         walk = SourceWalk(preset.attention_injection, places)
         source = Condition(_inversion_text(checkpoint, source_prompt, preset), source_class_labels)
     latents = ddim_sample(
-        _windowed(unet if control is None else ControlledUNet(unet, control.model), preset),
+        _windowed(ControlledUNet(unet, [each.model for each in controls]) if controls else unet, preset),
         noise.to(unet.device),
         Condition(_along(checkpoint, prompt, frames), class_labels),
         checkpoint.scheduler,
@@ -385,7 +385,7 @@ def sample(
         negative_hidden_states=Condition(negative, negative_class_labels),
         source_walk=walk,
         source_hidden_states=source,
-        control=control,
+        controls=controls,
         eta=preset.eta,
         generator=generator,
         callback=callback,

@@ -242,6 +242,8 @@ def as_text(value: Any) -> str:
     """A setting for people."""
     if isinstance(value, bool):
         return "on" if value else "off"
+    if isinstance(value, list):
+        return ", ".join(map(as_text, value))
     return "none" if value in (None, "") else f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
+from .control import each_of
 from .events import Plan, Stage, Step
 from .subject import subject_steps
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from .job import EditJob
 
 _TUNING = 2.4  # forward passes that a tuning step takes as long as, measured (SPEED.md)
+CONTROL = 0.33  # of a forward pass of the U-Net, what one of a ControlNet takes: measured for SD 1.5
 
 
 def plan_of(job: "EditJob", done: Collection[str] = ()) -> Plan:
@@ -19,7 +21,8 @@ def plan_of(job: "EditJob", done: Collection[str] = ()) -> Plan:
     for edit in [None, *job.edits]:  # the reconstruction is one as well
         holds = edit is not None and (edit.region != "everything" or (job.knows_subject and preset.steady))
         guided = (preset.guidance_scale > 1) * (preset.guidance_end - preset.guidance_start)
-        sampling += 1 + guided + (1 if holds else preset.attention_injection)
+        led = sum(each.end - each.start for each in each_of(job.control) if each.strength and edit is not None)
+        sampling += (1 + guided) * (1 + CONTROL * led) + (1 if holds else preset.attention_injection)
     samplings = 2 + len(job.edits)
     stages = [
         Stage("encode", 1, 0.0),

@@ -210,9 +210,11 @@ def check_needs(args: argparse.Namespace, **needs: str | tuple[str, ...]):
     """Refuses options that do nothing without another one: by the name of an option, that of the other, or of some."""
     for name, others in needs.items():
         others = (others,) if isinstance(others, str) else others
-        if getattr(args, name) is not None and all(getattr(args, other) is None for other in others):
+        value = getattr(args, name)
+        if value is not None and all(getattr(args, other) is None for other in others):
             told = " or ".join(map(mentioned, others))
-            raise TavError(name, getattr(args, name), f"does nothing without {told}", "leave it out")
+            value = " ".join(map(str, value)) if isinstance(value, list) else value
+            raise TavError(name, value, f"does nothing without {told}", "leave it out")
 
 
 def check_faults(of: str, path: Path, faults: Sequence[str]):

@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import ControlNetModel
 
-from tav_core import PRESETS, Edit, EditJob, with_settings
+from tav_core import PRESETS, Control, Edit, EditJob, with_settings
 from tav_core.doctor import examine
 from tav_core.events import ignored
 from tav_core.memory import MARGIN
@@ -14,9 +16,9 @@ from tav_core.recompute import MEMORY
 CLIP = Path(__file__).parents[1] / "tav_core" / "mini" / "demo.mp4"
 
 
-def told(checkpoint, **settings) -> list[str]:
+def told(checkpoint, control=None, **settings) -> list[str]:
     preset = with_settings(PRESETS["mini"], memory="fast", **settings)
-    job = EditJob("a red ball", [Edit("one"), Edit("two", "subject")], preset, ["a blue star"])
+    job = EditJob("a red ball", [Edit("one"), Edit("two", "subject")], preset, ["a blue star"], control=control)
     return list(examine(checkpoint, job, 3, 64, 32, ignored))
 
 
@@ -54,6 +56,16 @@ def test_a_clip_that_does_not_fit(checkpoint, memory):
     memory(8)
     rows = [line.split() for line in told(checkpoint) if line.split()[0] in MEMORY]
     assert len(rows) == 4 and all(row[3:] == ["0", "0", "0"] for row in rows)
+
+
+def test_controlnets_are_told_of(checkpoint, memory):
+    memory(50)
+    net = ControlNetModel.from_unet(checkpoint.unet, conditioning_embedding_out_channels=(4, 4, 4, 30000))
+    hints = torch.zeros(1, 32, 64, 3, dtype=torch.uint8)
+    lines = told(checkpoint, steps=1, sampling_steps=300, control=[Control(net, hints), Control(net, hints, end=0.1)])
+    size = sum(weight.numel() for weight in net.parameters()) * 4 / 1e9
+    assert f"ControlNets: {size:.2f} GB of weights on the device" in "\n".join(lines)  # of one, that is there twice
+    assert size > 0.015 and "sampling " in lines[-1] and not any("ControlNets" in line for line in told(checkpoint))
 
 
 @pytest.mark.slow

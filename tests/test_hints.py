@@ -10,7 +10,7 @@ from support.errors import refused
 from support.native_models import relative
 from tav_core import PRESETS, Condition, ContextWindows, Control, SourceWalk, WindowedUNet, ddim_sample, inflate, sample
 from tav_core import encode_prompt as encoded
-from tav_core.control import ControlledUNet
+from tav_core.control import ControlledUNet, each_of, facts_of, hints_at
 from tav_core.mini.evaluate import steered
 
 STEPS, FRAMES = 2, 4
@@ -40,10 +40,11 @@ def drawn(checkpoint):
     words, empty = encoded(checkpoint, "a star"), encoded(checkpoint, "")
 
     def draw(control=None, model=None, windows=None, steps=STEPS, **settings):
-        model = model or (unet if control is None else ControlledUNet(unet, control.model))
+        controls = each_of(control)
+        model = model or (unet if control is None else ControlledUNet(unet, [each.model for each in controls]))
         model = model if windows is None else WindowedUNet(model, windows)
         options = dict(guidance_scale=5.0, negative_hidden_states=empty) | settings
-        return ddim_sample(model, noise, words, checkpoint.scheduler, steps, control=control, **options)
+        return ddim_sample(model, noise, words, checkpoint.scheduler, steps, controls=controls, **options)
 
     draw.unet, draw.noise = unet, noise
     return draw
@@ -61,16 +62,53 @@ def test_hints_lead_as_the_residuals_of_diffusers(drawn, net, hints):
     assert relative(drawn(Control(net, hints), guidance_scale=1.0), without_guidance) < 1e-4
 
 
+def test_several_add_up(checkpoint, drawn, net, hints):
+    other = ControlNetModel.from_config(net.config).eval().requires_grad_(False)
+    other.load_state_dict({name: weight.flip(0) for name, weight in net.state_dict().items()})
+    first, second = Control(net, hints, 0.6), Control(other, 255 - hints, 0.8)
+    unet, words = drawn.unet, encoded(checkpoint, "a star")
+    seen, told = drawn.noise, {}
+
+    def spied(*args, down_block_additional_residuals, mid_block_additional_residual, **kwargs):
+        told[len(told)] = [*down_block_additional_residuals, mid_block_additional_residual]
+
+    for controls in ([first], [second], [first, second], [second, first]):
+        model = ControlledUNet(spied, [control.model for control in controls])
+        model(seen, torch.tensor(500), words, **hints_at(controls, 0, STEPS, 1, 0, FRAMES))
+    assert len(told[2]) == len(told[0]) > 4
+    for one, two, both, turned in zip(*(told[at] for at in range(4)), strict=True):
+        assert relative(both, one + two) < 1e-5 and relative(turned, both) < 1e-6 and relative(both, one) > 1e-2
+    # of which each acts in its own steps
+    halves = [replace(first, end=0.5), replace(first, start=0.5)]
+    alone, together, half = drawn(first), drawn(halves), drawn(halves[0])
+    assert relative(together, alone) < 1e-5 and relative(half, alone) > 1e-4
+    run = (checkpoint, unet, drawn.noise, "a star", replace(PRESETS["paper"], sampling_steps=1))
+    assert torch.equal(sample(*run, control=[first]), sample(*run, control=first))
+    assert torch.equal(sample(*run, control=[]), sample(*run))
+
+
+def test_what_decides_is_a_value_for_one_and_a_list_for_several(net, hints):
+    one, other = Control(net, hints, 0.5), Control(net, hints[:1], end=0.7)
+    alone, both = facts_of(one), facts_of([one, other])
+    assert alone == facts_of([one]) and alone["control_strength"] == 0.5
+    assert both["control_strength"] == [0.5, 1.0] and both["control_end"] == [1.0, 0.7]
+    assert both["hints"][0] == alone["hints"] != both["hints"][1] and both != facts_of([other, one])
+    assert facts_of(None) == facts_of([]) == dict.fromkeys(alone)
+
+
 def test_hints_act_in_a_share_of_the_steps(net, hints):
     def acts(start, end):
         control = Control(net, hints, 1.0, start, end)
-        return [bool(control.settings(step, 4, 3, 1, FRAMES)) for step in range(4)]
+        return [bool(hints_at([control], step, 4, 3, 1, FRAMES)) for step in range(4)]
 
     assert acts(0.0, 1.0) == [True] * 4 and acts(0.0, 0.5) == [True, True, False, False]
     assert acts(0.5, 1.0) == [False, False, True, True] and acts(0.3, 0.9) == [False, False, True, False]
-    given = Control(net, hints, 0.7).settings(0, STEPS, 3, 1, FRAMES)
-    assert given["strengths"].unflatten(0, (3, FRAMES)).mean(1).tolist() == pytest.approx([0, 0.7, 0.7])
-    assert torch.equal(given["hints"].unflatten(0, (3, FRAMES))[2], hints)
+    both = [Control(net, hints, 0.7), Control(net, 255 - hints[:1], 0.4, end=0.5), Control(net, hints, 1.0, start=0.5)]
+    given = hints_at(both, 0, STEPS, 3, 1, FRAMES)
+    strengths = given["strengths"].unflatten(0, (3, FRAMES)).mean(1)
+    assert torch.allclose(strengths, torch.tensor([[0, 0, 0], [0.7, 0.4, 0], [0.7, 0.4, 0]]))
+    of_last = given["hints"].unflatten(0, (3, FRAMES))[2]
+    assert torch.equal(of_last[:, 0], hints) and torch.equal(of_last[3, 1], 255 - hints[0])
 
 
 def test_the_clip_beside_an_edit_sees_no_hint(drawn, net, hints, checkpoint):
@@ -88,10 +126,10 @@ def test_windows_see_the_hints_of_their_frames(drawn, net, hints):
 
     class Spied(ControlledUNet):
         def __call__(self, latents, timesteps, text, hints=None, **kwargs):
-            told.append(hints[: latents.shape[2]])
+            told.append(hints[: latents.shape[2], 0])
             return super().__call__(latents, timesteps, text, hints, **kwargs)
 
-    drawn(Control(net, hints), Spied(drawn.unet, net), windows, steps=1)
+    drawn(Control(net, hints), Spied(drawn.unet, [net]), windows, steps=1)
     assert len(told) > 1 and all(torch.equal(of[0], hints[0]) and len(of) == 3 for of in told)
     assert any(torch.equal(of[-1], hints[-1]) for of in told)
 

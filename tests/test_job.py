@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from support.commands import environment
 from support.errors import refused
-from tav_core import Edit, EditJob, load_tuned, load_video, pipeline, read_tuned, run_edit
+from tav_core import Edit, EditJob, load_tuned, load_video, lora, pipeline, read_tuned, run_edit
 from tav_core.atomic import atomic_path, sole_user
 from tav_core.errors import Cancelled, TavError
 from tav_core.events import Note, Step
@@ -114,6 +114,24 @@ def test_edits_are_added_to_a_project_and_replace_nothing(checkpoint, clip, copi
     (copied_project / "edit-2-two.mp4").unlink()  # takes it out
     assert drawn(edit_job("three"), checkpoint, clip, copied_project) == ["three"]
     assert [edit["number"] for edit in summary_of(copied_project)["edits"]] == [1, 3, 4, 5]
+
+
+def test_loras_of_edits_are_made_part_of_the_weights_once(checkpoint, clip, copied_project, tmp_path, monkeypatch):
+    name, baked = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_k", []
+    pair = {f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(32, 2)}
+    save_file(pair, tmp_path / "soft.safetensors")
+
+    def spied(model, weights, strength, changed=lora._changed):
+        baked.append(strength)
+        return changed(model, weights, strength)
+
+    monkeypatch.setattr(lora, "_changed", spied)
+    job = edit_job("one", loras=[(tmp_path / "soft.safetensors", 0.5)])
+    job.check_fits(checkpoint, *clip.frames.shape[:3])
+    assert not baked
+    assert drawn(job, checkpoint, clip, copied_project)[0].startswith("lora soft:0.5") and baked == [0.5]
+    odd = replace(job, loras=[*job.loras, (tmp_path / "none.safetensors", 1.0)])
+    refused("loras=.*none.safetensors' does not exist", checkpoint, *clip.frames.shape[:3], call=odd.check_fits)
 
 
 def test_edits_of_one_sentence_in_two_regions_are_two(checkpoint, clip, tmp_path):

@@ -14,11 +14,13 @@ from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from support.checkpoints import write
-from support.controls import controlled, hints, steered
+from support.controls import control_net, controlled, hints, steered
 from support.errors import refused
 from support.native_models import TEXT, clip, inflated, native, prompt, relative, sample
 from tav_core import ddim_sample, decode_video, encode_prompt, inflate, load_controlnet
 from tav_core.checkpoint import MINI_CONTROLNET
+from tav_core.checkpoint_parts import CONFIGS
+from tav_core.control_file import empty_controlnet
 from tav_core.mini import evaluate, world
 from tav_core.mini.evaluate import evaluate_controlnet, overlap, silhouettes
 from tav_core.mini.judge import load_judge
@@ -160,6 +162,102 @@ def test_hints_that_fit_nothing_and_other_families(pack, models):
     other = SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1))  # of a transformer
     with pytest.raises(ValueError, match="MODEL: not a U-Net"):
         net.copy().pre_run(other, None)
+
+
+# ------------------------------------------------------------------------------------------------- single files
+
+
+@pytest.fixture
+def original(pack):
+    """The tensors of a ControlNet of the original code, of the layout of `native()`, and what it says of an input."""
+    net = control_net(1).control_model
+    with torch.inference_mode(False), torch.no_grad():
+        said = net(*SEEN[:1], hint=SEEN[1], timesteps=SEEN[2], context=SEEN[3])
+    return net.state_dict(), [*said["output"], *said["middle"]]
+
+
+SEEN = (torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1)), hints().movedim(-1, 1),
+        torch.tensor([500]), prompt(1)[0][0])  # fmt: skip
+
+
+def said(net):
+    with torch.no_grad():
+        down, middle = net(SEEN[0], SEEN[2], SEEN[3], SEEN[1], return_dict=False)
+    return [*down, middle]
+
+
+@pytest.fixture
+def layout(tmp_path):
+    """A folder of configurations for the layout of `native()`."""
+    UNet2DConditionModel(
+        block_out_channels=(32, 64, 128, 128), cross_attention_dim=TEXT, attention_head_dim=8
+    ).save_config(tmp_path / "layout" / "unet")
+    return tmp_path / "layout"
+
+
+@pytest.mark.parametrize("prefix", ["control_model.", ""])
+def test_a_file_says_what_the_original_code_says(original, layout, tmp_path, prefix):
+    tensors, wanted = original
+    others = {"model.diffusion_model.out.0.weight": torch.zeros(1)} if prefix else {}  # of the checkpoint, beside it
+    path = write(tmp_path / "net.safetensors", {prefix + name: x.half() for name, x in tensors.items()} | others)
+    net = load_controlnet(path, layout)
+    assert net.dtype == torch.float32 and not net.training and not any(p.requires_grad for p in net.parameters())
+    for ours, theirs in zip(said(net), wanted, strict=True):
+        assert relative(ours, theirs) < 0.02 and ours.abs().max() > 0.1  # weights of half precision
+
+
+def test_a_file_of_diffusers_and_one_whose_name_says_more(layout, tmp_path):
+    folder = make_controlnet(tmp_path / "net")
+    path = folder / "diffusion_pytorch_model.safetensors"
+    whole, ours = load_controlnet(folder), load_controlnet(path, layout)
+    assert all(torch.equal(weight, ours.state_dict()[name]) for name, weight in whole.state_dict().items())
+    assert all(torch.equal(one, other) for one, other in zip(said(whole), said(ours), strict=True))
+    assert not ours.config.global_pool_conditions
+    for name in ("control_v11e_sd15_shuffle", "control_v11e_sd15_shuffle_fp16"):
+        path = path.rename(tmp_path / f"{name}.safetensors")
+        assert load_controlnet(path, layout).config.global_pool_conditions
+
+
+@pytest.mark.parametrize("family, million", [("sd1", 361.28), ("sd2", 364.23)])
+def test_files_have_the_layout_of_their_checkpoints(family, million):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(json.loads((CONFIGS / family / "unet" / "config.json").read_text()))
+        wanted = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
+    net = empty_controlnet(CONFIGS / family)
+    shapes, others = ({name: weight.shape for name, weight in each.state_dict().items()} for each in (net, wanted))
+    assert shapes == others and sum(map(torch.Size.numel, shapes.values())) / 1e6 == pytest.approx(million, abs=0.01)
+    heads = [
+        [block.attentions[0].transformer_blocks[0].attn1.heads for block in each.down_blocks[:3]]
+        for each in (net, unet)
+    ]
+    assert heads[0] == heads[1]  # which no shape tells
+
+
+def test_files_that_are_refused(original, layout, tmp_path):
+    tensors, path = original[0], tmp_path / "net.safetensors"
+
+    def told(problem, of, config=layout):
+        refused(problem, write(path, of), config, call=load_controlnet)
+
+    x, remedy = torch.zeros(2, 2), "; give a ControlNet for SD 1.x or 2.x"
+    for mark, kind in (
+        ("lora_controlnet", "a Control-LoRA, which"), ("difference", "the difference of a ControlNet to a checkpoint"),
+        ("body.0.in_conv.weight", "a T2I-Adapter"), ("adapter.body.0.resnets.0.block1.weight", "a T2I-Adapter"),
+        ("add_embedding.linear_1.weight", "a ControlNet of SDXL"),
+        ("control_model.label_emb.0.0.weight", "a ControlNet of SDXL"),
+        ("control_add_embedding.linear_1.weight", "a union ControlNet of SDXL"), ("image_proj.x", "an IP-Adapter"),
+        ("transformer_blocks.0.attn.to_q.weight", "a ControlNet of a transformer model"),
+    ):  # fmt: skip
+        told(f"is {kind}", {mark: x, "conv_in.weight": x})
+    told(r"is no ControlNet \(it lacks input_hint_block\)" + remedy, {"model.diffusion_model.x.attn2.to_k.weight": x})
+    told(r"is no ControlNet \(it lacks attn2.to_k\)", {"input_hint_block.0.weight": x})
+    told("takes text of width 48, which is neither SD 1.x nor 2.x" + remedy, tensors, None)
+    lost = {name: weight for name, weight in tensors.items() if not name.startswith("zero_convs.3")}
+    told(r"lacks 2 of its weights \(ControlNet: controlnet_down_blocks.3.bias, ...\)", lost)
+    told("has 341 weights, and a ControlNet of Stable Diffusion 340", tensors | {"input_blocks.1.1.odd.weight": x})
+    told("is quantised", tensors | {"input_blocks.0.0.weight": tensors["input_blocks.0.0.weight"].to(torch.int8)})
+    refused("is not a .safetensors file, and a pickle can run code", path.rename(tmp_path / "net.pth"),
+            call=load_controlnet)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- the mini one

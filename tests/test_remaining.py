@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tav_core import PRESETS, Edit, EditJob, terminal, with_settings
+from tav_core import PRESETS, Control, Edit, EditJob, terminal, with_settings
 from tav_core.events import Plan, Stage, Step
-from tav_core.remaining import Remaining, clock_time, plan_of
+from tav_core.remaining import CONTROL, Remaining, clock_time, plan_of
 from tav_core.subject import subject_mask, subject_steps
 
 PLAN = Plan((Stage("encode", 1, 0.0), Stage("tune", 100, 2.0), Stage("sample", 20, 3.0)))
@@ -58,6 +58,11 @@ def test_a_plan_has_the_steps_that_an_edit_takes():
     assert [(stage.name, stage.steps) for stage in plan.stages] == [
         ("encode", 1), ("tune", 30), ("invert", 10), ("sample", 40)]  # fmt: skip
     assert plan.stages[-1].cost == (1 + 3 * 2.5) / 4  # the walk, and three guided, for half of the steps beside it
+    hints = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)  # for half of the steps, for all, and for none
+    led = [Control(None, hints, end=0.5), Control(None, hints, strength=0.1), Control(None, hints, strength=0.0)]
+    for control, share in ((led, 1.5), (led[0], 0.5)):
+        plan = plan_of(EditJob("a red ball", [Edit("one"), Edit("two")], preset, control=control))
+        assert plan.stages[-1].cost == pytest.approx((1 + 3 * 2.5 + 2 * 2 * share * CONTROL) / 4)
     found = plan_of(EditJob("a red ball", [Edit("one", "subject")], preset, ["a blue star", "a ring"], word="ball"))
     assert [(stage.name, stage.steps) for stage in found.stages][3] == ("subject", 4 * 3 + 10)
 

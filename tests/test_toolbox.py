@@ -83,6 +83,17 @@ def test_all_of_them_in_one_project_that_is_made_again(run, files, tav, tmp_path
     assert same == edits and new["hints"] != edits[0]["hints"]
     videos = [load_video(tmp_path / "o" / each["file"]).frames for each in (edits[0], new)]
     assert not torch.equal(*videos)
+    # several ControlNets: a list where one has a value
+    two = ["--controlnet", files / "net", files / "net", "--hints", files / "hints.mp4", files / "one.png"]
+    two += ["--control-strength", 0.5, "--control-end", 0.5, 1]
+    tav(*edit, *added, *two, "--edit", "a x1-style", "--output", tmp_path / "o")
+    summary = summary_of(tmp_path / "o")
+    led, options = summary["edits"][-1], summary["run"]["options"]
+    assert led["hints"] == [edits[0]["hints"], new["hints"]] and led["controlnet"] == [edits[0]["controlnet"]] * 2
+    assert (led["control_strength"], led["control_end"]) == ([0.5, 0.5], [0.5, 1.0])
+    assert options["controlnet"] == [str(files / "net")] * 2 and options["control-end"] == [0.5, 1.0]
+    tav("edit", "--config", tmp_path / "o" / "summary.json", "--output", tmp_path / "o")
+    assert summary_of(tmp_path / "o")["edits"] == summary["edits"]
     # one for edits alone is of the same project
     styled = ["--edit-lora", f"{files / 'hard.safetensors'}:2", "--edit", "a star"]
     tav(*edit, *added[:2], *styled, "--output", tmp_path / "o")
@@ -102,7 +113,7 @@ def test_all_of_them_in_one_project_that_is_made_again(run, files, tav, tmp_path
     assert [each["seed"] for each in drawn] == [5, 6] and drawn[0]["lora"].startswith(edits[0]["lora"] + ", hard:1 (")
     assert [each["edits"] for each in summary_of(tmp_path / "s")["grids"]] == [[1, 2]]
     refusal = tav(*sample, *tuned, *added[:2], *hints, "--edit", "a star", "--output", tmp_path / "s", fails=True)
-    assert "--hints are 4, and the clip has 3 frames" in refusal
+    assert "hints.mp4 are 4, and the clip has 3 frames" in refusal
 
 
 def test_what_does_nothing_or_does_not_fit_is_refused(run, files, tav, tmp_path):
@@ -115,8 +126,17 @@ def test_what_does_nothing_or_does_not_fit_is_refused(run, files, tav, tmp_path)
         ([*star, *net, "--hints", files / "none.mp4"], "--hints"),
         ([*star, "--controlnet", "mini", *hints], "is for another family of checkpoints"),
         ([*star, "--controlnet", "nowhere", *hints], "--controlnet nowhere is no path that exists"),
+        ([*star, "--controlnet", files / "net" / "diffusion_pytorch_model.safetensors", *hints],
+         "takes text of width 32, which is neither SD 1.x nor 2.x"),
+        ([*star, "--controlnet", files / "soft.safetensors", *hints], "is no ControlNet (it lacks input_hint_block)"),
+        ([*star, *net, files / "net", *hints], "--hints has 1 values for 2 --controlnet; give one for each in"),
+        ([*star, *net, *hints, files / "one.png"], "--hints has 2 values for 1 --controlnet"),
+        ([*star, *net, *hints, "--control-start", 0, 0.1], "--control-start has 2 values for 1 --controlnet; give one "
+         "for all, or one for each"),
+        ([*star, *net, files / "net", *hints, files / "hints.mp4", "--control-end", 1, 0.2, "--control-start", 0.4],
+         "--control-end 0.2 is not behind --control-start, 0.4"),
         ([*star, "--lora", f"{files / 'soft.safetensors'}:11"], "11.0 is out of range; give a number from -10 to 10"),
-        ([*star, "--lora", "mini-neon"], "doesn't fit unet."), ([*star, "--lora", files / "clip.mp4"], "a pickle"),
+        ([*star, "--lora", "mini-neon"], "this checkpoint hasn't"), ([*star, "--lora", files / "clip.mp4"], "a pickle"),
         ([*star, "--lora", files / "x1-style.safetensors"], "holds what is no LoRA's"),
         ([*star, "--edit-lora", "mini-neon"], "error: --edit-lora"),
         ([*star, "--embedding", files / "x1-style.safetensors"], "no sentence has the word 'x1-style'"),
@@ -171,13 +191,16 @@ def test_what_decides_on_an_edit_is_in_its_settings(checkpoint):
 
 def test_models_by_the_names_of_a_comfyui(tmp_path):
     models = tmp_path / "models"
-    for path in ("loras/mine/soft.safetensors", "embeddings/x1-style.safetensors", "controlnet/net/config.json"):
+    for path in ("loras/mine/soft.safetensors", "embeddings/x1-style.safetensors", "controlnet/net/config.json",
+                 "controlnet/1.5/canny_fp16.safetensors"):  # fmt: skip
         (models / path).parent.mkdir(parents=True)
         (models / path).touch()
     soft = models / "loras" / "mine" / "soft.safetensors"
     for name in ("soft", "soft.safetensors", "mine/soft", "mine/soft.safetensors", soft):
         assert find_model("lora", name, "loras", tmp_path) == soft
     assert find_model("controlnet", "net", "controlnet", tmp_path) == models / "controlnet" / "net"
+    canny = models / "controlnet" / "1.5" / "canny_fp16.safetensors"
+    assert find_model("controlnet", "canny_fp16", "controlnet", tmp_path) == canny
     assert find_model("lora", "mini-neon", "loras").is_file() and find_model("x", "mini", "controlnet").is_dir()
     (models / "loras" / "soft.safetensors").touch()
     refused("'soft' is several in models/loras of the ComfyUI in", "lora", "soft", "loras", tmp_path,
