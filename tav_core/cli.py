@@ -224,7 +224,8 @@ def _invert(args):
 
 def _sample(args):
     if args.noise is None:
-        check_needs(args, attention_injection="noise", caption_as_negative="noise", steady="noise")
+        check_needs(args, **dict.fromkeys(("attention_injection", "caption_as_negative", "steady", "edits_at_once"),
+                                          "noise"))  # fmt: skip
     preset = given.preset(args)
     of_seed = None if preset.eta > 0 else args.seed and " ".join(map(str, args.seed))
     for name, value, or_with in (("frames", args.frames, ""), ("seed", of_seed, f", or of {field('eta')}")):

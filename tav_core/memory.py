@@ -1,4 +1,6 @@
-"""Which memory mode suits a tuning: what a step needs in each, found before the run, against what is free."""
+"""Which memory mode suits a tuning, and how many edits go together: what a step needs, found before the run, against
+what is free.
+"""
 
 import copy
 import gc

@@ -356,23 +356,11 @@ def sample(
         TavError: an empty prompt, frames that the clip hasn't, hints that don't fit it, settings out of range (see
             `ddim_sample`), or a region without subject.
     """
-    (video,) = sample_edits(
-        checkpoint,
-        unet,
-        noise,
-        [Edit(prompt, region)],
-        preset,
-        source_prompt=source_prompt,
-        negative_prompt=negative_prompt,
-        subject=subject,
-        source_frames=source_frames,
-        class_labels=class_labels,
-        negative_class_labels=negative_class_labels,
-        source_class_labels=source_class_labels,
-        control=control,
-        generators=None if generator is None else [generator],
-        callback=callback,
-    )
+    (video,) = sample_edits(checkpoint, unet, noise, [Edit(prompt, region)], preset, source_prompt=source_prompt,
+                            negative_prompt=negative_prompt, subject=subject, source_frames=source_frames,
+                            class_labels=class_labels, negative_class_labels=negative_class_labels,
+                            source_class_labels=source_class_labels, control=control,
+                            generators=None if generator is None else [generator], callback=callback)  # fmt: skip
     return video
 
 
@@ -408,13 +396,8 @@ def sample_edits(
     Raises:
         TavError: edits that differ in their attention_injection, and what `sample` raises.
     """
-    if not edits:
-        raise TavError("edit", None, "is missing", "give at least one")
-    shares = {edit.preset_of(preset).attention_injection for edit in edits}
-    if len(shares) > 1:
-        problem = f"differs among edits that are drawn together ({', '.join(f'{share:g}' for share in sorted(shares))})"
-        raise TavError("attention_injection", None, problem, "draw them apart")
-    frames, count = noise.shape[2], len(edits)
+    frames, count, own = noise.shape[2], len(edits), [edit.preset_of(preset) for edit in edits]
+    _check_together(own)
     _check_sampled(checkpoint, edits, negative_prompt, frames, subject is not None and source_prompt is not None)
     source_frames = None if source_frames is None else as_frames(source_frames, "source_frames")
     if control is not None:
@@ -423,7 +406,7 @@ def sample_edits(
     negative = _along(checkpoint, negative_prompt, frames)
     if source_prompt is not None:
         negative = torch.lerp(negative, encode_prompt(checkpoint, source_prompt), preset.caption_as_negative)
-        walk = SourceWalk(*shares, _places_of(checkpoint, unet, edits, subject, preset), count)
+        walk = SourceWalk(own[0].attention_injection, _places_of(checkpoint, unet, edits, subject, preset), count)
         labels = class_labels if source_class_labels is None else source_class_labels
         source = Condition(_inversion_text(checkpoint, source_prompt, preset), labels)
     latents = ddim_sample(
@@ -432,7 +415,7 @@ def sample_edits(
         _batch([Condition(_along(checkpoint, edit.prompt, frames), class_labels) for edit in edits], frames),
         checkpoint.scheduler,
         preset.sampling_steps,
-        guidance_scale=[edit.preset_of(preset).guidance_scale for edit in edits],
+        guidance_scale=[each.guidance_scale for each in own],
         guidance_rescale=preset.guidance_rescale,
         guidance_start=preset.guidance_start,
         guidance_end=preset.guidance_end,
@@ -448,6 +431,15 @@ def sample_edits(
         end = Schedule.of(checkpoint.scheduler, preset.sampling_steps).sigmas[-1]
         source_frames = decode_video(checkpoint, walk.latents(end))
     return [_finished(checkpoint, edit, x, subject, source_frames) for edit, x in zip(edits, latents.split(1))]
+
+
+def _check_together(presets: Sequence[Preset]):
+    """Raises a TavError for no edits, or those that the clip leads in several shares of the steps, by their presets."""
+    if not presets:
+        raise TavError("edit", None, "is missing", "give at least one")
+    if len(shares := sorted({each.attention_injection for each in presets})) > 1:
+        problem = f"differs among edits that are drawn together ({', '.join(f'{share:g}' for share in shares)})"
+        raise TavError("attention_injection", None, problem, "draw them apart")
 
 
 def _check_sampled(checkpoint: Checkpoint, edits: Sequence[Edit], negative_prompt: str, frames: int, of_region: bool):
