@@ -39,7 +39,7 @@ class EditPlaces:
         still: where the edit stands still if the clip does (see `steadied`). None: nowhere.
         moving: where a subject is that all frames agree about (see `agreed`). None: nowhere.
 
-    Of several edits of a clip they are one for all, or one for each (see `together`).
+    Of several edits of a clip they are one for all, or one for each (see `EditPlaces.together`).
     """
 
     changeable: Tensor | None = None

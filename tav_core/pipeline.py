@@ -388,7 +388,7 @@ def sample_edits(
     all: E guided edits are batches of 1 + 2 E videos, not E batches of 3. They take as much more memory.
 
     Args:
-        edits: sentences, regions and settings of their own, of which the `seed` isn't looked at (see `generators`).
+        edits: sentences, regions and settings of their own, but for their seeds, in whose place there are `generators`.
         source_prompt, ..., control: as in `sample`, for all of them.
         generators: of the fresh noise of each; by default torch's own.
         callback: gets a `DDIMStep` of stage "sample", with a video for each edit, after every step; raises to stop.

@@ -95,7 +95,7 @@ class Project:
         return next((edit for edit in self.edits if all(edit.get(k) == v for k, v in settings.items())), None)
 
     def add(self, settings: dict[str, Any], video: Tensor, sound: Sound | None, mask: Tensor | None) -> dict[str, Any]:
-        """Writes an edit's video; the summary tells of it when it is written (see `write`).
+        """Writes an edit's video; the summary tells of it when that is written (see `Project.write`).
 
         Args:
             settings: all that decides on what it shows, with `prompt` and `fps`.
