@@ -125,7 +125,7 @@ class Injection:
             if x0 is None:  # no call had all of the frames and the MODEL's own weights
                 (x0,) = executor(model, [[self.cond(x)]], source, timestep, model_options)
             walk.advance(_video(source), _video(x0), sigma)
-        return [y if cond is None else _frames(walk.kept(_video(y), 1, sigmas)) for y, cond in zip(out, conds)]
+        return [y if cond is None else _frames(walk.kept(_video(y), sigmas)) for y, cond in zip(out, conds)]
 
     def cond(self, x: Tensor) -> dict[str, Any]:
         """What the clip was inverted with, for latents `f c h w`, as samplers have it."""

@@ -38,8 +38,9 @@ __all__ = [
     "ddim_invert", "ddim_sample", "ddim_timesteps", "decode_video", "encode_prompt", "encode_video", "find_subject",
     "inflate", "invert", "load_checkpoint", "load_controlnet", "load_embedding", "load_lora", "load_tuned",
     "load_video", "loss_curve", "prepare", "read_noise", "read_tuned", "reconstruct", "run_edit", "sample",
-    "save_noise", "save_pipeline", "save_tuned", "save_video", "side_by_side", "strip", "subject_mask", "to_frames",
-    "to_pixels", "trainable_parameters", "tune", "tune_on", "tuning_loss", "with_settings", "word_mask", "word_places",
+    "sample_edits", "save_noise", "save_pipeline", "save_tuned", "save_video", "side_by_side", "strip", "subject_mask",
+    "to_frames", "to_pixels", "trainable_parameters", "tune", "tune_on", "tuning_loss", "with_settings", "word_mask",
+    "word_places",
 ]  # fmt: skip
 
 

@@ -11,12 +11,12 @@ from .events import Callback, DDIMStep, Note, Plan, Reading, Stage, Step, Tuning
 from .export import save_pipeline
 from .inflation import VideoUNet, inflate
 from .injection import REGIONS, EditPlaces, SourceWalk
-from .job import Edit, EditJob, run_edit
+from .job import EditJob, run_edit
 from .lora import load_lora
 from .memory import Device
 from .noise import InvertedNoise, read_noise, save_noise
-from .pipeline import Source, find_subject, invert, prepare, reconstruct, sample, tune_on
-from .presets import PRESETS, Preset, with_settings
+from .pipeline import Source, find_subject, invert, prepare, reconstruct, sample, sample_edits, tune_on
+from .presets import PRESETS, Edit, Preset, with_settings
 from .sound import Sound
 from .subject import subject_mask, word_mask, word_places
 from .take import Take

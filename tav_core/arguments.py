@@ -343,7 +343,7 @@ def sample_arguments(parser):
     audio_argument(parser)
     names = ("seed", "dtype", "sampling_steps", "guidance_scale", "guidance_rescale", "guidance_start", "guidance_end",
              "attention_injection", "caption_as_negative", "steady", "eta", "context_length",
-             "context_overlap")  # fmt: skip
+             "context_overlap", "edits_at_once")  # fmt: skip
     of_seed = "of random noise, and of the fresh noise of --eta; several for a grid of edits"
     add_preset_arguments(parser, *names, several=SWEEPS | {"seed": of_seed})
     run_arguments(parser, config=True)

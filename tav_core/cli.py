@@ -29,13 +29,14 @@ from .atomic import check_new_folder
 from .checkpoint import Checkpoint
 from .dataset import chosen, read_dataset
 from .doctor import about_machine, examine, versions
-from .drawing import Edit, draw
+from .drawing import draw
 from .errors import Cancelled, TavError, field
 from .events import Plan, Stage
 from .export import save_pipeline
 from .lora import with_loras
 from .measure import MODELS, REPORT, Measured, Models, as_table, mask_of, measure, measure_job, write_report
 from .noise import InvertedNoise, read_noise, save_noise
+from .presets import Edit
 from .project import SHOWN, SUMMARY, Project, file_name, write_json
 from .record import FAIR, GOOD, explained, record_of
 from .sentences import check_sentence
@@ -223,7 +224,8 @@ def _invert(args):
 
 def _sample(args):
     if args.noise is None:
-        check_needs(args, attention_injection="noise", caption_as_negative="noise", steady="noise")
+        check_needs(args, **dict.fromkeys(("attention_injection", "caption_as_negative", "steady", "edits_at_once"),
+                                          "noise"))  # fmt: skip
     preset = given.preset(args)
     of_seed = None if preset.eta > 0 else args.seed and " ".join(map(str, args.seed))
     for name, value, or_with in (("frames", args.frames, ""), ("seed", of_seed, f", or of {field('eta')}")):

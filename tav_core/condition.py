@@ -69,15 +69,15 @@ class Condition:
         return {} if self.class_labels is None else {"class_labels": self.class_labels}
 
 
-def joined(conditions: Mapping[str, Condition], b: int, f: int) -> Condition:
-    """One after the other, as a batch of as many times `b` videos of `f` frames; names are for errors.
+def joined(conditions: Mapping[str, tuple[Condition, int]], f: int) -> Condition:
+    """One after the other, each for so many videos of `f` frames, as a batch of all of them; names are for errors.
 
     Raises:
         TavError: texts of several encoders, or a batch that fits neither videos nor frames.
     """
-    texts = {name: per_frame(name, told.encoder_hidden_states, b, f) for name, told in conditions.items()}
+    texts = {name: per_frame(name, told.encoder_hidden_states, b, f) for name, (told, b) in conditions.items()}
     texts = of_one_length(texts)
-    labels = {name: per_frame("class_labels", told.class_labels, b, f) for name, told in conditions.items()}
+    labels = {name: per_frame("class_labels", told.class_labels, b, f) for name, (told, b) in conditions.items()}
     if lost := [name for name, of in labels.items() if of is None]:
         if len(lost) < len(labels):
             raise TavError("class_labels", None, f"are missing beside {lost[0]}", "give them to all, or to none")

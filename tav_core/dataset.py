@@ -17,9 +17,9 @@ import yaml
 from .clip_metrics import TGVE_SIZE
 from .errors import TavError
 from .injection import REGIONS
-from .job import Edit
 from .limits import check
 from .pictures import pictures
+from .presets import Edit
 
 TGVE, OWN = "LOVEU-TGVE-2023_Dataset.csv", "clips.yaml"  # the file that tells which kind of dataset a folder is
 _NAME, _PROMPT = "Video name", "Our GT caption"

@@ -151,7 +151,7 @@ class Guidance:
     """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598).
 
     Attributes:
-        scale: the paper uses 12.5; at most 1 runs the condition alone, at half the cost.
+        scale: the paper uses 12.5; at most 1 runs the condition alone, at half the cost. Or one for each video.
         rescale: how far the spread of what is predicted is brought back to what it is without guidance, 0 ... 1
             (Lin et al., arXiv 2305.08891, section 3.4): a strong guidance has pale or gaudy pictures otherwise.
         start, end: the shares of the sampling steps between which there is guidance, 0 ... 1 (Kynkäänniemi et al.,
@@ -161,7 +161,7 @@ class Guidance:
         TavError: a rescale, start or end outside 0 ... 1, or an end before the start.
     """
 
-    scale: float = 7.5
+    scale: float | Sequence[float] = 7.5
     rescale: float = 0.0
     start: float = 0.0
     end: float = 1.0
@@ -172,9 +172,14 @@ class Guidance:
             problem = f"is behind guidance_end, which is {self.end:g}"
             raise TavError("guidance_start", self.start, problem, "give a smaller number")
 
+    @property
+    def guides(self) -> bool:
+        """Whether there is any."""
+        return bool((torch.as_tensor(self.scale) > 1).any())
+
     def acts(self, step: int, num_steps: int) -> bool:
         """Whether a step, 0 ... `num_steps` - 1, is guided."""
-        return self.scale > 1 and round(self.start * num_steps) <= step < round(self.end * num_steps)
+        return self.guides and round(self.start * num_steps) <= step < round(self.end * num_steps)
 
     def __call__(self, x0: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """The clean latents that `x` is guided to at a level.
@@ -184,7 +189,8 @@ class Guidance:
             x: `b c f h w`.
         """
         negative, positive = x0.chunk(2)
-        guided = negative + self.scale * (positive - negative)
+        scale = torch.as_tensor(self.scale, dtype=x0.dtype, device=x0.device).reshape(-1, 1, 1, 1, 1)  # 1 or b
+        guided = negative + scale.clamp(min=1) * (positive - negative)
         if self.rescale == 0:
             return guided
         # the spread is that of v, which is (z signal - x0) / noise: the same whatever the model predicts
@@ -246,7 +252,7 @@ def ddim_sample(
     scheduler: SchedulerMixin,
     num_steps: int,
     *,
-    guidance_scale: float = 7.5,
+    guidance_scale: float | Sequence[float] = 7.5,
     guidance_rescale: float = 0.0,
     guidance_start: float = 0.0,
     guidance_end: float = 1.0,
@@ -255,7 +261,7 @@ def ddim_sample(
     source_hidden_states: Tensor | Condition | None = None,
     controls: Sequence[Control] = (),
     eta: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
     callback: Callback = ignored,
 ) -> Tensor:
     """Denoise `latents` to a clean video with classifier-free guidance (Ho & Salimans, arXiv 2207.12598).
@@ -266,10 +272,11 @@ def ddim_sample(
         guidance_scale, guidance_rescale, guidance_start, guidance_end: see `Guidance`.
         negative_hidden_states: the negative (or empty) prompt, of any length; labels by default as there.
         source_walk: takes the source clip back beside the edit, from the same noise without guidance, and lets it lead
-            the edit's attention or hold a part of it (see `injection`); needs a model with a `frame_context`.
+            the edit's attention or hold a part of it (see `injection`); needs a model with a `frame_context`. Of a walk
+            beside several edits, `latents` are the clips' noise that many times over.
         source_hidden_states: what the source clip was inverted with, for `source_walk`.
         controls: hints for the edit, those of the ControlNets of a `ControlledUNet`.
-        eta: 0 (DDIM) to 1 (DDPM) share of fresh noise, drawn from `generator`.
+        eta: 0 (DDIM) to 1 (DDPM) share of fresh noise, drawn from `generator`, which may be one for each video.
         callback: as in `ddim_invert`, with stage "sample".
 
     Returns:
@@ -280,8 +287,7 @@ def ddim_sample(
             eta outside 0 ... 1, texts of several widths; see also `ddim_invert`.
     """
     guidance = Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_end)
-    guided = guidance_scale > 1
-    if guided and negative_hidden_states is None:
+    if guidance.guides and negative_hidden_states is None:
         raise TavError("guidance_scale", guidance_scale, "needs negative_hidden_states", "pass it or set 1")
     if not 0 <= eta <= 1:
         raise TavError("eta", eta, "is out of range", "give a number from 0 to 1")
@@ -289,7 +295,7 @@ def ddim_sample(
         raise TavError("source_walk", None, "needs source_hidden_states", "pass it or leave it out")
     schedule, condition = Schedule.of(scheduler, num_steps), Condition.of(condition)
     prompts, source = {"condition": condition}, None
-    if guided:
+    if guidance.guides:
         prompts = {"negative_hidden_states": Condition.of(negative_hidden_states).or_labels_of(condition), **prompts}
     if source_walk is not None:
         source_walk.begin()
@@ -325,11 +331,12 @@ def _edit_denoiser(
     """
     b, _, f, _, _ = shape
     walks = source_walk is not None and (source_walk.share > 0 or source_walk.holds)
+    clips = b // source_walk.edits if walks else 0
 
     @cache
     def texts(guided: bool, with_source: bool) -> Condition:
-        used = prompts if guided else {"condition": prompts["condition"]}
-        return joined({"source_hidden_states": source, **used} if with_source else used, b, f)
+        used = {name: (told, b) for name, told in prompts.items() if guided or name == "condition"}
+        return joined({"source_hidden_states": (source, clips), **used} if with_source else used, f)
 
     texts(len(prompts) > 1, walks)  # what doesn't go together is told at once
 
@@ -337,7 +344,7 @@ def _edit_denoiser(
         guided = len(prompts) > 1 and guidance.acts(step, len(schedule.timesteps))
 
         def ask(x: Tensor, led: "Led | None") -> Tensor:
-            sources, hints = 0 if led is None else b, {}
+            sources, hints = 0 if led is None else clips, {}
             if controls:
                 hints = hints_at(controls, step, len(schedule.timesteps), len(x), sources, f)
             if led is None:

@@ -1,42 +1,26 @@
 """Edits of a project: what each is drawn with, and drawing those that the project lacks."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import pipeline
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, encode_prompt
 from .control import Controls, facts_of
 from .embeddings import named_in
 from .events import Callback, Note, ignored
 from .inflation import VideoUNet
+from .memory import MARGIN, free_memory, is_out_of_memory, release, sampling_memory
 from .noise import InvertedNoise
-from .presets import Preset, with_settings
+from .presets import Edit, Preset
 from .project import Project, changeable, labels
 from .tuning_state import hash_tensors
 
-
-@dataclass(frozen=True)
-class Edit:
-    """An edited sentence, what of the clip it may change (see `EditPlaces.of`), and settings of its own.
-
-    Attributes:
-        guidance_scale, attention_injection: instead of those of the preset.
-        seed: of the fresh noise that an eta asks for, instead of that of the tuning.
-    """
-
-    prompt: str
-    region: str = "everything"
-    guidance_scale: float | None = None
-    attention_injection: float | None = None
-    seed: int | None = None
-
-    def preset_of(self, preset: Preset) -> Preset:
-        """The preset with its own settings."""
-        own = dict(guidance_scale=self.guidance_scale, attention_injection=self.attention_injection)
-        return with_settings(preset, **own)
+AT_ONCE = 4  # edits at most, where nobody says how many: a quarter off, of the third that any number could take off
 
 
 def draw(
@@ -61,24 +45,107 @@ def draw(
 
     Returns: what the project's summary tells of the edits, in their order.
     """
-    found, of_clip = [], {}
+    told = [settings_of(edit, checkpoint, preset, noise, negative_prompt, seed, control) for edit in edits]
+    of_clip: dict[str, Any] = {}
     if seed is None:
         of_clip = dict(source_prompt=noise.prompt, subject=noise.subject, source_frames=noise.frames)
         if noise.frames is not None:  # figures are of these, not of what a codec has left of them
             project.videos["source.mp4"] = noise.frames
-    for edit in edits:
-        settings = settings_of(edit, checkpoint, preset, noise, negative_prompt, seed, control)
-        if (known := project.find(settings)) is not None:
+    missing = _missing(project, edits, told, callback)
+    subject_known = bool(of_clip) and noise.subject is not None
+    most = 1 if seed is not None else preset.edits_at_once  # no clip walks beside what begins in random noise
+    if most is None:
+        wanted = groups([edit for edit, _ in missing], preset, subject_known)
+        most = _that_fit(checkpoint, unet, noise, preset, wanted, callback)
+    sample = partial(pipeline.sample_edits, checkpoint, unet, noise.latents, preset=preset, **of_clip,
+                     negative_prompt=negative_prompt, control=control, callback=callback)  # fmt: skip
+    while missing:
+        group, *_ = groups([edit for edit, _ in missing], preset, subject_known, most)
+        settings = [own for _, own in missing[: len(group)]]
+        for label in labels([*project.edits, *settings])[-len(group) :]:
+            callback(Note(f"{label} ..."))
+        generators = [_fresh(own["seed"], noise) for own in settings]
+        videos = project.timed("sample", _unless_out_of_memory, sample, group, generators)
+        if videos is None:
+            release(unet.device)
+            most = (len(group) + 1) // 2
+            callback(Note(f"edits at once: {most} from here on, since {len(group)} ran out of memory", "edits_at_once"))
+            continue
+        for edit, own, video in zip(group, settings, videos):
+            project.add(own, video, noise.sound, changeable(edit.region, noise))
+        project.write()  # of all at once: who goes on after a kill draws the same ones together
+        missing = missing[len(group) :]
+    return [project.find(own) for own in told]
+
+
+def _missing(
+    project: Project, edits: Sequence[Edit], settings: Sequence[dict[str, Any]], callback: Callback
+) -> list[tuple[Edit, dict[str, Any]]]:
+    """The edits that a project lacks, each once, with what decides on them."""
+    missing: list[tuple[Edit, dict[str, Any]]] = []
+    for edit, own in zip(edits, settings):
+        if (known := project.find(own)) is not None:
             callback(Note(f"{project.folder / known['file']} is there already"))
-        else:
-            callback(Note(f"{labels([*project.edits, settings])[-1]} ..."))
-            video = project.timed("sample", pipeline.sample, checkpoint, unet, noise.latents, edit.prompt,
-                                  edit.preset_of(preset), **of_clip, negative_prompt=negative_prompt,
-                                  region=edit.region, control=control, generator=_fresh(settings["seed"], noise),
-                                  callback=callback)  # fmt: skip
-            known = project.add(settings, video, noise.sound, changeable(edit.region, noise))
-        found.append(known)
+        elif all(own != other for _, other in missing):
+            missing.append((edit, own))
+    return missing
+
+
+def groups(edits: Sequence[Edit], preset: Preset, subject_known: bool, most: int = AT_ONCE) -> list[list[Edit]]:
+    """Edits of a clip as they are drawn together, in their order: neighbours that the clip leads in as many steps.
+
+    One that it needn't walk beside is drawn alone, as nothing would be gained.
+
+    Args:
+        most: in a group.
+    """
+
+    def led(edit: Edit) -> float | None:
+        share = edit.preset_of(preset).attention_injection
+        return share if share > 0 or is_held(edit, preset, subject_known) else None
+
+    found = []
+    for share, neighbours in groupby(edits, led):
+        alike, size = list(neighbours), 1 if share is None else most
+        found += [alike[at : at + size] for at in range(0, len(alike), size)]
     return found
+
+
+def is_held(edit: Edit, preset: Preset, subject_known: bool) -> bool:
+    """Whether the clip walks beside an edit in all of the steps, as a part of it is held or stands still."""
+    return subject_known and (edit.region != "everything" or preset.steady)
+
+
+def _that_fit(
+    checkpoint: Checkpoint,
+    unet: VideoUNet,
+    noise: InvertedNoise,
+    preset: Preset,
+    wanted: list[list[Edit]],
+    callback: Callback,
+) -> int:
+    """How many edits there is memory for at once, of those in the largest group; one always."""
+    count = largest = max(map(len, wanted), default=1)
+    latents, text = noise.latents[:, :, : preset.tuning.context_length], encode_prompt(checkpoint, "")
+    free, needed = free_memory(unet.device), 0.0
+    while count > 1 and (wants := MARGIN * sampling_memory(unet, latents, text, count)) > free:
+        count, needed = count - 1, wants
+    if count < largest:
+        told = f"since {count + 1} need about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
+        callback(Note(f"edits at once: {count}, {told}", "edits_at_once"))
+    return count
+
+
+def _unless_out_of_memory(
+    sample: Callable[..., list[Tensor]], edits: list[Edit], generators: list[torch.Generator | None]
+) -> list[Tensor] | None:
+    """Edits, drawn together; None if there is not the memory for several."""
+    try:
+        return sample(edits, generators=None if None in generators else generators)
+    except RuntimeError as error:
+        if len(edits) == 1 or not is_out_of_memory(error):
+            raise
+    return None  # only here: the error's traceback held what takes the memory
 
 
 def _fresh(seed: int | None, noise: InvertedNoise) -> torch.Generator | None:

@@ -25,7 +25,6 @@ from torch import Tensor
 from .atomic import atomic_path
 from .checkpoint import Checkpoint
 from .dataset import Entry, in_words, video_fault
-from .drawing import Edit
 from .errors import Cancelled, TavError
 from .errors import field as mentioned
 from .events import Callback, Note, Reading, ignored
@@ -37,7 +36,7 @@ from .noise import read_noise
 from .page import page
 from .pictures import IMAGES, is_animated
 from .pipeline import places_of
-from .presets import Preset, with_settings
+from .presets import Edit, Preset, with_settings
 from .project import changeable, write_json
 from .subject import SOFTNESS
 from .video import Clip, load_video
@@ -51,7 +50,7 @@ _DONE, _FIGURES, _ERROR = "frames.json", "figures.json", "error.txt"  # beside w
 _ONCE = {"eta": 0.0, "guidance_rescale": 0.0, "guidance_start": 0.0, "guidance_end": 1.0,
          "lora": [], "prompt_weights": False}  # fmt: skip
 _NO_MODELS = dict.fromkeys(MODELS, "None")  # earlier versions noted those that they knew
-NO_MATTER = ("memory", "save_minutes", "save_every", "probe_every")  # to the result
+NO_MATTER = ("memory", "save_minutes", "save_every", "probe_every", "edits_at_once")  # to the result
 
 
 @dataclass(frozen=True)
@@ -145,10 +144,13 @@ def check_settings(output: Path, preset: Preset, inflation: dict[str, Any], chec
     Raises:
         TavError: it has been filled with others.
     """
-    content = asdict(preset) | {"inflation": inflation, "checkpoint": checkpoint.name, "frames": asdict(frames)}
+    content = mattering(asdict(preset)) | {
+        "inflation": inflation,
+        "checkpoint": checkpoint.name,
+        "frames": asdict(frames),
+    }
     content |= {"lora": list(checkpoint.loras), "embedding": dict(checkpoint.embeddings)}
     content["prompt_weights"] = checkpoint.prompt_weights
-    content["tuning"] = {name: value for name, value in content["tuning"].items() if name not in NO_MATTER}
     flat = {
         f"{of} {name}": value for of, own in content.items() if isinstance(own, dict) for name, value in own.items()
     }
@@ -160,6 +162,13 @@ def check_settings(output: Path, preset: Preset, inflation: dict[str, Any], chec
         problem = f"holds clips that were edited with other settings ({name} {before.get(name)}, now {now.get(name)})"
         raise TavError("output", output, problem, f"choose another {mentioned('output')}, or set it as it was")
     write_json(output / SETTINGS, now)
+
+
+def mattering(preset: dict[str, Any]) -> dict[str, Any]:
+    """What of a preset's settings the result depends on."""
+    own, tuning = ({name: value for name, value in of.items() if name not in NO_MATTER}
+                   for of in (preset, preset["tuning"]))  # fmt: skip
+    return own | {"tuning": tuning}
 
 
 # ------------------------------------------------------------------------------------------------------- the edits
@@ -237,9 +246,9 @@ def edit_clip(clip: ClipJob, checkpoint: Checkpoint, output: Path, frames: Frame
     if before and before.get("clip") != _identity(clip):  # nothing of another tuning shall be mixed with this one
         shutil.rmtree(run)
     job, video = prepared(clip, frames, callback)
-    for kind, edit in entry.edits.items():  # one by one, so that the frames are of what was drawn, not of its video
-        _, (drawn,) = run_edit(replace(job, edits=[edit]), checkpoint, video, run, callback=callback)
-        _write_frames(drawn, output / "frames" / entry.name / kind)
+    _, drawn = run_edit(job, checkpoint, video, run, callback=callback)
+    for kind, edit in zip(entry.edits, drawn):
+        _write_frames(edit, output / "frames" / entry.name / kind)
     edited = {kind: _told_of(edit) for kind, edit in entry.edits.items()}
     write_json(run / _DONE, {"clip": _identity(clip), "edits": edited, "frames": len(video.frames)})
 

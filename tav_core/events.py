@@ -39,7 +39,8 @@ class Stage:
 
     Attributes:
         name: that of its `Step`.
-        steps: of all of it; those of several samplings together.
+        steps: of all of it; those of several samplings together, with a step of edits that are drawn together once for
+            each.
         cost: of a step beside those of other stages, in forward passes of the clip.
     """
 
@@ -70,6 +71,11 @@ class Step:
     stage: str
     step: int
     total: int
+
+    @property
+    def videos(self) -> int:
+        """So many videos have taken it together."""
+        return 1
 
     def __str__(self) -> str:
         return f"{self.stage} {self.step}/{self.total}"
@@ -105,11 +111,17 @@ class TuningStep(Step):
 
 @dataclass(frozen=True)
 class DDIMStep(Step):
-    """A step of inversion or sampling; `latents` and the clean ones seen in them, `pred_x0`, are `b c f h w`."""
+    """A step of inversion or sampling; `latents` and the clean ones seen in them, `pred_x0`, are `b c f h w`, with a
+    video for each of the edits that are drawn together.
+    """
 
     timestep: int
     latents: Tensor
     pred_x0: Tensor
+
+    @property
+    def videos(self) -> int:
+        return len(self.latents)
 
     def __repr__(self) -> str:
         return f"DDIMStep({self.stage} {self.step}/{self.total}, timestep {self.timestep})"

@@ -16,7 +16,6 @@ from .arguments import FRAMES
 from .checkpoint import Checkpoint, load_checkpoint, load_controlnet
 from .control import Control
 from .ddim import Schedule, ddim_timesteps
-from .drawing import Edit
 from .embeddings import load_embedding
 from .errors import TavError, field
 from .inflation import VideoUNet
@@ -26,7 +25,7 @@ from .measure import MODELS, Models, load_models, mask_of
 from .noise import InvertedNoise
 from .pictures import IMAGES, is_animated
 from .precision import DTYPES
-from .presets import Preset
+from .presets import Edit, Preset
 from .sentences import seems_weighted
 from .sound import Sound
 from .subject import SOFTNESS

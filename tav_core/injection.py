@@ -1,5 +1,5 @@
-"""Attention injection: the source clip walks back from the noise beside an edit, leads it, and holds what it may not
-change.
+"""Attention injection: the source clip walks back from the noise beside an edit, or beside several that are drawn
+together, leads it, and holds what it may not change.
 
 Beyond the paper. In the first steps of a sampling the edit attends as its source clip does, which keeps the clip's
 layout and motion (after Plug-and-Play, arXiv 2211.12572, section 4.1, and FateZero, arXiv 2303.09535, section 3.2); the
@@ -8,7 +8,7 @@ region leaves the rest as the noise reconstructs it, a background that is drawn 
 a subject of another shape is the same one in all frames.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,8 @@ class EditPlaces:
             -1 not at all. None: with its attention alone, everywhere.
         still: where the edit stands still if the clip does (see `steadied`). None: nowhere.
         moving: where a subject is that all frames agree about (see `agreed`). None: nowhere.
+
+    Of several edits of a clip they are one for all, or one for each (see `EditPlaces.together`).
     """
 
     changeable: Tensor | None = None
@@ -47,6 +49,18 @@ class EditPlaces:
 
     def __repr__(self) -> str:
         return f"EditPlaces({', '.join(name for name, value in vars(self).items() if value is not None)})"
+
+    @classmethod
+    def together(cls, of_each: Sequence["EditPlaces"]) -> "EditPlaces":
+        """Those of several edits as one, `b 1 f h w`; where some have None, what means the same for them."""
+        same, joined = {"changeable": 1.0, "anchor": 0.0, "still": 0.0, "moving": 0.0}, {}
+        for name, value in same.items():
+            masks = [getattr(places, name) for places in of_each]
+            given = next((mask for mask in masks if mask is not None), None)
+            if given is not None:
+                masks = [torch.full_like(given, value) if mask is None else mask for mask in masks]
+                joined[name] = torch.cat(masks)
+        return cls(**joined)
 
     @classmethod
     def of(cls, region: str, subject: Tensor, margin: int, steady: bool = True) -> "EditPlaces":
@@ -123,15 +137,17 @@ class SourceWalk:
     Args:
         share: of the steps, from the first on, in which the clip leads, 0 ... 1. 0: nowhere, as in the paper.
         places: what it holds or anchors, for all of the sampling.
+        edits: of each clip, that are drawn together: it walks once beside them. Of several clips a batch has the first
+            edit of each, then the second of each, and so on.
 
     Raises:
         TavError: a share out of range.
     """
 
-    def __init__(self, share: float, places: EditPlaces | None = None):
+    def __init__(self, share: float, places: EditPlaces | None = None, edits: int = 1):
         if not 0 <= share <= 1:
             raise TavError("attention_injection", share, "is out of range", "give a number from 0 to 1")
-        self.share = share
+        self.share, self.edits = share, edits
         self.begin(places or EditPlaces())
 
     def begin(self, places: EditPlaces | None = None):
@@ -146,22 +162,23 @@ class SourceWalk:
     def __call__(
         self, ask: Callable[[Tensor, Led | None], Tensor], x: Tensor, sigma: Tensor, sigmas: Tensor, prompts: int
     ) -> Tensor:
-        """The clean latents of an edit at a noise level, as `ask` predicts them beside the source.
+        """The clean latents of edits at a noise level, as `ask` predicts them beside the source.
 
         Args:
             ask: `(x, led) -> x0`; with a `led`, `x` has the source's videos in front.
-            x: the videos of the edit under each prompt, `(prompts b) c f h w`, all alike.
+            x: the videos of the edits under each prompt, `(prompts b) c f h w`, all alike.
             sigma, sigmas: the level, and all of the sampling, falling.
         """
         if not self.walks(sigma, sigmas):
             return ask(x, None)
-        b = len(x) // prompts
-        source, (leads, anchor) = self.source(x[:b], sigma), self.leading(sigma, sigmas)
+        clips = len(x) // (prompts * self.edits)
+        source, (leads, anchor) = self.source(x[:clips], sigma), self.leading(sigma, sigmas)
         if anchor is not None:
-            anchor = rearrange(_for_all(anchor, x[:b], prompts + 1), "b 1 f h w -> (b f) 1 h w")
-        out = ask(torch.cat([source, x]), Led(b if leads else 0, anchor))
-        self.advance(source, out[:b], sigma)
-        return self.kept(out[b:], prompts, sigmas)
+            anchor = _for_all(anchor, x)
+            anchor = rearrange(torch.cat([anchor[:clips], anchor]), "b 1 f h w -> (b f) 1 h w")
+        out = ask(torch.cat([source, x]), Led(clips if leads else 0, anchor))
+        self.advance(source, out[:clips], sigma)
+        return self.kept(out[clips:], sigmas)
 
     def walks(self, sigma: Tensor, sigmas: Tensor) -> bool:
         """Whether the source is needed at a level of a sampling."""
@@ -176,7 +193,7 @@ class SourceWalk:
         return leads, anchor
 
     def source(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The source at a level, `b c f h w`: the edit itself, `x`, where both begin."""
+        """The source at a level, `b c f h w`: the edit itself (the first of several), `x`, where both begin."""
         return x if self.sigma is None else self.at(sigma)
 
     def is_new(self, sigma: Tensor) -> bool:
@@ -188,20 +205,18 @@ class SourceWalk:
         if self.is_new(sigma):
             self.x, self.x0, self.sigma = source, x0, sigma
 
-    def kept(self, x0: Tensor, prompts: int, sigmas: Tensor) -> Tensor:
-        """Clean latents of the edit under each prompt, `(prompts b) c f h w`, where the source's may not change.
+    def kept(self, x0: Tensor, sigmas: Tensor) -> Tensor:
+        """Clean latents of the edits under each prompt, `(prompts b) c f h w`, where the source's may not change.
 
         It is the same for all prompts, so that guidance keeps to it.
         """
-        videos, clip = self.x0, self.x0.repeat(prompts, 1, 1, 1, 1)
-        if self.places.moving is not None and LedSteps(sigmas, AGREED).leads(self.sigma):
-            x0 = agreed(
-                x0, clip, *(_for_all(of, videos, prompts) for of in (self.places.moving, self.places.changeable))
-            )
-        if self.places.still is not None:
-            x0 = steadied(x0, clip, _for_all(self.places.still, videos, prompts))
-        if self.places.changeable is not None:
-            x0 = torch.lerp(clip, x0, _for_all(self.places.changeable, videos, prompts))
+        places, clip = self.places, _repeated(self.x0, x0)
+        if places.moving is not None and LedSteps(sigmas, AGREED).leads(self.sigma):
+            x0 = agreed(x0, clip, *(_for_all(of, x0) for of in (places.moving, places.changeable)))
+        if places.still is not None:
+            x0 = steadied(x0, clip, _for_all(places.still, x0))
+        if places.changeable is not None:
+            x0 = torch.lerp(clip, x0, _for_all(places.changeable, x0))
         return x0
 
     def at(self, sigma: Tensor) -> Tensor:
@@ -209,19 +224,23 @@ class SourceWalk:
         return self.x if sigma == self.sigma else ddim_step(self.x, self.x0, self.sigma, sigma)
 
     def held(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The edit at its next level, where it may change nothing the source itself: no rounding, no fresh noise."""
+        """Edits at their next level, where they may change nothing the source itself: no rounding, no fresh noise."""
         if self.places.changeable is None:
             return x
-        return torch.where(self.places.changeable.to(x.device) > 0, x, self.at(sigma))
+        return torch.where(self.places.changeable.to(x.device) > 0, x, _repeated(self.at(sigma), x))
 
     def latents(self, sigma: Tensor) -> Tensor:
         """The latents that the walk ends in, at the last level of a sampling of a walk that holds something."""
         return to_latents(self.at(sigma), sigma)
 
 
-def _for_all(mask: Tensor, videos: Tensor, times: int) -> Tensor:
-    """A mask, `1 1 f h w` or `b 1 f h w`, for some times the videos, `b c f h w`."""
-    return mask.to(videos).expand(len(videos), 1, *videos.shape[2:]).repeat(times, 1, 1, 1, 1)
+def _for_all(mask: Tensor, videos: Tensor) -> Tensor:
+    """A mask, `1 1 f h w` or `b 1 f h w`, for so many videos, one or several times `b`, `n c f h w`."""
+    return _repeated(mask.to(videos).expand(-1, 1, *videos.shape[2:]), videos)
+
+
+def _repeated(x: Tensor, videos: Tensor) -> Tensor:
+    return x.repeat(len(videos) // len(x), 1, 1, 1, 1)
 
 
 def steadied(x0: Tensor, clip: Tensor, places: Tensor) -> Tensor:

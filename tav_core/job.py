@@ -18,7 +18,7 @@ from . import errors, pipeline
 from .atomic import sole_user
 from .checkpoint import Checkpoint, decode_video
 from .control import Controls, each_of
-from .drawing import Edit, draw, reading_of, settings_of
+from .drawing import draw, reading_of, settings_of
 from .errors import TavError
 from .events import Callback, Note, Step, ignored
 from .inflation import VideoUNet
@@ -28,7 +28,7 @@ from .memory import offloaded
 from .metrics import psnr
 from .noise import InvertedNoise, read_noise, save_noise
 from .precision import DTYPES
-from .presets import Preset
+from .presets import Edit, Preset
 from .project import NAMED, NOISE, SHOWN, SUMMARY, Project, file_name, labels
 from .remaining import plan_of
 from .sentences import check_sentence

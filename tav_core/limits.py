@@ -64,6 +64,7 @@ LIMITS = {
     "context_overlap": Range(2, 9_999),
     "softness": Range(0, 512),
     "eta": Range(0.0, 1.0),
+    "edits_at_once": Range(1, 64),
     "lora_strength": Range(-10.0, 10.0),
     "control_strength": Range(0.0, 10.0),
     "control_start": Range(0.0, 1.0),

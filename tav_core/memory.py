@@ -1,4 +1,6 @@
-"""Which memory mode suits a tuning: what a step needs in each, found before the run, against what is free."""
+"""Which memory mode suits a tuning, and how many edits go together: what a step needs, found before the run, against
+what is free.
+"""
 
 import copy
 import gc
@@ -37,25 +39,54 @@ def needed_memory(unet: VideoUNet, take: Take, dtype: torch.dtype, memory: str, 
         device: where it will run; the U-Net may be elsewhere.
     """
     tuned_bytes = 4 * sum(parameter.numel() for parameter in trainable_parameters(unet).values())
-    nowhere = torch.device("meta")
     if is_torch_version("<", "2.6") and not hasattr(torch, "meta"):
         # what computes a part again asks such a module there whether the device draws random numbers
         torch._register_device_module("meta", types.ModuleType("meta"))
-
-    def emptied(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(x.shape, dtype=dtype or x.dtype, device=nowhere)
-
-    unet = without_content(unet, dtype, nowhere)
+    unet, told = _counted(unet, dtype, device), take.condition
     unet.set_memory(memory)
-    copies = device.type == "cpu"
-    unet.frame_context.set(attention_fn=lambda q, k, v, mask=None: _FusedAttention.apply(q, k, v, copies))
-    unet.get_class_embed = super(VideoUNet, unet).get_class_embed  # which doesn't look at the labels' values
-    told, timestep = take.condition, torch.zeros((), dtype=torch.int64, device=nowhere)
-    labels = {name: emptied(value) for name, value in told.keywords.items()}
+    timestep = torch.zeros((), dtype=torch.int64, device=_NOWHERE)
+    labels = {name: _emptied(value) for name, value in told.keywords.items()}
     with _Peak([*unet.parameters(), *unet.buffers()]) as count:
-        predicted = unet(emptied(take.latents, dtype), timestep, emptied(told.encoder_hidden_states, dtype), **labels)
+        predicted = unet(_emptied(take.latents, dtype), timestep, _emptied(told.encoder_hidden_states, dtype), **labels)
         predicted.float().square().mean().backward()
     return count.peak + 3 * tuned_bytes
+
+
+@torch.no_grad()
+def sampling_memory(unet: VideoUNet, latents: Tensor, text: Tensor, edits: int) -> int:
+    """Bytes that a sampling step takes beyond the models, for guided edits of a clip that are drawn together beside it.
+
+    Counted as in `needed_memory`, on tensors without content. A ControlNet isn't counted.
+
+    Args:
+        unet: as it samples; nothing but shapes, dtype and device counts, of `latents` (`1 c f h w`, as many frames as
+            it sees at once) and `text` (`1 n d`) the shapes alone.
+    """
+    videos, dtype = 1 + 2 * edits, unet.dtype
+    unet = _counted(unet, dtype, unet.device)
+    x, words = (_emptied(of.expand(videos, *of.shape[1:]), dtype) for of in (latents, text))
+    labels = {}
+    if unet.class_embedding is not None:
+        labels = {"class_labels": torch.zeros(videos, dtype=torch.int64, device=_NOWHERE)}
+    timestep = torch.zeros((), dtype=torch.int64, device=_NOWHERE)
+    with _Peak([*unet.parameters(), *unet.buffers()]) as count, unet.frame_context.running(sources=1):
+        unet(x, timestep, words, **labels)
+    return count.peak
+
+
+_NOWHERE = torch.device("meta")
+
+
+def _emptied(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=_NOWHERE)
+
+
+def _counted(unet: VideoUNet, dtype: torch.dtype, device: torch.device) -> VideoUNet:
+    """A copy without content whose tensors are those of a U-Net that computes in a dtype on a device."""
+    unet, copies = without_content(unet, dtype, _NOWHERE), device.type == "cpu"
+    unet.frame_context.set(attention_fn=lambda q, k, v, mask=None: _FusedAttention.apply(q, k, v, copies))
+    unet.get_class_embed = super(VideoUNet, unet).get_class_embed  # which doesn't look at the labels' values
+    return unet
 
 
 def without_content(unet: VideoUNet, dtype: torch.dtype, device: torch.device) -> VideoUNet:

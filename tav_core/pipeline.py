@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video
-from .condition import Condition
+from .condition import Condition, joined
 from .control import ControlledUNet, Controls, each_of
 from .ddim import Schedule, ddim_invert, ddim_sample
 from .errors import TavError, field, shortened
@@ -29,7 +29,7 @@ from .frames import Frames, as_frames, as_mask, told
 from .inflation import VideoUNet, inflate
 from .injection import EditPlaces, SourceWalk
 from .memory import offloaded
-from .presets import Preset
+from .presets import Edit, Preset
 from .sentences import along, check_sentence, keyframes, tokens_of
 from .subject import SOFTNESS, outlined, pooled, put_back, softened, subject_mask, subject_steps, word_mask, word_places
 from .take import Take
@@ -356,47 +356,123 @@ def sample(
         TavError: an empty prompt, frames that the clip hasn't, hints that don't fit it, settings out of range (see
             `ddim_sample`), or a region without subject.
     """
-    check_edit(prompt, region, subject is not None and source_prompt is not None)
-    check_text("negative_prompt", negative_prompt)
+    (video,) = sample_edits(checkpoint, unet, noise, [Edit(prompt, region)], preset, source_prompt=source_prompt,
+                            negative_prompt=negative_prompt, subject=subject, source_frames=source_frames,
+                            class_labels=class_labels, negative_class_labels=negative_class_labels,
+                            source_class_labels=source_class_labels, control=control,
+                            generators=None if generator is None else [generator], callback=callback)  # fmt: skip
+    return video
+
+
+def sample_edits(
+    checkpoint: Checkpoint,
+    unet: VideoUNet,
+    noise: Tensor,
+    edits: Sequence[Edit],
+    preset: Preset,
+    *,
+    source_prompt: str | None = None,
+    negative_prompt: str = "",
+    subject: Tensor | None = None,
+    source_frames: Tensor | None = None,
+    class_labels: Tensor | None = None,
+    negative_class_labels: Tensor | None = None,
+    source_class_labels: Tensor | None = None,
+    control: Controls = None,
+    generators: Sequence[torch.Generator] | None = None,
+    callback: Callback = ignored,
+) -> list[Tensor]:
+    """Edits of one clip, drawn together, each as `sample` draws it, to rounding: uint8 `f h w c`, in their order.
+
+    Where the clip walks back beside an edit (under attention injection, or to hold what stays), it does so once beside
+    all: E guided edits are batches of 1 + 2 E videos, not E batches of 3. They take as much more memory.
+
+    Args:
+        edits: sentences, regions and settings of their own, but for their seeds, in whose place there are `generators`.
+        source_prompt, ..., control: as in `sample`, for all of them.
+        generators: of the fresh noise of each; by default torch's own.
+        callback: gets a `DDIMStep` of stage "sample", with a video for each edit, after every step; raises to stop.
+
+    Raises:
+        TavError: edits that differ in their attention_injection, and what `sample` raises.
+    """
+    frames, count, own = noise.shape[2], len(edits), [edit.preset_of(preset) for edit in edits]
+    _check_together(own)
+    _check_sampled(checkpoint, edits, negative_prompt, frames, subject is not None and source_prompt is not None)
     source_frames = None if source_frames is None else as_frames(source_frames, "source_frames")
-    frames, scale = noise.shape[2], checkpoint.downscale
-    check_sentence(prompt, frames, "edit", checkpoint.prompt_weights)
-    check_sentence(negative_prompt, frames, "negative_prompt", checkpoint.prompt_weights)
     for each in (controls := each_of(control)):
-        each.check(unet, frames, *(scale * side for side in noise.shape[3:]))
+        each.check(unet, frames, *(checkpoint.downscale * side for side in noise.shape[3:]))
     walk = source = None
     negative = _along(checkpoint, negative_prompt, frames)
     if source_prompt is not None:
         negative = torch.lerp(negative, encode_prompt(checkpoint, source_prompt), preset.caption_as_negative)
-        mask = None if subject is None else pooled(subject, scale).to(unet.device)
-        places = None if mask is None else EditPlaces.of(region, mask, margin=1, steady=preset.steady)
-        walk = SourceWalk(preset.attention_injection, places)
-        source = Condition(_inversion_text(checkpoint, source_prompt, preset), source_class_labels)
+        walk = SourceWalk(own[0].attention_injection, _places_of(checkpoint, unet, edits, subject, preset), count)
+        labels = class_labels if source_class_labels is None else source_class_labels
+        source = Condition(_inversion_text(checkpoint, source_prompt, preset), labels)
     latents = ddim_sample(
         _windowed(ControlledUNet(unet, [each.model for each in controls]) if controls else unet, preset),
-        noise.to(unet.device),
-        Condition(_along(checkpoint, prompt, frames), class_labels),
+        noise.to(unet.device).repeat(count, 1, 1, 1, 1),
+        _batch([Condition(_along(checkpoint, edit.prompt, frames), class_labels) for edit in edits], frames),
         checkpoint.scheduler,
         preset.sampling_steps,
-        guidance_scale=preset.guidance_scale,
+        guidance_scale=[each.guidance_scale for each in own],
         guidance_rescale=preset.guidance_rescale,
         guidance_start=preset.guidance_start,
         guidance_end=preset.guidance_end,
-        negative_hidden_states=Condition(negative, negative_class_labels),
+        negative_hidden_states=_batch([Condition(negative, negative_class_labels)] * count, frames),
         source_walk=walk,
         source_hidden_states=source,
         controls=controls,
         eta=preset.eta,
-        generator=generator,
+        generator=None if generators is None else list(generators),
         callback=callback,
     )
-    edit = decode_video(checkpoint, latents)
-    if region == "everything":
-        return edit
-    if source_frames is None:
+    if source_frames is None and any(edit.region != "everything" for edit in edits):
         end = Schedule.of(checkpoint.scheduler, preset.sampling_steps).sigmas[-1]
         source_frames = decode_video(checkpoint, walk.latents(end))
-    return put_back(edit, source_frames, EditPlaces.of(region, subject, margin=scale).changeable)
+    return [_finished(checkpoint, edit, x, subject, source_frames) for edit, x in zip(edits, latents.split(1))]
+
+
+def _check_together(presets: Sequence[Preset]):
+    """Raises a TavError for no edits, or those that the clip leads in several shares of the steps, by their presets."""
+    if not presets:
+        raise TavError("edit", None, "is missing", "give at least one")
+    if len(shares := sorted({each.attention_injection for each in presets})) > 1:
+        problem = f"differs among edits that are drawn together ({', '.join(f'{share:g}' for share in shares)})"
+        raise TavError("attention_injection", None, problem, "draw them apart")
+
+
+def _check_sampled(checkpoint: Checkpoint, edits: Sequence[Edit], negative_prompt: str, frames: int, of_region: bool):
+    check_text("negative_prompt", negative_prompt)
+    for edit in edits:
+        check_edit(edit.prompt, edit.region, of_region)
+        check_sentence(edit.prompt, frames, "edit", checkpoint.prompt_weights)
+    check_sentence(negative_prompt, frames, "negative_prompt", checkpoint.prompt_weights)
+
+
+def _places_of(
+    checkpoint: Checkpoint, unet: VideoUNet, edits: Sequence[Edit], subject: Tensor | None, preset: Preset
+) -> EditPlaces | None:
+    """Where each edit may change the clip and is led, in latents."""
+    if subject is None:
+        return None
+    mask = pooled(subject, checkpoint.downscale).to(unet.device)
+    return EditPlaces.together([EditPlaces.of(each.region, mask, margin=1, steady=preset.steady) for each in edits])
+
+
+def _batch(of_each: Sequence[Condition], frames: int) -> Condition:
+    """Those of several edits, one after the other."""
+    return joined({f"edit {number}": (told, 1) for number, told in enumerate(of_each, 1)}, frames)
+
+
+def _finished(
+    checkpoint: Checkpoint, edit: Edit, latents: Tensor, subject: Tensor | None, source_frames: Tensor | None
+) -> Tensor:
+    """The video of an edit, with the clip's own pixels outside of its region."""
+    video = decode_video(checkpoint, latents)
+    if edit.region == "everything":
+        return video
+    return put_back(video, source_frames, EditPlaces.of(edit.region, subject, margin=checkpoint.downscale).changeable)
 
 
 def _along(checkpoint: Checkpoint, prompt: str, frames: int) -> Tensor:

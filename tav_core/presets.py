@@ -1,4 +1,4 @@
-"""Presets: the settings of a whole edit, from tuning to sampling."""
+"""Presets: the settings of a whole edit, from tuning to sampling; and edits with settings of their own."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -29,6 +29,8 @@ class Preset:
             chance, 1 has as much of it as DDPM (Song et al., equation 16). More of it draws more freely.
         context_overlap: frames that neighbouring windows share; with `tuning.context_length` all stages see a clip
             window by window (see `windows`).
+        edits_at_once: how many edits of a clip are drawn together at most, which is faster and takes more memory; it
+            changes nothing but rounding. None: as many as there is memory for (see `drawing`).
     """
 
     tuning: TuneConfig
@@ -42,6 +44,7 @@ class Preset:
     steady: bool = True
     eta: float = 0.0
     context_overlap: int = 4
+    edits_at_once: int | None = None
 
     def __post_init__(self):
         check_fields(self)
@@ -62,6 +65,27 @@ PRESETS = {
         caption_as_negative=0.25,
     ),
 }
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An edited sentence, what of the clip it may change (see `EditPlaces.of`), and settings of its own.
+
+    Attributes:
+        guidance_scale, attention_injection: instead of those of the preset.
+        seed: of the fresh noise that an eta asks for, instead of that of the tuning.
+    """
+
+    prompt: str
+    region: str = "everything"
+    guidance_scale: float | None = None
+    attention_injection: float | None = None
+    seed: int | None = None
+
+    def preset_of(self, preset: Preset) -> Preset:
+        """The preset with its own settings."""
+        own = dict(guidance_scale=self.guidance_scale, attention_injection=self.attention_injection)
+        return with_settings(preset, **own)
 
 
 def default_preset(checkpoint_name: str) -> str:

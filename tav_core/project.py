@@ -1,7 +1,8 @@
 """The output folder of edits: a clip that is tuned once, and edits of it, each with a number and settings of its own.
 
-`summary.json` tells all of it, and is written anew behind every edit: what a stopped run has finished is part of the
-project. Nothing that is there is drawn again or replaced; who deletes an edit's video takes it out.
+`summary.json` tells all of it, and is written anew behind every edit, or behind those that are drawn together: what a
+stopped run has finished is part of the project. Nothing that is there is drawn again or replaced; who deletes an edit's
+video takes it out.
 """
 
 import json
@@ -94,7 +95,7 @@ class Project:
         return next((edit for edit in self.edits if all(edit.get(k) == v for k, v in settings.items())), None)
 
     def add(self, settings: dict[str, Any], video: Tensor, sound: Sound | None, mask: Tensor | None) -> dict[str, Any]:
-        """Writes an edit and the summary.
+        """Writes an edit's video; the summary tells of it when that is written (see `Project.write`).
 
         Args:
             settings: all that decides on what it shows, with `prompt` and `fps`.
@@ -102,10 +103,9 @@ class Project:
         """
         number = self.next_number
         edit = {"number": number, "file": f"{file_name(number, settings['prompt'])}.mp4", **settings}
-        self._save(edit["file"], video, settings["fps"], sound)
         edit["figures"] = self._figures(video, mask)
+        self._save(edit["file"], video, settings["fps"], sound)
         self.edits.append(edit)
-        self.write()
         return edit
 
     def put(self, name: str, video: Tensor, fps: float, sound: Sound | None, told: Mapping[str, Any] | None = None):

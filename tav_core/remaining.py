@@ -5,7 +5,9 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from .control import each_of
+from .drawing import AT_ONCE, groups, is_held
 from .events import Plan, Stage, Step
+from .presets import Edit
 from .subject import subject_steps
 
 if TYPE_CHECKING:
@@ -17,12 +19,16 @@ CONTROL = 0.33  # of a forward pass of the U-Net, what one of a ControlNet takes
 
 def plan_of(job: "EditJob", done: Collection[str] = ()) -> Plan:
     """The stages of `run_edit`, but for those that are done."""
-    preset, sampling = job.preset, 1.0  # the walk back, without guidance
-    for edit in [None, *job.edits]:  # the reconstruction is one as well
-        holds = edit is not None and (edit.region != "everything" or (job.knows_subject and preset.steady))
-        guided = (preset.guidance_scale > 1) * (preset.guidance_end - preset.guidance_start)
-        led = sum(each.end - each.start for each in each_of(job.control) if each.strength and edit is not None)
-        sampling += (1 + guided) * (1 + CONTROL * led) + (1 if holds else preset.attention_injection)
+    preset = job.preset
+    guided = (preset.guidance_scale > 1) * (preset.guidance_end - preset.guidance_start)
+    led = sum(each.end - each.start for each in each_of(job.control) if each.strength)
+    sampling = 1.0  # the walk back, without guidance
+    together = groups(job.edits, preset, job.knows_subject, preset.edits_at_once or AT_ONCE)
+    for group in [[Edit(job.prompt)], *together]:  # the reconstruction is one as well
+        held = any(is_held(edit, preset, job.knows_subject) for edit in group)
+        beside = 1 if held else group[0].preset_of(preset).attention_injection
+        sampling += beside + (1 + guided) * len(group)
+    sampling += CONTROL * led * (1 + guided) * len(job.edits)
     samplings = 2 + len(job.edits)
     stages = [
         Stage("encode", 1, 0.0),
@@ -54,8 +60,8 @@ class Remaining:
         if names[self.at] != step.stage and step.stage in names[self.at :]:
             self.at, self.parts, self.last, self.first = names.index(step.stage, self.at), 0, 0, None
         if step.step <= self.last:  # the next of several samplings
-            self.parts += self.last
-        self.last, self.done = step.step, self.parts + step.step
+            self.parts = self.done
+        self.last, self.done = step.step, self.parts + step.step * step.videos
         stage, rate = self.stages[self.at], None
         if self.first is None:
             self.first = now, self.done

@@ -174,6 +174,8 @@ SETTINGS = {
     "context_length": _number("context_length", "N", "for long clips: frames that are looked at together, 3 or more "
                                                      "(all; with --tuned, as many as tuned)"),
     "context_overlap": _number("context_overlap", "N", "frames that neighbouring windows share (4)"),
+    "edits_at_once": _number("edits_at_once", "N", "edits that are drawn together, which is faster and takes more "
+                             "memory (as many as there is memory for, 4 at most)"),
 }  # fmt: skip
 
 

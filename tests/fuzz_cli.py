@@ -243,6 +243,7 @@ def idle(commands: dict[str, dict[str, argparse.Action]]) -> Iterator[Case]:
         ["--caption-as-negative", "0.5"],
         ["--steady"],
         ["--region", "subject"],
+        ["--edits-at-once", "2"],
     ):
         yield Case(f"sample {more[0]} of random noise", [*random_noise, *more], "no")
 

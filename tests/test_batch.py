@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -25,12 +26,12 @@ from support.commands import environment
 from support.datasets import make_tgve
 from support.errors import refused
 from tav_core import cli, load_checkpoint, run_edit
-from tav_core.batch.jobs import combination, expanded, read_jobs, read_sweep, spec_of
+from tav_core.batch.jobs import combination, comparable, expanded, read_jobs, read_sweep, spec_of
 from tav_core.batch.worker import Worker
 from tav_core.errors import TavError
 from tav_core.evaluation import jobs_of
 from tav_core.mini import world
-from tav_core.presets import PRESETS
+from tav_core.presets import PRESETS, with_settings
 from tav_core.video import save_video
 
 LIST = """
@@ -135,6 +136,15 @@ def test_a_sweep_is_a_job_for_each_combination_and_an_edit_where_nothing_is_tune
     ):
         refused(why, [text], preset, call=read_sweep)
     refused("comes twice", ["steps=1", "steps=2"], preset, call=read_sweep)
+
+
+def test_settings_that_change_no_result_make_no_other_job():
+    def compared(**settings):
+        preset = asdict(with_settings(PRESETS["mini"], **settings))
+        entry = {"video": "/a/clip.mp4", "mask": None, "settings": {}}
+        return comparable({"entry": entry, "preset": preset, "inflation": {}, "frames": {}, "checkpoint": {}})
+
+    assert compared(edits_at_once=2, memory="low") == compared() != compared(guidance_scale=3.0)
 
 
 def test_without_ray_one_sentence_says_what_to_install(tmp_path, clip, tav, monkeypatch):

@@ -193,6 +193,27 @@ def test_guidance():
     )
 
 
+def test_each_video_has_its_own_guidance_and_fresh_noise():
+    """Batches change no rounding of this model beyond the last bits."""
+    settings, scales = dict(negative_hidden_states=NEGATIVE, eta=0.6), [4.0, 1.0, 0.5]
+    x = torch.cat([latents(), latents().flip(3), latents().flip(4)])
+
+    def sampled(x, scale, seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return ddim_sample(Model(), x, TEXT, DDIM, 5, guidance_scale=scale, generator=generators, **settings)
+
+    together = sampled(x, scales, [1, 2, 1])
+    for number, (scale, seed) in enumerate(zip(scales, [1, 2, 1])):
+        alone = sampled(x[number : number + 1], scale, [seed])
+        assert (together[number] - alone[0]).abs().max() < 1e-5
+    assert (together - sampled(x, 4.0, [1, 2, 3])).abs().amax((1, 2, 3, 4)).tolist()[1:] > [1e-2, 1e-2]
+    model = Model()
+    ddim_sample(model, x, TEXT, DDIM, 2, guidance_scale=[1.0, 0.0, 1.0])
+    assert model.batches == [3, 3]
+    with pytest.raises(TavError, match="needs negative_hidden_states"):
+        ddim_sample(Model(), x, TEXT, DDIM, 2, guidance_scale=scales)
+
+
 def test_guidance_of_some_steps():
     """Steps without guidance are half a batch, and are those of no guidance at all."""
     model, settings = Model(), dict(guidance_scale=4.0, negative_hidden_states=NEGATIVE)

@@ -138,6 +138,15 @@ def test_a_full_disk_ends_the_run(dataset, checkpoint, tmp_path, run, monkeypatc
     refused("No space left", jobs(dataset), checkpoint, tmp_path / "out", call=edited)
 
 
+def test_edits_of_a_clip_are_drawn_by_one_job(dataset, checkpoint, tmp_path, run):
+    """So that it draws them together; each has its own frames."""
+    (first, *_), out = jobs(dataset), tmp_path / "out"
+    assert edited([first], checkpoint, out) == ([first.name], {})
+    assert [[*job.edits] for job in run] == [[*first.entry.edits.values()]] and len(first.entry.edits) == 2
+    folders = {path.rsplit("/", 1)[0] for path in files(out / "frames")}
+    assert folders == {f"{first.name}/{kind}" for kind in first.entry.edits}
+
+
 def test_what_has_changed_is_done_anew(dataset, checkpoint, tmp_path, run):
     (first, *_), out = jobs(dataset), tmp_path / "out"
     edited([first], checkpoint, out)
@@ -171,8 +180,8 @@ def test_long_clips_are_seen_in_windows(dataset, checkpoint, tmp_path, run, monk
 
 def test_settings_of_a_folder_are_not_mixed(checkpoint, tmp_path):
     check_settings(tmp_path, PRESET, {"norm": "video"}, checkpoint, FRAMES)
-    check_settings(tmp_path, with_settings(PRESET, memory="low", save_minutes=9.0), {"norm": "video"}, checkpoint,
-                   FRAMES)  # fmt: skip
+    same = with_settings(PRESET, memory="low", save_minutes=9.0, edits_at_once=2)
+    check_settings(tmp_path, same, {"norm": "video"}, checkpoint, FRAMES)
     for told, preset, frames in (
         ("other settings .tuning steps 1, now 2.; choose another", with_settings(PRESET, steps=2), FRAMES),
         ("guidance_scale 12.5, now 3.0", with_settings(PRESET, guidance_scale=3.0), FRAMES),

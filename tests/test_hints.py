@@ -8,7 +8,21 @@ from diffusers import ControlNetModel
 
 from support.errors import refused
 from support.native_models import relative
-from tav_core import PRESETS, Condition, ContextWindows, Control, SourceWalk, WindowedUNet, ddim_sample, inflate, sample
+from support.tiny_unets import stir
+from tav_core import (
+    PRESETS,
+    Condition,
+    ContextWindows,
+    Control,
+    Edit,
+    SourceWalk,
+    WindowedUNet,
+    ddim_sample,
+    inflate,
+    sample,
+    sample_edits,
+    with_settings,
+)
 from tav_core import encode_prompt as encoded
 from tav_core.control import ControlledUNet, each_of, facts_of, hints_at
 from tav_core.mini.evaluate import steered
@@ -119,6 +133,23 @@ def test_the_clip_beside_an_edit_sees_no_hint(drawn, net, hints, checkpoint):
         edit = drawn(control, source_walk=walk, source_hidden_states=empty)
         ends.append((walk.x, edit))
     assert relative(ends[1][0], ends[0][0]) < 1e-5 and relative(ends[1][1], ends[0][1]) > 1e-2
+
+
+def test_hints_lead_edits_that_are_drawn_together_and_not_their_clip(checkpoint, drawn, net, hints):
+    preset, edits = replace(PRESETS["mini"], sampling_steps=STEPS), [Edit("a star"), Edit("a ring", guidance_scale=2.0)]
+    unet, windows = stir(inflate(checkpoint.unet)), with_settings(preset, context_length=3, context_overlap=2)
+
+    def latents(edits, preset, **settings):
+        seen = []
+        options = dict(source_prompt="a ball", callback=seen.append) | settings
+        sample_edits(checkpoint, unet, drawn.noise, edits, preset, **options)
+        return seen[-1].latents
+
+    for settings in (preset, windows):
+        together = latents(edits, settings, control=Control(net, hints))
+        for edit, found in zip(edits, together.split(1)):
+            alone = latents([edit], settings, control=Control(net, hints))
+            assert relative(found, alone) < 1e-4 < 1e-2 < relative(found, latents([edit], settings))
 
 
 def test_windows_see_the_hints_of_their_frames(drawn, net, hints):

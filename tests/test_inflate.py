@@ -231,7 +231,7 @@ def test_texts_of_several_lengths_meet_as_if_each_were_alone():
     mixed = sampled(longer, text, long)
     assert difference(mixed, sampled(longer.repeat(1, 2, 1), text.repeat(1, 6, 1), long.repeat(1, 3, 1))) < 1e-3
     assert difference(mixed, sampled(longer, longer, long)) > 0.1
-    both = joined({"condition": Condition(text), "other": Condition(longer)}, 1, 3).encoder_hidden_states
+    both = joined({"condition": (Condition(text), 1), "other": (Condition(longer), 1)}, 3).encoder_hidden_states
     alone = torch.cat([unet(noise, 500, words) for words in (text, longer)])
     assert difference(unet(torch.cat([noise] * 2), 500, both), alone) < 1e-5 < 1e-2 < difference(*alone)
     found = [subject_mask(unet, noise, text, other, scheduler) for other in (longer, longer.repeat(1, 2, 1))]

@@ -1,4 +1,6 @@
-"""Where an edit may change its clip and in which steps the clip leads; backgrounds that stand still."""
+"""Where an edit may change its clip and in which steps the clip leads; backgrounds that stand still; edits that are
+drawn together.
+"""
 
 import argparse
 from dataclasses import replace
@@ -8,7 +10,20 @@ import torch
 
 from support.errors import refused
 from support.led_sampling import led_sample
-from tav_core import PRESETS, TuneConfig, find_subject, inflate, invert, load_checkpoint, prepare, sample
+from support.tiny_unets import stir
+from tav_core import (
+    PRESETS,
+    Edit,
+    TuneConfig,
+    find_subject,
+    inflate,
+    invert,
+    load_checkpoint,
+    prepare,
+    sample,
+    sample_edits,
+    with_settings,
+)
 from tav_core.injection import ALIKE, ANCHORED, REGIONS, STILL, EditPlaces, LedSteps, SourceWalk, agreed, steadied
 from tav_core.mini import world
 from tav_core.mini.clips import BenchmarkClip
@@ -189,6 +204,88 @@ def test_a_walk_that_neither_leads_nor_holds_costs_nothing():
     for sigma in (sigmas := torch.tensor([3.0, 2.0, 1.0, 0.5, 0.0]))[:-1]:
         walk(lambda x, led: asked.append((len(x), led is None)) or x, some(1, 4, 1, 2, 2), sigma, sigmas, 1)
     assert asked == [(2, False), (2, False), (1, True), (1, True)]
+
+
+# ---------------------------------------------------------------------------------------------- several together
+
+FREE = [Edit("a star"), Edit("0: a ball | 2: a ring", guidance_scale=3.0), Edit("a ring", guidance_scale=1.0)]
+HELD = [Edit("a star", region) for region in REGIONS]
+TRAVELLING = "0: a | 3: b"  # of as many frames as there are edits in HELD
+
+
+@pytest.fixture(scope="module")
+def tiny(checkpoint):
+    """A U-Net that attends over frames, for the tiny checkpoint; the noise of a clip of four frames; its subject."""
+    subject = torch.zeros(1, 1, 4, 64, 64)
+    for frame in range(4):
+        subject[:, :, frame, 16:40, 8 + 8 * frame : 32 + 8 * frame] = 1
+    return checkpoint, stir(inflate(checkpoint.unet)), some(1, 4, 4, 8, 8, seed=3), subject
+
+
+def latents_of(tiny, edits, subject=False, eta=0.0, negative_prompt="", **settings):
+    """The latents that edits end in, `b c f h w`, drawn together, and how many videos each step was given."""
+    (checkpoint, unet, noise, mask), seen, batches = tiny, [], []
+    preset = with_settings(PRESETS["mini"], sampling_steps=4, attention_injection=0.5, eta=eta, **settings)
+    hook = unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    generators = [torch.Generator().manual_seed(len(edit.prompt)) for edit in edits] if eta else None
+    sample_edits(checkpoint, unet, noise, edits, preset, source_prompt="a ball", subject=mask if subject else None,
+                 negative_prompt=negative_prompt, generators=generators, callback=seen.append)  # fmt: skip
+    hook.remove()
+    return seen[-1].latents, batches
+
+
+@pytest.mark.parametrize("edits, settings, batches", [
+    (FREE, {}, [7, 7, 6, 6]),
+    (FREE, {"eta": 0.7, "guidance_rescale": 0.5, "guidance_end": 0.75}, [7, 7, 6, 3]),
+    (FREE, {"subject": True}, [7] * 4),
+    (HELD, {"subject": True, "negative_prompt": TRAVELLING, "eta": 0.5}, [9] * 4),
+    (HELD, {"subject": True, "steady": False}, [9] * 4),
+    ([replace(edit, attention_injection=0.0) for edit in HELD], {"subject": True}, [9] * 4),
+    (HELD, {"subject": True, "context_length": 3, "context_overlap": 2}, None),
+], ids=["sentences", "fresh noise", "steady", "regions", "not steady", "not led", "windows"])  # fmt: skip
+def test_edits_drawn_together_are_those_drawn_alone(tiny, edits, settings, batches):
+    """To rounding, which four steps of a random model let grow to some millionths; the edits differ by tenths."""
+    together, counted = latents_of(tiny, edits, **settings)
+    alone = [latents_of(tiny, [edit], **settings)[0] for edit in edits]
+    assert batches is None or counted == batches
+    size = together.std()
+    assert all((one - of).abs().max() < 1e-4 * size for one, of in zip(together.split(1), alone))
+    apart = [(a - b).abs().max() / size for i, a in enumerate(alone) for b in alone[:i]]
+    assert min(apart) > 1e-2
+
+
+def test_sample_is_the_case_of_one_edit(tiny):
+    checkpoint, unet, noise, subject = tiny
+    preset = with_settings(PRESETS["mini"], sampling_steps=2)
+    clip = torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8)
+    of_clip = dict(source_prompt="a ball", subject=subject)
+    for frames in (None, clip):
+        videos = sample_edits(checkpoint, unet, noise, HELD, preset, source_frames=frames, **of_clip)
+        for edit, video in zip(HELD, videos):
+            alone = sample(
+                checkpoint, unet, noise, edit.prompt, preset, region=edit.region, source_frames=frames, **of_clip
+            )
+            assert alone.dtype == torch.uint8 and (video.int() - alone.int()).abs().max() <= 1  # of 255, by rounding
+            if edit.region != "everything" and frames is not None:
+                outside = EditPlaces.of(edit.region, subject, margin=checkpoint.downscale).changeable[0, 0] == 0
+                assert torch.equal(video[outside], clip[outside])
+    several = [*HELD, Edit("a star", attention_injection=0.1)]
+    told = r"attention_injection differs among edits that are drawn together \(0.1, 0.6\); draw them apart"
+    refused(told, checkpoint, unet, noise, several, preset, **of_clip, call=sample_edits)
+    refused("prompt is missing", checkpoint, unet, noise, [], preset, call=sample_edits)
+    refused("prompt is empty", checkpoint, unet, noise, [Edit("a star"), Edit(" ")], preset, call=sample_edits)
+
+
+def test_places_of_several_edits():
+    mask = torch.zeros(1, 1, 2, 8, 8)
+    mask[..., 3:5, 3:5] = 1
+    of_each = [EditPlaces.of(region, mask, margin=1) for region in REGIONS]
+    together = EditPlaces.together(of_each)
+    for name, same in (("changeable", 1), ("anchor", 0), ("still", 0), ("moving", 0)):
+        wanted = [getattr(places, name) for places in of_each]
+        wanted = [torch.full_like(mask, same) if value is None else value for value in wanted]
+        assert torch.equal(getattr(together, name), torch.cat(wanted))
+    assert EditPlaces.together([EditPlaces(), EditPlaces()]) == EditPlaces()
 
 
 @pytest.mark.slow

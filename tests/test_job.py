@@ -26,7 +26,7 @@ from tav_core.job import STATE, TUNED_FILES, check_file, check_folder, claimed
 from tav_core.measure import measure_job
 from tav_core.pipeline import check_size
 from tav_core.presets import PRESETS, with_settings
-from tav_core.project import labels
+from tav_core.project import Project, labels
 from tav_core.visuals import step_strip
 
 PRESET = with_settings(PRESETS["mini"], steps=1, sampling_steps=2, memory="fast")
@@ -83,7 +83,8 @@ def copied_project(project, tmp_path) -> Path:
 
 
 def test_finished_edits_are_not_drawn_again(checkpoint, clip, tmp_path):
-    job, (whole, parts) = edit_job("one", "two", "three"), (tmp_path / "whole", tmp_path / "parts")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    job = edit_job("one", "two", "three", preset=with_settings(PRESET, edits_at_once=1))
     assert drawn(job, checkpoint, clip, whole) == ["reconstruction", "one", "two", "three", "tune", "invert"]
     assert drawn(job, checkpoint, clip, parts, stop_after="two") == ["reconstruction", "one", "tune", "invert"]
     assert [edit["prompt"] for edit in summary_of(parts)["edits"]] == ["one"]  # it can be looked at
@@ -93,6 +94,102 @@ def test_finished_edits_are_not_drawn_again(checkpoint, clip, tmp_path):
     assert {path.name for path in parts.iterdir()} == {path.name for path in whole.iterdir()}
     for name in ("edit-1-one.mp4", "edit-3-three.mp4", "reconstruction.mp4"):
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
+
+
+class Drawn:
+    """Which edits are drawn together, by their sentences; of more than `most` at once the memory runs out."""
+
+    def __init__(self):
+        self.groups, self.most, self.sample_edits = [], 9, pipeline.sample_edits
+
+    def __call__(self, checkpoint, unet, noise, edits, *args, **kwargs):
+        self.groups.append(" ".join(edit.prompt for edit in edits))
+        if len(edits) > self.most:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        return self.sample_edits(checkpoint, unet, noise, edits, *args, **kwargs)
+
+    def of(self, *run) -> tuple[list[str], list[str]]:
+        """What is drawn together in a run, behind the reconstruction if there is one, and the notes on how many."""
+        notes, self.groups = [], []
+        run_edit(*run, callback=lambda event: notes.append(event) if isinstance(event, Note) else None)
+        groups = [group for group in self.groups if group != run[0].prompt]
+        return groups, [note.text for note in notes if note.about == "edits_at_once"]
+
+
+@pytest.fixture
+def together(monkeypatch) -> Drawn:
+    monkeypatch.setattr("tav_core.drawing.free_memory", lambda device: 2**40)
+    monkeypatch.setattr(pipeline, "sample_edits", drawn := Drawn())
+    return drawn
+
+
+def copy_of(project: Path, folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    return shutil.copytree(project, folder)
+
+
+@pytest.mark.slow
+def test_edits_that_go_together_are_drawn_together(checkpoint, clip, copied_project, together, monkeypatch):
+    unled, run = with_settings(PRESET, attention_injection=0.0), (checkpoint, clip, copied_project)
+    five = edit_job("one", "a", "b", "c", "a", "d", "e")
+    assert together.of(five, *run) == (["a b c d", "e"], [])  # one is there, a is given twice
+    led = edit_job("f", "g", Edit("h", attention_injection=0.2), Edit("i", attention_injection=0.2), "j")
+    assert together.of(led, *run) == (["f g", "h i", "j"], [])  # in their order
+    assert together.of(edit_job("k", "l", preset=unled), *run)[0] == ["k", "l"]  # no clip walks beside them
+    assert [edit["prompt"] for edit in summary_of(copied_project)["edits"]] == ["one", *"abcdefghijkl"]
+    several = edit_job(*"mnopq", preset=with_settings(PRESET, edits_at_once=2))
+    assert together.of(several, *run) == (["m n", "o p", "q"], [])
+    monkeypatch.setattr("tav_core.drawing.free_memory", lambda device: 1e6)
+    groups, (note,) = together.of(edit_job("r", "s"), *run)
+    assert groups == ["r", "s"] and note.startswith("edits at once: 1, since 2 need about 0.0 GB and 0.0 GB are free")
+    monkeypatch.setattr("tav_core.drawing.sampling_memory", lambda unet, latents, text, edits: edits * 3e5)
+    groups, (note,) = together.of(edit_job(*"tuvwx"), *run)
+    assert groups == ["t u", "v w", "x"] and note.startswith("edits at once: 2, since 3 need about 0.0 GB")
+
+
+def test_edits_that_run_out_of_memory_are_drawn_in_smaller_groups(checkpoint, clip, project, together, tmp_path):
+    job, together.most = edit_job(*"abcdef"), 2
+    groups, notes = together.of(job, checkpoint, clip, copy_of(project, tmp_path / "short"))
+    assert groups == ["a b c d", "a b", "c d", "e f"]
+    assert notes == ["edits at once: 2 from here on, since 4 ran out of memory"]
+    apart = replace(job, preset=with_settings(PRESET, edits_at_once=2))
+    assert together.of(apart, checkpoint, clip, copy_of(project, tmp_path / "apart")) == (["a b", "c d", "e f"], [])
+    for edit in summary_of(tmp_path / "apart")["edits"]:
+        assert (tmp_path / "apart" / edit["file"]).read_bytes() == (tmp_path / "short" / edit["file"]).read_bytes()
+    together.most = 0
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        together.of(edit_job("g", "h"), checkpoint, clip, tmp_path / "short")
+    assert together.groups == ["g h", "g"]
+
+
+def test_stopped_edits_go_on_with_the_same_ones_together(checkpoint, clip, project, together, tmp_path, monkeypatch):
+    job = edit_job(*"abcde", preset=with_settings(PRESET, edits_at_once=2))
+    run = (job, checkpoint, clip, whole := copy_of(project, tmp_path / "whole"))
+    assert together.of(*run)[0] == ["a b", "c d", "e"]
+    wanted = {edit["prompt"]: (whole / edit["file"]).read_bytes() for edit in summary_of(whole)["edits"]}
+    assert len(set(wanted.values())) == 6
+
+    def check_rest(parts: Path, groups: list[str]):
+        assert [edit["prompt"] for edit in summary_of(parts)["edits"]] == ["one", "a", "b"]
+        assert together.of(job, checkpoint, clip, parts)[0] == groups
+        found = {edit["prompt"]: (parts / edit["file"]).read_bytes() for edit in summary_of(parts)["edits"]}
+        assert found == wanted
+
+    stopped = copy_of(project, tmp_path / "stopped")
+    assert drawn(job, checkpoint, clip, stopped, stop_after="d") == ["a", "b", "c"]
+    check_rest(stopped, ["c d", "e"])
+    assert {path.name for path in stopped.iterdir()} == {path.name for path in whole.iterdir()}
+    killed, add, added = copy_of(project, tmp_path / "killed"), Project.add, []
+
+    def add_three(*args):  # a kill while those that were drawn together are written
+        if len(added) == 3:
+            raise KeyboardInterrupt
+        added.append(add(*args))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Project, "add", add_three)
+        together.of(job, checkpoint, clip, killed)
+    check_rest(killed, ["c d", "e"])
 
 
 def test_edits_are_added_to_a_project_and_replace_nothing(checkpoint, clip, copied_project):

@@ -11,7 +11,7 @@ import torch
 from support.tuning_runs import CONFIG, make_unet, notes, run, stop_at, take, weights
 from tav_core import bench
 from tav_core.errors import Cancelled, OutOfMemory
-from tav_core.memory import Device, _Peak, choose, is_out_of_memory, needed_memory
+from tav_core.memory import Device, _Peak, choose, is_out_of_memory, needed_memory, sampling_memory
 from tav_core.objective import tuning_loss
 from tav_core.recompute import MEMORY
 from tav_core.tuning_state import read_state
@@ -132,6 +132,20 @@ def test_the_estimate_grows_with_the_clip_and_falls_with_the_dtype(subject):
     assert all(parameter.grad is None and parameter.device.type == "cpu" for parameter in subject.unet.parameters())
 
 
+@pytest.mark.slow
+def test_the_estimate_of_sampling_is_near_the_measured_peak(subject, monkeypatch, without_comfyui):
+    """Of a guided step without a clip beside it, two videos; an estimate is of three, and two for each further edit."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 17))  # or the C library keeps what was freed
+    layout, kernels = replace(bench.LAYOUTS["small"], frames=24), 15e6
+    used = bench.memory(layout, bench.Mode(), "sample", "cpu", 1)
+    measured = (used["peak"] - used["before"]) * GB - kernels
+    latents = subject.latents.repeat(1, 1, 6, 1, 1)
+    one, four = (sampling_memory(subject.unet, latents, subject.texts[0], edits) for edits in (1, 4))
+    assert 0.7 < one * 2 / 3 / measured < 1.3 and 2.9 < four / one < 3.1
+    half = sampling_memory(copy.deepcopy(subject.unet).to(torch.bfloat16), latents, subject.texts[0], 1)
+    assert 0.45 < half / one < 0.7
+
+
 def test_the_estimate_takes_class_labels():
     unet = make_unet()
     labelled = copy.deepcopy(unet)
@@ -140,6 +154,7 @@ def test_the_estimate_takes_class_labels():
     rest, label = (torch.float32, "fast", torch.device("cpu")), torch.tensor([1])
     more = needed_memory(labelled, take(*arguments, class_labels=label), *rest)
     assert more > needed_memory(unet, take(*arguments), *rest)
+    assert sampling_memory(labelled, *arguments, 2) >= sampling_memory(unet, *arguments, 2)
 
 
 def test_the_estimate_with_an_older_torch(monkeypatch):

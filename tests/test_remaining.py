@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tav_core import PRESETS, Control, Edit, EditJob, terminal, with_settings
-from tav_core.events import Plan, Stage, Step
+from tav_core.events import DDIMStep, Plan, Stage, Step
 from tav_core.remaining import CONTROL, Remaining, clock_time, plan_of
 from tav_core.subject import subject_mask, subject_steps
 
@@ -52,9 +52,22 @@ def test_later_stages_are_timed_anew():
     assert remaining.after(Step("sample", 1, 10)) == "stage 3 of 3, 0:09 left of about 0:31"  # the second sampling
 
 
+def test_a_step_of_edits_that_are_drawn_together_counts_for_each():
+    clock, latents = Clock(), torch.zeros(3, 4, 1, 2, 2)
+    remaining = Remaining(Plan((Stage("sample", 80),)), clock)
+
+    def step(number, videos):
+        clock.after(videos)
+        return remaining.after(DDIMStep("sample", number, 20, 0, latents[:videos], latents[:videos]))
+
+    told = [step(number, 1) for number in range(1, 21)] + [step(number, 3) for number in range(1, 21)]
+    assert told[19] == "1:00 left of about 1:20" and told[20] == "0:57 left of about 1:20"
+    assert told[-1] == "0:00 left of about 1:20"
+
+
 def test_a_plan_has_the_steps_that_an_edit_takes():
     preset = with_settings(PRESETS["mini"], steps=30, sampling_steps=10, guidance_scale=5.0, attention_injection=0.5)
-    plan = plan_of(EditJob("a red ball", [Edit("one"), Edit("two")], preset))
+    plan = plan_of(EditJob("a red ball", [Edit("one"), Edit("two")], with_settings(preset, edits_at_once=1)))
     assert [(stage.name, stage.steps) for stage in plan.stages] == [
         ("encode", 1), ("tune", 30), ("invert", 10), ("sample", 40)]  # fmt: skip
     assert plan.stages[-1].cost == (1 + 3 * 2.5) / 4  # the walk, and three guided, for half of the steps beside it
@@ -62,7 +75,12 @@ def test_a_plan_has_the_steps_that_an_edit_takes():
     led = [Control(None, hints, end=0.5), Control(None, hints, strength=0.1), Control(None, hints, strength=0.0)]
     for control, share in ((led, 1.5), (led[0], 0.5)):
         plan = plan_of(EditJob("a red ball", [Edit("one"), Edit("two")], preset, control=control))
-        assert plan.stages[-1].cost == pytest.approx((1 + 3 * 2.5 + 2 * 2 * share * CONTROL) / 4)
+        assert plan.stages[-1].cost == pytest.approx((1 + 2.5 + 4.5 + 2 * 2 * share * CONTROL) / 4)
+    together = plan_of(EditJob("a red ball", [Edit("one"), Edit("two")], preset))
+    assert together.stages[-1] == Stage("sample", 40, (1 + 2.5 + 4.5) / 4)  # beside both it walks once
+    five = [*[Edit("one", guidance_scale=scale) for scale in (1.0, 2.0, 3.0, 4.0, 5.0)], Edit("one", "subject")]
+    found = plan_of(EditJob("a red ball", five, with_settings(preset, steady=False), ["a blue star"]))
+    assert found.stages[-1] == Stage("sample", 80, (1 + 2.5 + 8.5 + 5) / 8)  # four, and two of which one is held
     found = plan_of(EditJob("a red ball", [Edit("one", "subject")], preset, ["a blue star", "a ring"], word="ball"))
     assert [(stage.name, stage.steps) for stage in found.stages][3] == ("subject", 4 * 3 + 10)
 

@@ -15,10 +15,9 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..dataset import SEVERAL, Entry, in_words, read_clips, read_yaml
-from ..drawing import Edit
 from ..errors import TavError
-from ..evaluation import NO_MATTER, ClipJob, Frames, job_of
-from ..presets import Preset, with_settings
+from ..evaluation import ClipJob, Frames, job_of, mattering
+from ..presets import Edit, Preset, with_settings
 from ..project import SWEPT
 from ..tuned_weights import base_fingerprint
 from ..tuning import TuneConfig
@@ -259,9 +258,8 @@ def comparable(spec: dict[str, Any]) -> dict[str, Any]:
     """What comes out of a job depends on this of it: a job that is done is so as long as this is the same."""
     entry = {name: value for name, value in spec["entry"].items() if name != "settings"}
     entry |= {name: entry[name] and Path(entry[name]).name for name in ("video", "mask")}
-    tuning = {name: value for name, value in spec["preset"]["tuning"].items() if name not in NO_MATTER}
     others = {name: spec[name] for name in ("inflation", "frames", "checkpoint")}
-    return {"entry": entry, "preset": spec["preset"] | {"tuning": tuning}, **others}
+    return {"entry": entry, "preset": mattering(spec["preset"]), **others}
 
 
 def of_tuning(job: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from ..checkpoint import load_checkpoint
-from ..drawing import Edit
 from ..errors import Cancelled, OutOfMemory, TavError
 from ..evaluation import edit_clip, prepared, read_json, told_of
 from ..events import Callback, Event, Note, Plan, Reading, Step, TuningStep
@@ -26,6 +25,7 @@ from ..job import EditJob, claimed, run_edit
 from ..measure import MODELS, as_json, load_models, measure
 from ..memory import is_out_of_memory, release
 from ..noise import read_noise
+from ..presets import Edit
 from ..project import NOISE, SUMMARY, changeable, write_json
 from ..recompute import MEMORY
 from ..record import explained

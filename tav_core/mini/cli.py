@@ -301,7 +301,7 @@ def _benchmark_arguments(parser):
 
 def _settings(*without: str) -> list[str]:
     """Of the presets, but for those that mean nothing without a folder of output."""
-    return [name for name in SETTINGS if name not in ("save_minutes", "keep", *without)]
+    return [name for name in SETTINGS if name not in ("save_minutes", "keep", "edits_at_once", *without)]
 
 
 COMMANDS = {
