@@ -391,8 +391,8 @@ class AttentionInjection(io.ComfyNode):
                                        "frames. The rest is what the noise reconstructs of the clip."),
                 io.Boolean.Input("steady", default=True,
                                  tooltip="With the mask: a background that the edit draws anew stands still where the "
-                                         "clip's does. Turn it off for one that should move, such as a fire or a "
-                                         "crowd."),
+                                         "clip's does. An edited subject is the same in all frames. Turn it off for "
+                                         "what should move otherwise, such as a fire or a crowd."),
                 io.Mask.Input("subject", optional=True,
                               tooltip="Where the subject is, a mask for each frame or one for all: from Subject Mask, "
                                       "or of any other node. It is kept in its place."),

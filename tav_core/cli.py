@@ -217,7 +217,8 @@ def _invert(args):
     elif args.contrast or args.word:
         told = (args.contrast or (), preset, given.softness(args), args.word or "")
         subject = pipeline.find_subject(checkpoint, unet, source, *told, callback=progress)
-    inverted = InvertedNoise(noise, prompt, subject, clip.frames, clip.fps, clip.sound, weights)
+    inverted = InvertedNoise(noise, prompt, subject, clip.frames, clip.fps, clip.sound, weights,
+                             contrasts=tuple(args.contrast or ()))  # fmt: skip
     save_noise(args.output, inverted, preset)
     tell(args.output)
 

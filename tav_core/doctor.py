@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from . import __version__, attention_choice, pipeline
+from . import __version__, attention_choice, pipeline, sampling
 from .bench import cpu_name
 from .checkpoint import Checkpoint, encode_prompt
 from .condition import Condition
@@ -115,7 +115,7 @@ def _how_long(
     checkpoint: Checkpoint, unet: VideoUNet, source: pipeline.Source, job: EditJob, callback: Callback
 ) -> Iterator[str]:
     preset, clock = job.preset, _Clock(callback)
-    sampling = replace(preset, sampling_steps=max(1 + _STEPS, preset.sampling_steps))
+    timed = replace(preset, sampling_steps=max(1 + _STEPS, preset.sampling_steps))
     config = replace(preset.tuning, steps=max(2 + _STEPS, preset.tuning.steps), probe_every=100)
     controls = [replace(each, start=0.0, end=1.0) for each in each_of(job.control) if each.strength]
     waiting = checkpoint.vae, checkpoint.text_encoder, *(each.model for each in controls)
@@ -124,9 +124,9 @@ def _how_long(
     nn.Module.to(unet, DTYPES[config.dtype])
     noise = source.take.latents
     with suppress(Cancelled):
-        pipeline.invert(checkpoint, unet, source, sampling, callback=clock)
+        pipeline.invert(checkpoint, unet, source, timed, callback=clock)
     with suppress(Cancelled):
-        pipeline.sample(checkpoint, unet, noise, job.prompt, sampling, source_prompt=job.prompt, control=controls,
+        sampling.sample(checkpoint, unet, noise, job.prompt, timed, source_prompt=job.prompt, control=controls,
                         callback=clock)  # fmt: skip
     seconds, plan = clock.seconds, plan_of(job)
     kernels = Counter(attention_choice.CHOSEN.values())

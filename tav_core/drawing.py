@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import pipeline
+from . import sampling
 from .checkpoint import Checkpoint, encode_prompt
 from .control import Controls, facts_of
 from .embeddings import named_in
 from .events import Callback, Note, ignored
 from .inflation import VideoUNet
+from .injection import FOUND
 from .memory import MARGIN, free_memory, is_out_of_memory, release, sampling_memory
 from .noise import InvertedNoise
 from .presets import Edit, Preset
@@ -48,7 +49,8 @@ def draw(
     told = [settings_of(edit, checkpoint, preset, noise, negative_prompt, seed, control) for edit in edits]
     of_clip: dict[str, Any] = {}
     if seed is None:
-        of_clip = dict(source_prompt=noise.prompt, subject=noise.subject, source_frames=noise.frames)
+        of_clip = dict(source_prompt=noise.prompt, subject=noise.subject, contrasts=noise.contrasts,
+                       source_frames=noise.frames)  # fmt: skip
         if noise.frames is not None:  # figures are of these, not of what a codec has left of them
             project.videos["source.mp4"] = noise.frames
     missing = _missing(project, edits, told, callback)
@@ -57,7 +59,7 @@ def draw(
     if most is None:
         wanted = groups([edit for edit, _ in missing], preset, subject_known)
         most = _that_fit(checkpoint, unet, noise, preset, wanted, callback)
-    sample = partial(pipeline.sample_edits, checkpoint, unet, noise.latents, preset=preset, **of_clip,
+    sample = partial(sampling.sample_edits, checkpoint, unet, noise.latents, preset=preset, **of_clip,
                      negative_prompt=negative_prompt, control=control, callback=callback)  # fmt: skip
     while missing:
         group, *_ = groups([edit for edit, _ in missing], preset, subject_known, most)
@@ -181,6 +183,7 @@ def settings_of(
         "guidance_end": own.guidance_end if own.guidance_end < 1 else None,
         "attention_injection": own.attention_injection if of_clip else None,
         "caption_as_negative": own.caption_as_negative if of_clip else None,
+        "contrast": " | ".join(noise.contrasts) or None if edit.region in FOUND else None,
         "subject": noise.subject is not None, "steady": own.steady if noise.subject is not None else None,
         "context_length": tuning.context_length, "context_overlap": own.context_overlap if windows else None,
         "dtype": tuning.dtype, "noise": hash_tensors([noise.latents.float()])[:12], "frames": noise.latents.shape[2],

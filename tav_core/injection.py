@@ -22,9 +22,11 @@ from .subject import filled_out, grown
 
 REGIONS = ("everything", "subject", "shape", "background")
 ANCHORED = 2 / 3  # of the led steps, the first, in which an anchor holds; longer, and an edit may lose its subject
+FOUND = ("subject", "shape")  # of those, where something is drawn in the subject's place, and can be found there
+ROOM = 0.25  # of the subject's size, around the old shape, where a new one can be found: a triangle fits about a moon
 STILL = 0.1  # root mean square over the channels, of latents with a standard deviation of about 1
 ALIKE = 0.7  # the same, of a subject brought from one frame to another
-AGREED = 4 / 5  # of the steps, the first, in which the frames of a new shape agree; the others draw crisply
+AGREED = 9 / 10  # of the steps, the first, in which the frames of a subject agree; the others draw crisply
 
 
 @dataclass(frozen=True)
@@ -63,18 +65,20 @@ class EditPlaces:
         return cls(**joined)
 
     @classmethod
-    def of(cls, region: str, subject: Tensor, margin: int, steady: bool = True) -> "EditPlaces":
+    def of(cls, region: str, subject: Tensor, margin: int, steady: bool = True, room: float = 0.0) -> "EditPlaces":
         """Those of an edit of a region, given the subject's mask, `1 1 f h w`.
 
         An edit of everything is anchored at the subject. One of the subject may go beyond it by `margin` pixels of the
         mask, and is anchored there: it would lose the subject in some frames if the clip led it no farther than the
-        old outline. One of its shape has room around the old one, is not led there, where it would be led to the old
-        shape, and has one content that moves as the subject does. One of the background needs no anchor: its subject is
-        held already.
+        old outline. One of its shape has room around the old one, and is not led there, where it would be led to the
+        old shape. Both have one content that moves as the subject does. One of the background needs no anchor: its
+        subject is held already.
 
         Args:
             region: one of `REGIONS`.
-            steady: whether the background stands still, as far as the edit draws it anew, and a new shape keeps.
+            steady: whether what is drawn anew keeps from frame to frame: a background stands still, a subject agrees.
+            room: of a new shape, around the old one: a share of the subject's size. Beyond a margin (0) what is drawn
+                there must be found and all else put back (see `ROOM`).
 
         Raises:
             TavError: an unknown region.
@@ -82,12 +86,14 @@ class EditPlaces:
         if region not in REGIONS:
             raise TavError("region", region, "is unknown", f"choose one of {', '.join(REGIONS)}")
         if region == "shape":
-            room = grown(filled_out(subject), margin)
-            return cls(room, -room, None, subject if steady else None)
+            place = grown(filled_out(subject, room), margin)
+            return cls(place, -place, None, subject if steady else None)
         wide, rest = grown(subject, margin), 1 - subject
         if region == "everything":
             return cls(None, subject, 1 - wide if steady else None)
-        return cls(wide, wide, None) if region == "subject" else cls(rest, None, rest if steady else None)
+        if region == "subject":
+            return cls(wide, wide, None, subject if steady else None)
+        return cls(rest, None, rest if steady else None)
 
 
 @dataclass(frozen=True)

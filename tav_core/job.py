@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import errors, pipeline
+from . import errors, pipeline, sampling
 from .atomic import sole_user
 from .checkpoint import Checkpoint, decode_video
 from .control import Controls, each_of
@@ -424,7 +424,7 @@ class _Run:
         if self.job.knows_subject:
             told = self.check_subject()
             if noise.subject is None:
-                noise = replace(noise, subject=self.subject(unet))
+                noise = replace(noise, subject=self.subject(unet), contrasts=tuple(self.job.contrasts))
                 save_noise(path, noise, preset)
             if "subject" not in project.summary:
                 project.put("subject", spotlight(clip.frames, noise.subject), clip.fps, clip.sound, told)
@@ -461,7 +461,7 @@ class _Run:
         preset = replace(job.preset, eta=0.0)  # leaves nothing to chance
         self.callback(Note("reconstruction ..."))
         settings = settings_of(Edit(job.prompt), self.checkpoint, preset, noise, job.negative_prompt)
-        video = project.timed("sample", pipeline.sample, self.checkpoint, unet, noise.latents, job.prompt, preset,
+        video = project.timed("sample", sampling.sample, self.checkpoint, unet, noise.latents, job.prompt, preset,
                               source_prompt=job.prompt, negative_prompt=job.negative_prompt, subject=noise.subject,
                               callback=self.callback)  # fmt: skip
         # without guidance, and what the VAE alone leaves of the clip

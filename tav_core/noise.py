@@ -1,5 +1,6 @@
 """The noise file: what DDIM inversion found and how, and the pace of the clip, as one safetensors file."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class InvertedNoise:
         fps, sound: its rate and its sound.
         weights: fingerprint of the tuned weights that it was inverted with (see `weights_fingerprint`).
         sigmas: the noise levels of a graph, which may be others than those of DDIM in as many steps, falling to 0.
+        contrasts: the clip's sentence with other subjects, that the subject was found by.
         condition: what a graph inverted it with: "hidden_states", `1 n d` or `f n d`, and what else belongs to it.
     """
 
@@ -44,6 +46,7 @@ class InvertedNoise:
     weights: str | None = None
     sigmas: Tensor | None = None
     condition: dict[str, Tensor] = field(default_factory=dict)
+    contrasts: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         parts = [told_latents(self.latents), repr(shortened(self.prompt, 60))]
@@ -72,6 +75,8 @@ def write_noise(path: Path, noise: InvertedNoise, steps: int, inverted_with: str
     frames = None if noise.frames is None else as_frames(noise.frames)
     tensors = {"latents": noise.latents, "subject": noise.subject, "frames": frames, "sigmas": noise.sigmas}
     tensors |= {CONDITION + name: tensor for name, tensor in noise.condition.items()}
+    if noise.contrasts:
+        metadata["contrasts"] = json.dumps(noise.contrasts)
     if noise.weights is not None:
         metadata["weights"] = noise.weights
     if noise.fps is not None:
@@ -126,7 +131,8 @@ def read_inversion(path: Path) -> tuple[InvertedNoise, int, str]:
         condition = {name.removeprefix(CONDITION): tensor for name, tensor in tensors.items()
                      if name.startswith(CONDITION)}  # fmt: skip
         noise = InvertedNoise(tensors["latents"], metadata["prompt"], tensors.get("subject"), tensors.get("frames"),
-                              fps, sound, metadata.get("weights"), tensors.get("sigmas"), condition)  # fmt: skip
+                              fps, sound, metadata.get("weights"), tensors.get("sigmas"), condition,
+                              tuple(json.loads(metadata.get("contrasts", "[]"))))  # fmt: skip
         steps, inverted_with = int(metadata["steps"]), metadata.get("inverted_with", EMPTY)
         _check(noise, steps, inverted_with)
     return noise, steps, inverted_with
@@ -165,6 +171,8 @@ def _check(noise: InvertedNoise, steps: int, inverted_with: str):
         sigmas.shape != (steps + 1,) or not (sigmas.diff() < 0).all() or sigmas[-1] != 0
     ):
         raise Damaged(f"it has {len(sigmas)} noise levels for {steps} steps, or they don't fall to 0")
+    if not all(isinstance(contrast, str) and contrast.strip() for contrast in noise.contrasts):
+        raise Damaged(f"its subject was found by {noise.contrasts}")
     hidden = noise.condition.get("hidden_states")
     if hidden is not None and (hidden.ndim != 3 or len(hidden) not in (1, f)):
         raise Damaged(f"it was inverted with what has shape {tuple(hidden.shape)}")

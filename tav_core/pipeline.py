@@ -1,12 +1,12 @@
-"""Tune-A-Video from end to end: a clip and its sentence in, edited clips out.
+"""The stages of Tune-A-Video, from a clip and its sentence to where its edits begin; `sampling` draws them.
 
-The stages in their order:
+In their order:
 
     source = prepare(checkpoint, frames, prompt)          # latents and text embedding, computed once
     unet, result = tune_on(checkpoint, [source], preset)  # one-shot tuning
     noise = invert(checkpoint, unet, source, preset)      # DDIM inversion
     subject = find_subject(checkpoint, unet, source, contrasts, preset)  # optional
-    video = sample(checkpoint, unet, noise, "an edited prompt", preset, source_prompt=prompt, subject=subject)
+    video = sampling.sample(checkpoint, unet, noise, "an edited prompt", preset, source_prompt=prompt, subject=subject)
 """
 
 import copy
@@ -20,18 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video
-from .condition import Condition, joined
-from .control import ControlledUNet, Controls, each_of
-from .ddim import Schedule, ddim_invert, ddim_sample
+from .condition import Condition
+from .control import ControlledUNet
+from .ddim import ddim_invert, ddim_sample
 from .errors import TavError, field, shortened
 from .events import Callback, Step, ignored
 from .frames import Frames, as_frames, as_mask, told
 from .inflation import VideoUNet, inflate
-from .injection import EditPlaces, SourceWalk
 from .memory import offloaded
-from .presets import Edit, Preset
-from .sentences import along, check_sentence, keyframes, tokens_of
-from .subject import SOFTNESS, outlined, pooled, put_back, softened, subject_mask, subject_steps, word_mask, word_places
+from .presets import Preset
+from .sentences import keyframes, tokens_of
+from .subject import SOFTNESS, outlined, softened, subject_mask, subject_steps, word_mask, word_places
 from .take import Take
 from .trainable import trainable_parameters
 from .tuning import TuneResult, tune
@@ -204,8 +203,8 @@ def invert(
     Raises:
         TavError: more steps than the noise schedule has, or a clip shorter than a window.
     """
-    condition = Condition(_inversion_text(checkpoint, source.prompt, preset), source.take.condition.class_labels)
-    unet, latents, steps = _windowed(unet, preset), source.take.latents, preset.sampling_steps
+    condition = Condition(inversion_text(checkpoint, source.prompt, preset), source.take.condition.class_labels)
+    unet, latents, steps = windowed(unet, preset), source.take.latents, preset.sampling_steps
     return ddim_invert(unet, latents, condition, checkpoint.scheduler, steps, callback=callback)
 
 
@@ -225,13 +224,14 @@ def reconstruct(
     Raises:
         TavError: as `invert`.
     """
-    unet, text = _windowed(unet, preset), _inversion_text(checkpoint, prompt, preset)
+    unet, text = windowed(unet, preset), inversion_text(checkpoint, prompt, preset)
     noise, steps = noise.to(checkpoint.vae.device), preset.sampling_steps
     latents = ddim_sample(unet, noise, text, checkpoint.scheduler, steps, guidance_scale=1.0, callback=callback)
     return decode_video(checkpoint, latents)
 
 
-def _windowed(unet: VideoUNet | ControlledUNet, preset: Preset) -> VideoUNet | ControlledUNet | WindowedUNet:
+def windowed(unet: VideoUNet | ControlledUNet, preset: Preset) -> VideoUNet | ControlledUNet | WindowedUNet:
+    """A U-Net that sees a clip as a preset says."""
     length = preset.tuning.context_length
     return unet if length is None else WindowedUNet(unet, ContextWindows(length, preset.context_overlap))
 
@@ -275,7 +275,7 @@ def find_subject(
         found.append(word_mask(unet, take.latents, take.condition, places, scheduler, callback=tell))
     if contrasts:
         others = torch.cat([encode_prompt(checkpoint, contrast) for contrast in contrasts])
-        seen, seed = _windowed(unet, preset), preset.tuning.seed
+        seen, seed = windowed(unet, preset), preset.tuning.seed
         found.append(subject_mask(seen, take.latents, take.condition, others, scheduler, seed=seed, callback=tell))
     mask = torch.stack(found).amax(0)
     return softened(outlined(mask, source.frames), softness)
@@ -315,172 +315,6 @@ def check_contrasts(prompt: str, contrasts: Sequence[str]):
             raise TavError("contrast", contrast, "says nothing of another subject", remedy)
 
 
-def sample(
-    checkpoint: Checkpoint,
-    unet: VideoUNet,
-    noise: Tensor,
-    prompt: str,
-    preset: Preset,
-    *,
-    source_prompt: str | None = None,
-    negative_prompt: str = "",
-    subject: Tensor | None = None,
-    region: str = "everything",
-    source_frames: Tensor | None = None,
-    class_labels: Tensor | None = None,
-    negative_class_labels: Tensor | None = None,
-    source_class_labels: Tensor | None = None,
-    control: Controls = None,
-    generator: torch.Generator | None = None,
-    callback: Callback = ignored,
-) -> Tensor:
-    """The clip of `prompt` from `noise`, uint8 `f h w c`.
-
-    Args:
-        prompt: a sentence, or several with the frames that they begin at, "0: a red ball | 4: a blue ball": between
-            them the embedding changes evenly, the last one stays. So may `negative_prompt` be.
-        source_prompt: the sentence of the clip that was inverted to `noise`; None for random noise, which has no clip
-            to take attention or a caption from.
-        subject: mask of the clip's subject, `1 1 f h w` of pixels (see `find_subject`): attention injection keeps it in
-            its place.
-        region: what the edit may change: "everything"; with `subject` and `source_prompt` also the "subject", its
-            "shape" (another one takes its place) or the "background".
-        source_frames: the clip, uint8 `f h w c`, whose own pixels are put back outside of the region; without it what
-            the noise reconstructs of them.
-        class_labels: of the edit, `1` or `f`, for a U-Net with classes; those beside the negative prompt (the label for
-            no class if the U-Net has one) and those that the source was inverted with are the same by default.
-        control: a ControlNet with its hints, for the edit alone, or several, which add up.
-        generator: of the fresh noise that the `eta` of the preset asks for; by default torch's own.
-
-    Raises:
-        TavError: an empty prompt, frames that the clip hasn't, hints that don't fit it, settings out of range (see
-            `ddim_sample`), or a region without subject.
-    """
-    (video,) = sample_edits(checkpoint, unet, noise, [Edit(prompt, region)], preset, source_prompt=source_prompt,
-                            negative_prompt=negative_prompt, subject=subject, source_frames=source_frames,
-                            class_labels=class_labels, negative_class_labels=negative_class_labels,
-                            source_class_labels=source_class_labels, control=control,
-                            generators=None if generator is None else [generator], callback=callback)  # fmt: skip
-    return video
-
-
-def sample_edits(
-    checkpoint: Checkpoint,
-    unet: VideoUNet,
-    noise: Tensor,
-    edits: Sequence[Edit],
-    preset: Preset,
-    *,
-    source_prompt: str | None = None,
-    negative_prompt: str = "",
-    subject: Tensor | None = None,
-    source_frames: Tensor | None = None,
-    class_labels: Tensor | None = None,
-    negative_class_labels: Tensor | None = None,
-    source_class_labels: Tensor | None = None,
-    control: Controls = None,
-    generators: Sequence[torch.Generator] | None = None,
-    callback: Callback = ignored,
-) -> list[Tensor]:
-    """Edits of one clip, drawn together, each as `sample` draws it, to rounding: uint8 `f h w c`, in their order.
-
-    Where the clip walks back beside an edit (under attention injection, or to hold what stays), it does so once beside
-    all: E guided edits are batches of 1 + 2 E videos, not E batches of 3. They take as much more memory.
-
-    Args:
-        edits: sentences, regions and settings of their own, but for their seeds, in whose place there are `generators`.
-        source_prompt, ..., control: as in `sample`, for all of them.
-        generators: of the fresh noise of each; by default torch's own.
-        callback: gets a `DDIMStep` of stage "sample", with a video for each edit, after every step; raises to stop.
-
-    Raises:
-        TavError: edits that differ in their attention_injection, and what `sample` raises.
-    """
-    frames, count, own = noise.shape[2], len(edits), [edit.preset_of(preset) for edit in edits]
-    _check_together(own)
-    _check_sampled(checkpoint, edits, negative_prompt, frames, subject is not None and source_prompt is not None)
-    source_frames = None if source_frames is None else as_frames(source_frames, "source_frames")
-    for each in (controls := each_of(control)):
-        each.check(unet, frames, *(checkpoint.downscale * side for side in noise.shape[3:]))
-    walk = source = None
-    negative = _along(checkpoint, negative_prompt, frames)
-    if source_prompt is not None:
-        negative = torch.lerp(negative, encode_prompt(checkpoint, source_prompt), preset.caption_as_negative)
-        walk = SourceWalk(own[0].attention_injection, _places_of(checkpoint, unet, edits, subject, preset), count)
-        labels = class_labels if source_class_labels is None else source_class_labels
-        source = Condition(_inversion_text(checkpoint, source_prompt, preset), labels)
-    latents = ddim_sample(
-        _windowed(ControlledUNet(unet, [each.model for each in controls]) if controls else unet, preset),
-        noise.to(unet.device).repeat(count, 1, 1, 1, 1),
-        _batch([Condition(_along(checkpoint, edit.prompt, frames), class_labels) for edit in edits], frames),
-        checkpoint.scheduler,
-        preset.sampling_steps,
-        guidance_scale=[each.guidance_scale for each in own],
-        guidance_rescale=preset.guidance_rescale,
-        guidance_start=preset.guidance_start,
-        guidance_end=preset.guidance_end,
-        negative_hidden_states=_batch([Condition(negative, negative_class_labels)] * count, frames),
-        source_walk=walk,
-        source_hidden_states=source,
-        controls=controls,
-        eta=preset.eta,
-        generator=None if generators is None else list(generators),
-        callback=callback,
-    )
-    if source_frames is None and any(edit.region != "everything" for edit in edits):
-        end = Schedule.of(checkpoint.scheduler, preset.sampling_steps).sigmas[-1]
-        source_frames = decode_video(checkpoint, walk.latents(end))
-    return [_finished(checkpoint, edit, x, subject, source_frames) for edit, x in zip(edits, latents.split(1))]
-
-
-def _check_together(presets: Sequence[Preset]):
-    """Raises a TavError for no edits, or those that the clip leads in several shares of the steps, by their presets."""
-    if not presets:
-        raise TavError("edit", None, "is missing", "give at least one")
-    if len(shares := sorted({each.attention_injection for each in presets})) > 1:
-        problem = f"differs among edits that are drawn together ({', '.join(f'{share:g}' for share in shares)})"
-        raise TavError("attention_injection", None, problem, "draw them apart")
-
-
-def _check_sampled(checkpoint: Checkpoint, edits: Sequence[Edit], negative_prompt: str, frames: int, of_region: bool):
-    check_text("negative_prompt", negative_prompt)
-    for edit in edits:
-        check_edit(edit.prompt, edit.region, of_region)
-        check_sentence(edit.prompt, frames, "edit", checkpoint.prompt_weights)
-    check_sentence(negative_prompt, frames, "negative_prompt", checkpoint.prompt_weights)
-
-
-def _places_of(
-    checkpoint: Checkpoint, unet: VideoUNet, edits: Sequence[Edit], subject: Tensor | None, preset: Preset
-) -> EditPlaces | None:
-    """Where each edit may change the clip and is led, in latents."""
-    if subject is None:
-        return None
-    mask = pooled(subject, checkpoint.downscale).to(unet.device)
-    return EditPlaces.together([EditPlaces.of(each.region, mask, margin=1, steady=preset.steady) for each in edits])
-
-
-def _batch(of_each: Sequence[Condition], frames: int) -> Condition:
-    """Those of several edits, one after the other."""
-    return joined({f"edit {number}": (told, 1) for number, told in enumerate(of_each, 1)}, frames)
-
-
-def _finished(
-    checkpoint: Checkpoint, edit: Edit, latents: Tensor, subject: Tensor | None, source_frames: Tensor | None
-) -> Tensor:
-    """The video of an edit, with the clip's own pixels outside of its region."""
-    video = decode_video(checkpoint, latents)
-    if edit.region == "everything":
-        return video
-    return put_back(video, source_frames, EditPlaces.of(edit.region, subject, margin=checkpoint.downscale).changeable)
-
-
-def _along(checkpoint: Checkpoint, prompt: str, frames: int) -> Tensor:
-    """The embedding of a sentence, `1 n d`, or of one after the other along the frames, `f n d`."""
-    if (told := keyframes(prompt)) is None:
-        return encode_prompt(checkpoint, prompt)
-    return along({frame: encode_prompt(checkpoint, sentence) for frame, sentence in told.items()}, frames)
-
-
-def _inversion_text(checkpoint: Checkpoint, prompt: str, preset: Preset) -> Tensor:
+def inversion_text(checkpoint: Checkpoint, prompt: str, preset: Preset) -> Tensor:
+    """The embedding of what a clip of that sentence is inverted with."""
     return encode_prompt(checkpoint, prompt if preset.caption_as_negative else "")

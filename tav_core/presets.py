@@ -24,7 +24,8 @@ class Preset:
             follows what an edit changes in it, and the clip is inverted with it. 0 is the paper, 1 negative-prompt
             inversion (arXiv 2305.16807).
         steady: with a mask of the subject, a background that an edit draws anew stands still where the clip's does (see
-            `steadied`). Turn it off for one that should move, such as a fire or a crowd.
+            `steadied`), and a subject is the same in all frames (see `agreed`). Turn it off for what should move
+            otherwise, such as a fire or a crowd.
         eta: share of fresh noise in the steps of an edit, 0 ... 1: 0 is DDIM as in the paper, which leaves nothing to
             chance, 1 has as much of it as DDPM (Song et al., equation 16). More of it draws more freely.
         context_overlap: frames that neighbouring windows share; with `tuning.context_length` all stages see a clip

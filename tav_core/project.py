@@ -20,7 +20,7 @@ from torch import Tensor
 from . import errors
 from .atomic import atomic_path
 from .errors import TavError
-from .injection import EditPlaces
+from .injection import ROOM, EditPlaces
 from .metrics import flicker, frame_difference, motion_fidelity, psnr
 from .noise import InvertedNoise
 from .page import page
@@ -34,9 +34,9 @@ NAMED = ("source", "subject", "reconstruction")  # videos that aren't edits
 SWEPT = ("seed", "guidance_scale", "attention_injection")  # settings of an edit that a command takes several values of
 # by what edits of one sentence are told apart
 TOLD_APART = ("region", *SWEPT, "negative_prompt", "caption_as_negative", "guidance_rescale", "guidance_start",
-              "guidance_end", "sampling_steps", "steady", "subject", "eta", "context_length", "context_overlap", "lora",
-              "embedding", "prompt_weights", "controlnet", "hints", "control_strength", "control_start", "control_end",
-              "dtype", "noise", "frames", "fps", "sound")  # fmt: skip
+              "guidance_end", "sampling_steps", "steady", "subject", "contrast", "eta", "context_length",
+              "context_overlap", "lora", "embedding", "prompt_weights", "controlnet", "hints", "control_strength",
+              "control_start", "control_end", "dtype", "noise", "frames", "fps", "sound")  # fmt: skip
 
 
 @dataclass
@@ -252,7 +252,8 @@ def changeable(region: str, noise: InvertedNoise) -> Tensor | None:
     if region == "everything" or noise.subject is None:
         return None
     margin = noise.subject.shape[3] // noise.latents.shape[3]
-    return EditPlaces.of(region, noise.subject, margin).changeable[0, 0]
+    room = ROOM if noise.contrasts else 0
+    return EditPlaces.of(region, noise.subject, margin, room=room).changeable[0, 0]
 
 
 def read_summary(folder: Path, of: str, remedy: str) -> dict[str, Any]:

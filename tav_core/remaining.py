@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from .control import each_of
 from .drawing import AT_ONCE, groups, is_held
 from .events import Plan, Stage, Step
+from .injection import FOUND
 from .presets import Edit
 from .subject import subject_steps
 
@@ -28,6 +29,8 @@ def plan_of(job: "EditJob", done: Collection[str] = ()) -> Plan:
         held = any(is_held(edit, preset, job.knows_subject) for edit in group)
         beside = 1 if held else group[0].preset_of(preset).attention_injection
         sampling += beside + (1 + guided) * len(group)
+        found = sum(subject_steps(len(job.contrasts)) for edit in group if edit.region in FOUND)
+        sampling += found / preset.sampling_steps
     sampling += CONTROL * led * (1 + guided) * len(job.edits)
     samplings = 2 + len(job.edits)
     stages = [
@@ -57,7 +60,9 @@ class Remaining:
     def after(self, step: Step) -> str:
         """What there is to tell after a step: the stage, and how long it will still take."""
         names, now = [stage.name for stage in self.stages], self.clock()
-        if names[self.at] != step.stage and step.stage in names[self.at :]:
+        if step.stage not in names[self.at :]:  # a look in between, which the samplings' cost tells of
+            return ""
+        if names[self.at] != step.stage:
             self.at, self.parts, self.last, self.first = names.index(step.stage, self.at), 0, 0, None
         if step.step <= self.last:  # the next of several samplings
             self.parts = self.done

@@ -201,7 +201,7 @@ def outlined(mask: Tensor, frames: Tensor) -> Tensor:
     and all are cut anew. Last, holes go that are smaller than a latent pixel.
 
     Args:
-        mask: of 0 and 1.
+        mask: of 0 and 1; one of either alone has no outline.
         frames: the clip, uint8 `f h w c`, some whole number of times as large.
 
     Returns:
@@ -209,6 +209,8 @@ def outlined(mask: Tensor, frames: Tensor) -> Tensor:
     """
     scale = frames.shape[1] // mask.shape[-2]
     coarse = rearrange(mask.cpu(), "1 1 f h w -> f 1 h w").repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    if mask.min() == mask.max():
+        return rearrange(coarse, "f 1 h w -> 1 1 f h w")
     core, near = 1 - _grown(1 - coarse, scale), _grown(coarse, scale * 3 // 2)
     inside = _cut(coarse, near, core, frames)
     for _ in range(ROUNDS):
@@ -262,8 +264,12 @@ def grown(mask: Tensor, margin: int) -> Tensor:
     return rearrange(_grown(rearrange(mask, "1 1 f h w -> f 1 h w"), margin), "f 1 h w -> 1 1 f h w")
 
 
-def filled_out(mask: Tensor) -> Tensor:
-    """A mask `1 1 f h w` with all that lies between its parts: the convex hull of what it covers by half or more."""
+def filled_out(mask: Tensor, beyond: float = 0.0) -> Tensor:
+    """A mask `1 1 f h w` with all that lies between its parts: the convex hull of what it covers by half or more.
+
+    Args:
+        beyond: how far around the hull as well, as a share of the subject's size (the square root of its area).
+    """
     import cv2
 
     hulls = np.zeros(mask.shape[2:], np.uint8)
@@ -271,6 +277,8 @@ def filled_out(mask: Tensor) -> Tensor:
         places = np.argwhere(frame >= 0.5)[:, ::-1].astype(np.int32)
         if len(places):
             cv2.fillConvexPoly(hull, cv2.convexHull(places), 1)
+            side = 2 * round(beyond * len(places) ** 0.5) + 1
+            cv2.dilate(hull, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side)), dst=hull)
     return torch.maximum(mask, torch.from_numpy(hulls).to(mask)[None, None])
 
 

@@ -167,8 +167,9 @@ SETTINGS = {
     "caption_as_negative": _number("caption_as_negative", "X", "how far guidance starts from the clip's own sentence "
                                    "instead of the negative prompt (0 to 1)"),
     "steady": {"action": argparse.BooleanOptionalAction,
-               "help": "with --contrast: a background that an edit draws anew stands still where the clip's does (on). "
-                       "--no-steady for one that should move, such as a fire or a crowd"},
+               "help": "with a subject that is known: a background that an edit draws anew stands still where the "
+                       "clip's does, a subject is the same in all frames (on). --no-steady for what should move "
+                       "otherwise, such as a fire or a crowd"},
     "eta": _number("eta", "X", "share of fresh noise in the steps of edits (0): 0 leaves nothing to chance, 1 draws as "
                    "freely as DDPM, by a seed"),
     "context_length": _number("context_length", "N", "for long clips: frames that are looked at together, 3 or more "

@@ -117,7 +117,7 @@ def test_everything_shows_itself_in_one_line(checkpoint, source, capsys):
         (source, f"Source({of_clip}, 'a red ball')"),
         (source.take, f"Take({latents}, Condition(text 1x77x32, float32 on cpu))"),
         (inverted, f"InvertedNoise({latents}, 'a red ball', its subject, the clip ({of_clip}), 12.5 fps, {heard})"),
-        (tav.EditPlaces.of("subject", mask, 1), "EditPlaces(changeable, anchor)"),
+        (tav.EditPlaces.of("subject", mask, 1), "EditPlaces(changeable, anchor, moving)"),
     ):
         assert repr(thing) == line
     probe = " -> ".join(f"{loss:.4f}" for _, loss in result.probe_losses)

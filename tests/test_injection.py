@@ -24,12 +24,12 @@ from tav_core import (
     sample_edits,
     with_settings,
 )
-from tav_core.injection import ALIKE, ANCHORED, REGIONS, STILL, EditPlaces, LedSteps, SourceWalk, agreed, steadied
+from tav_core.injection import ALIKE, ANCHORED, REGIONS, ROOM, STILL, EditPlaces, LedSteps, SourceWalk, agreed, steadied
 from tav_core.mini import world
 from tav_core.mini.clips import BenchmarkClip
 from tav_core.mini.judge import load_judge
-from tav_core.mini.scores import look, subject_flicker
-from tav_core.subject import filled_out, grown
+from tav_core.mini.scores import look, masks, subject_flicker
+from tav_core.subject import filled_out, grown, subject_steps
 from tav_core.terminal import add_preset_arguments, preset_of
 
 CLIP = BenchmarkClip(world.Scene("cross", "green", "snow", layout=5), "bounce", {}, num_frames=4)
@@ -84,7 +84,11 @@ def test_places_of_each_region():
     assert torch.equal(shape.changeable, grown(filled_out(mask), 1)) and torch.equal(shape.anchor, -shape.changeable)
     assert torch.equal(shape.moving, mask) and shape.still is None
     assert EditPlaces.of("shape", mask, margin=1, steady=False).moving is None
-    assert everything.moving is subject.moving is background.moving is None
+    assert torch.equal(EditPlaces.of("shape", mask, 1, room=0.5).changeable, grown(filled_out(mask, 0.5), 1))
+    assert torch.equal(EditPlaces.of("subject", mask, 1, room=0.5).changeable, grown(mask, 1))
+    assert (
+        torch.equal(EditPlaces.of("subject", mask, 1).moving, mask) and everything.moving is background.moving is None
+    )
     assert all(EditPlaces.of(region, mask, margin=1, steady=False).still is None for region in REGIONS)
 
 
@@ -95,6 +99,9 @@ def test_a_mask_is_filled_out_to_its_convex_hull():
     assert full[0, 0, 0].sum() == 25 and full[0, 0, 0, 2, 3] == 1 and full[0, 0, 0, 1, 1] == 0
     assert torch.equal(full[0, 0, 1], mask[0, 0, 1])
     assert torch.equal(filled_out(0.3 * mask), 0.3 * mask)  # by less than half nothing is covered
+    square = torch.zeros(1, 1, 2, 20, 20)
+    square[..., 8:12, 8:12] = 1
+    assert filled_out(square, 0.5)[0, 0, 0, 6:14, 9].all() and filled_out(square, 0.5).sum() < 2 * 8 * 8  # rounded
 
 
 def moving_subject() -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,22 +157,48 @@ def test_a_subject_that_grows_keeps_one_content():
         assert (together[0, :, frame] - (x / radius + 1))[:, inside].abs().max() < 0.06
 
 
-@pytest.mark.slow
-def test_a_new_shape_is_one_in_all_frames():
-    mini, judge = load_checkpoint("mini"), load_judge()
+@pytest.fixture(scope="module")
+def bouncing():
+    """A clip of the world with its inversion by the untuned checkpoint: edits of it are `draw(**settings)`."""
+    mini = load_checkpoint("mini")
     source = prepare(mini, torch.from_numpy(world.render_clip(CLIP.scenes())), CLIP.caption())
     unet = inflate(mini.unet)
     noise, subject = invert(mini, unet, source, PRESET), find_subject(mini, unet, source, CLIP.contrasts(), PRESET)
-    hearts, changes = CLIP.scenes(shape="heart"), {}
-    for region in ("subject", "shape"):
-        video = sample(mini, unet, noise, CLIP.caption(shape="heart"), PRESET, source_prompt=source.prompt,
-                       subject=subject, region=region, source_frames=source.frames)  # fmt: skip
-        outside = EditPlaces.of(region, subject, margin=mini.downscale).changeable[0, 0] == 0
-        assert torch.equal(video[outside], source.frames[outside])
+
+    def draw(region="shape", steady=True, **settings):
+        return sample(mini, unet, noise, CLIP.caption(shape="heart"), replace(PRESET, steady=steady), region=region,
+                      source_prompt=source.prompt, subject=subject, source_frames=source.frames,
+                      **settings)  # fmt: skip
+
+    return draw, source.frames, subject, mini.downscale
+
+
+@pytest.mark.slow
+def test_a_new_shape_is_one_in_all_frames(bouncing):
+    (draw, frames, subject, scale), judge, changes = bouncing, load_judge(), {}
+    outside = EditPlaces.of("shape", subject, margin=scale).changeable[0, 0] == 0
+    for steady in (False, True):
+        video = draw(steady=steady)
+        assert torch.equal(video[outside], frames[outside])
         seen = look(judge, video.numpy())
-        changes[region], _ = subject_flicker(video.numpy(), seen.mask.numpy(), hearts)
+        changes[steady], _ = subject_flicker(video.numpy(), seen.mask.numpy(), CLIP.scenes(shape="heart"))
     assert seen.shape.count("heart") >= 3, seen.shape
-    assert changes["shape"] < 0.8 * changes["subject"], changes
+    assert changes[True] < 0.8 * changes[False], changes
+
+
+@pytest.mark.slow
+def test_the_clip_is_put_back_around_a_new_shape_that_is_found(bouncing):
+    draw, frames, subject, scale = bouncing
+    hearts = torch.from_numpy(masks(CLIP.scenes(shape="heart"))) > 0
+    room = EditPlaces.of("shape", subject, margin=scale, room=ROOM).changeable[0, 0] > 0
+    without = room & (grown(subject, scale // 2)[0, 0] == 0) & ~hearts
+    steps, shares = [], {}
+    for contrasts in ([], CLIP.contrasts()):
+        video = draw(contrasts=contrasts, callback=lambda event: steps.append(event.stage))
+        assert torch.equal(video[~room], frames[~room])
+        shares[len(contrasts)] = (video == frames).all(-1)[without].float().mean().item()
+    assert shares[5] > 0.85 > 0.75 > shares[0], shares
+    assert steps.count("subject") == subject_steps(5) and steps.count("sample") == 2 * PRESET.sampling_steps
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.6, 1.0])
@@ -209,7 +242,7 @@ def test_a_walk_that_neither_leads_nor_holds_costs_nothing():
 # ---------------------------------------------------------------------------------------------- several together
 
 FREE = [Edit("a star"), Edit("0: a ball | 2: a ring", guidance_scale=3.0), Edit("a ring", guidance_scale=1.0)]
-HELD = [Edit("a star", region) for region in REGIONS]
+HELD = [Edit(f"a star of {region}", region) for region in REGIONS]
 TRAVELLING = "0: a | 3: b"  # of as many frames as there are edits in HELD
 
 

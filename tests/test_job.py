@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from support.commands import environment
 from support.errors import refused
-from tav_core import Edit, EditJob, load_tuned, load_video, lora, pipeline, read_tuned, run_edit
+from tav_core import Edit, EditJob, load_tuned, load_video, lora, pipeline, read_tuned, run_edit, sampling
 from tav_core.atomic import atomic_path, sole_user
 from tav_core.errors import Cancelled, TavError
 from tav_core.events import Note, Step
@@ -100,7 +100,7 @@ class Drawn:
     """Which edits are drawn together, by their sentences; of more than `most` at once the memory runs out."""
 
     def __init__(self):
-        self.groups, self.most, self.sample_edits = [], 9, pipeline.sample_edits
+        self.groups, self.most, self.sample_edits = [], 9, sampling.sample_edits
 
     def __call__(self, checkpoint, unet, noise, edits, *args, **kwargs):
         self.groups.append(" ".join(edit.prompt for edit in edits))
@@ -119,7 +119,7 @@ class Drawn:
 @pytest.fixture
 def together(monkeypatch) -> Drawn:
     monkeypatch.setattr("tav_core.drawing.free_memory", lambda device: 2**40)
-    monkeypatch.setattr(pipeline, "sample_edits", drawn := Drawn())
+    monkeypatch.setattr(sampling, "sample_edits", drawn := Drawn())
     return drawn
 
 
@@ -295,7 +295,7 @@ def test_the_same_edits_at_each_kept_step(checkpoint, clip, tmp_path, monkeypatc
     unet = pipeline.video_unet(checkpoint)
     load_tuned(tmp_path / "tuned-1.safetensors", unet)  # what a user of that file gets
     noise = pipeline.invert(checkpoint, unet, source := pipeline.prepare(checkpoint, clip.frames, "a red ball"), preset)
-    again = pipeline.sample(checkpoint, unet, noise, "two", preset, source_prompt=source.prompt)
+    again = sampling.sample(checkpoint, unet, noise, "two", preset, source_prompt=source.prompt)
     near, far = ((videos[step][1].float() - again.float()).abs().mean() for step in (1, 2))
     assert near < 0.01 < 1 < far
 

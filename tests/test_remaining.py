@@ -80,7 +80,9 @@ def test_a_plan_has_the_steps_that_an_edit_takes():
     assert together.stages[-1] == Stage("sample", 40, (1 + 2.5 + 4.5) / 4)  # beside both it walks once
     five = [*[Edit("one", guidance_scale=scale) for scale in (1.0, 2.0, 3.0, 4.0, 5.0)], Edit("one", "subject")]
     found = plan_of(EditJob("a red ball", five, with_settings(preset, steady=False), ["a blue star"]))
-    assert found.stages[-1] == Stage("sample", 80, (1 + 2.5 + 8.5 + 5) / 8)  # four, and two of which one is held
+    assert found.stages[-1] == Stage(
+        "sample", 80, (1 + 2.5 + 8.5 + 5 + 0.8) / 8
+    )  # four, two of which one is held, and found in 8
     found = plan_of(EditJob("a red ball", [Edit("one", "subject")], preset, ["a blue star", "a ring"], word="ball"))
     assert [(stage.name, stage.steps) for stage in found.stages][3] == ("subject", 4 * 3 + 10)
 

@@ -21,9 +21,10 @@ from ..errors import TavError, field
 from ..events import Callback, Note, ignored
 from ..inflation import VideoUNet
 from ..metrics import mask_iou, missed
-from ..pipeline import Source, find_subject, invert, prepare, reconstruct, sample, tune_on, video_unet
+from ..pipeline import Source, find_subject, invert, prepare, reconstruct, tune_on, video_unet
 from ..presets import PRESETS, Preset, with_settings
 from ..project import write_json
+from ..sampling import sample
 from . import world
 from .clips import ARMS, KINDS, REGIONS, BenchmarkClip, benchmark_clips
 from .judge import Judge
@@ -130,6 +131,7 @@ class _Runs:
             noise = self.noise if arm in ("tuned", "no_region") else invert(self.checkpoint, unet, self.source, preset)
             settings = {"source_prompt": self.clip.caption(), "source_frames": self.source.frames}
         if arm in ("tuned", "untuned"):
+            settings["contrasts"] = self.clip.contrasts()
             settings["subject"] = find_subject(self.checkpoint, unet, self.source, self.clip.contrasts(), preset)
         draw = partial(sample, self.checkpoint, unet, noise, preset=preset, **settings)
         rows = [self._whole_clip(draw, show)]
