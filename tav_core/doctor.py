@@ -82,6 +82,7 @@ def examine(
     unet = pipeline.video_unet(checkpoint, **job.inflation)
     with offloaded(checkpoint.vae, checkpoint.text_encoder):
         yield from _what_fits(unet, take, job, (width, height), scale)
+    yield f"timing {1 + _STEPS} steps of each stage ..."  # on a CPU this may take minutes
     yield from _how_long(checkpoint, unet, source, job, callback)
 
 
@@ -111,7 +112,7 @@ def _how_long(
 ) -> Iterator[str]:
     preset, clock = job.preset, _Clock(callback)
     sampling = replace(preset, sampling_steps=max(1 + _STEPS, preset.sampling_steps))
-    config = replace(preset.tuning, steps=max(2 + _STEPS, preset.tuning.steps), probe_every=100)
+    config = replace(preset.tuning, steps=max(2 + _STEPS, preset.tuning.steps), probe_every=100, probe_size=1)
     with offloaded(checkpoint.vae, checkpoint.text_encoder), suppress(Cancelled):
         tune(unet, checkpoint.scheduler, [source.take], config, callback=clock)
     nn.Module.to(unet, DTYPES[config.dtype])
@@ -132,7 +133,7 @@ def _how_long(
     sample = next(stage.cost for stage in plan.stages if stage.name == "sample") / dearest * seconds["sample"]
     rates = {"encode": 0.0, "tune": seconds["tune"], "invert": seconds["invert"], "subject": seconds["invert"],
              "sample": sample}  # fmt: skip
-    probes = seconds["invert"] * config.probe_size * (1 + preset.tuning.steps // preset.tuning.probe_every)
+    probes = seconds["invert"] * preset.tuning.probe_size * (1 + preset.tuning.steps // preset.tuning.probe_every)
     taken = {stage: stage.steps * rates[stage.name] + probes * (stage.name == "tune") for stage in plan.stages}
     told = ", ".join(
         f"{_NAMES.get(stage.name, 'finding the subject')} {clock_time(each)} ({stage.steps} steps)"
