@@ -14,13 +14,14 @@ _TUNING = 2.4  # forward passes that a tuning step takes as long as, measured (S
 
 
 def plan_of(job: "EditJob", done: Collection[str] = ()) -> Plan:
-    """The stages of `run_edit`, but for those that are done."""
-    preset, sampling = job.preset, 1.0  # the walk back, without guidance
-    for edit in [None, *job.edits]:  # the reconstruction is one as well
+    """The stages of `run_edit`, but for those that are done; "reconstruction" is a part of the last one."""
+    preset, to_draw = job.preset, [] if "reconstruction" in done else [None]  # which is an edit as well
+    sampling = float(len(to_draw))  # the walk back, without guidance
+    samplings = 2 * len(to_draw) + len(job.edits)
+    for edit in [*to_draw, *job.edits]:
         holds = edit is not None and (edit.region != "everything" or (job.knows_subject and preset.steady))
         guided = (preset.guidance_scale > 1) * (preset.guidance_end - preset.guidance_start)
         sampling += 1 + guided + (1 if holds else preset.attention_injection)
-    samplings = 2 + len(job.edits)
     stages = [
         Stage("encode", 1, 0.0),
         Stage("tune", preset.tuning.steps, _TUNING),
