@@ -1,7 +1,7 @@
 """The command line: edit a video with one sentence (Tune-A-Video, arXiv 2212.11565)."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +38,7 @@ from .measure import MODELS, REPORT, Measured, Models, as_table, mask_of, measur
 from .noise import InvertedNoise, read_noise, save_noise
 from .presets import Edit
 from .project import SHOWN, SUMMARY, Project, file_name, write_json
-from .record import FAIR, GOOD, explained, record_of
+from .record import FAIR, GOOD, command_of, explained, record_of
 from .sentences import check_sentence
 from .steps import STEP_STRIP, file_of_step
 from .subject import subject_steps
@@ -85,8 +85,9 @@ def _edit(args):
     wanted = replace(wanted, mask=given.mask(args, clip), control=control)
     wanted.check_fits(checkpoint, *shape)
     if args.dry_run:
+        done = set() if args.overwrite else job.done_in(args.output, wanted, checkpoint, clip)
         count, height, width, _ = clip.frames.shape
-        _examine(args, checkpoint, wanted, count, width, height)
+        _examine(args, checkpoint, wanted, count, width, height, done)
         return
     with job.claimed(args.output), _told_how_to_go_on():
         progress = Progress(args.quiet).stop_at_interrupt()
@@ -94,7 +95,7 @@ def _edit(args):
                                   callback=progress)  # fmt: skip
         run = record_of(args, sys.argv, preset, checkpoint, clip)
         summary |= {**explained(summary), "run": run}
-        write_json(args.output / SUMMARY, summary)
+        Project(args.output, summary).made_by(run["command"])
     _report(args.output, summary)
 
 
@@ -121,8 +122,10 @@ def _doctor(args):
     _examine(args, checkpoint, job.EditJob("a clip", [job.Edit("an edit")], preset), args.frames, width, height)
 
 
-def _examine(args, checkpoint: Checkpoint, wanted: job.EditJob, frames: int, width: int, height: int):
-    for line in examine(checkpoint, wanted, frames, width, height, Progress(args.quiet)):
+def _examine(
+    args, checkpoint: Checkpoint, wanted: job.EditJob, frames: int, width: int, height: int, done: Collection[str] = ()
+):
+    for line in examine(checkpoint, wanted, frames, width, height, Progress(args.quiet), done):
         tell(line)
 
 
@@ -276,6 +279,7 @@ def _sample(args):
                           seed=seed, control=control, callback=progress)  # fmt: skip
         project.show_grid(drawn, rate)
         project.show(rate, sound)
+        project.made_by(command_of(args, sys.argv))
     for edit in drawn:
         tell(args.output / edit["file"])
 

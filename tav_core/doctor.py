@@ -4,7 +4,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import replace
 
@@ -62,11 +62,20 @@ def about_machine(device: torch.device) -> Iterator[str]:
 
 
 def examine(
-    checkpoint: Checkpoint, job: EditJob, frames: int, width: int, height: int, callback: Callback
+    checkpoint: Checkpoint,
+    job: EditJob,
+    frames: int,
+    width: int,
+    height: int,
+    callback: Callback,
+    done: Collection[str] = (),
 ) -> Iterator[str]:
     """Lines on what fits and how long a job takes, for a clip of so many frames of `width` x `height`.
 
     Its first steps are computed, on noise in the place of a clip; nothing is written.
+
+    Args:
+        done: what needn't be computed any more (see `done_in`).
 
     Raises:
         TavError: what `run_edit` refuses; not even the smallest memory mode fits.
@@ -87,7 +96,8 @@ def examine(
         yield f"ControlNets: {size / 1e9:.2f} GB of weights on the device, while edits are drawn and not before"
     with offloaded(checkpoint.vae, checkpoint.text_encoder, *nets):
         yield from _what_fits(unet, take, job, (width, height), scale)
-    yield from _how_long(checkpoint, unet, source, job, callback)
+    yield f"timing {1 + _STEPS} steps of each stage ..."  # on a CPU this may take minutes
+    yield from _how_long(checkpoint, unet, source, job, callback, done)
 
 
 def _what_fits(unet: VideoUNet, take: Take, job: EditJob, size: tuple[int, int], scale: int) -> Iterator[str]:
@@ -112,15 +122,21 @@ def _what_fits(unet: VideoUNet, take: Take, job: EditJob, size: tuple[int, int],
 
 
 def _how_long(
-    checkpoint: Checkpoint, unet: VideoUNet, source: pipeline.Source, job: EditJob, callback: Callback
+    checkpoint: Checkpoint,
+    unet: VideoUNet,
+    source: pipeline.Source,
+    job: EditJob,
+    callback: Callback,
+    done: Collection[str],
 ) -> Iterator[str]:
     preset, clock = job.preset, _Clock(callback)
     timed = replace(preset, sampling_steps=max(1 + _STEPS, preset.sampling_steps))
-    config = replace(preset.tuning, steps=max(2 + _STEPS, preset.tuning.steps), probe_every=100)
+    config = replace(preset.tuning, steps=max(2 + _STEPS, preset.tuning.steps), probe_every=100, probe_size=1)
     controls = [replace(each, start=0.0, end=1.0) for each in each_of(job.control) if each.strength]
     waiting = checkpoint.vae, checkpoint.text_encoder, *(each.model for each in controls)
-    with offloaded(*waiting), suppress(Cancelled):
-        tune(unet, checkpoint.scheduler, [source.take], config, callback=clock)
+    if "tune" not in done:
+        with offloaded(*waiting), suppress(Cancelled):
+            tune(unet, checkpoint.scheduler, [source.take], config, callback=clock)
     nn.Module.to(unet, DTYPES[config.dtype])
     noise = source.take.latents
     with suppress(Cancelled):
@@ -128,26 +144,26 @@ def _how_long(
     with suppress(Cancelled):
         sampling.sample(checkpoint, unet, noise, job.prompt, timed, source_prompt=job.prompt, control=controls,
                         callback=clock)  # fmt: skip
-    seconds, plan = clock.seconds, plan_of(job)
+    seconds, plan = clock.seconds, plan_of(job, done)
     kernels = Counter(attention_choice.CHOSEN.values())
     told = ", ".join(f"{name} for {count}" for name, count in kernels.most_common())
     yield f"attention: {told} of {kernels.total()} shapes, as measured" if told else "attention: PyTorch's"
-    told = ", ".join(f"{name} {seconds[stage]:.2f} s" for stage, name in _NAMES.items())
+    told = ", ".join(f"{name} {seconds[stage]:.2f} s" for stage, name in _NAMES.items() if stage in seconds)
     yield f"a step, the mean of {_STEPS}: {told}"
     # the first steps of a sampling are its dearest: the clip walks beside them
     guided, walks = preset.guidance_scale > 1, preset.attention_injection > 0
     dearest = (1 + guided) * (1 + CONTROL * len(controls)) + walks
     sample = next(stage.cost for stage in plan.stages if stage.name == "sample") / dearest * seconds["sample"]
-    rates = {"encode": 0.0, "tune": seconds["tune"], "invert": seconds["invert"], "subject": seconds["invert"],
-             "sample": sample}  # fmt: skip
-    probes = seconds["invert"] * config.probe_size * (1 + preset.tuning.steps // preset.tuning.probe_every)
+    rates = {"encode": 0.0, **seconds, "subject": seconds["invert"], "sample": sample}
+    probes = seconds["invert"] * preset.tuning.probe_size * (1 + preset.tuning.steps // preset.tuning.probe_every)
     taken = {stage: stage.steps * rates[stage.name] + probes * (stage.name == "tune") for stage in plan.stages}
     told = ", ".join(
         f"{_NAMES.get(stage.name, 'finding the subject')} {clock_time(each)} ({stage.steps} steps)"
         for stage, each in taken.items() if stage.name != "encode"
     )  # fmt: skip
-    edits = f"{len(job.edits)} edit{'s' * (len(job.edits) > 1)} and the reconstruction"
-    yield f"{edits} take about {clock_time(sum(taken.values()))}, beside coding frames: {told}"
+    edits = f"{len(job.edits)} edit{'s' * (len(job.edits) > 1)}"
+    verb = "take" + "s" * (len(job.edits) == 1) if "reconstruction" in done else "and the reconstruction take"
+    yield f"{edits} {verb} about {clock_time(sum(taken.values()))}, beside coding frames: {told}"
 
 
 _NAMES = {"tune": "tuning", "invert": "inversion", "sample": "sampling"}

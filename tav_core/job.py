@@ -303,6 +303,20 @@ def run_edit(
     return project.summary, videos
 
 
+def done_in(folder: Path, job: EditJob, checkpoint: Checkpoint, clip: Clip) -> set[str]:
+    """What `run_edit` has no need to compute there any more (see `plan_of`).
+
+    Raises:
+        TavError: a project of another clip, checkpoint or tuning, or noise of other steps.
+    """
+    run = _Run(Project.at(folder), job, checkpoint, clip, ignored)
+    run.check_same()
+    done = run.stages_done()
+    if "invert" in done:
+        read_noise(folder / NOISE, job.preset)
+    return done
+
+
 def _remove(folder: Path):
     """Removes a project, also one that can't be read any more."""
     try:
@@ -335,11 +349,11 @@ class _Run:
         return source
 
     def stages_done(self) -> set[str]:
-        """Names of the stages that the project has no need of any more."""
+        """Names of the stages that the project has no need of any more, as `plan_of` takes them."""
         done = {"encode", "tune"} if "weights" in self.project.summary else set()
         if (self.project.folder / NOISE).exists():
             done.add("invert")
-        return done | ({"subject"} if "subject" in self.project.summary else set())
+        return done | {"subject", "reconstruction"}.intersection(self.project.summary)
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
@@ -369,9 +383,11 @@ class _Run:
         for name, value in facts["model"].items():
             of, shown = ("checkpoint", facts["checkpoint"]) if name == "base" else (name, value)
             project.check_same(of, shown, of_model, name, value, remedy)
+        drawn_anew = f"give {errors.field('eta')} and {errors.field('edit_seed')} to draw edits by another one"
         for name, value in facts["settings"]["tuning"].items():
             if name not in ANY_TUNING:
-                project.check_same(name, value, of_tuning, name, value, remedy)
+                also = f"{drawn_anew}, or {remedy}" if name == "seed" else remedy
+                project.check_same(name, value, of_tuning, name, value, also)
         if self.job.rank is not None:
             project.check_same("rank", self.job.rank, known, "rank", self.job.rank, remedy)
         if "weights" in known:

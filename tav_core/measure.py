@@ -305,7 +305,8 @@ def measure_job(folder: Path, models: Models | None = None) -> tuple[list[Measur
     noise, rows, videos = read_noise(folder / NOISE), [], []
     if noise.frames is None:
         raise TavError("edited", folder, "was written by an earlier version", "give the videos in it")
-    of_clip = [edit for edit in summary["edits"] if edit["seed"] is None]  # those of random noise have no source
+    # those of random noise have no source, and no clip beside them
+    of_clip = [edit for edit in summary["edits"] if edit["attention_injection"] is not None]
     for label, edit in zip(labels(of_clip), of_clip):
         mask = changeable(edit["region"], noise)
         videos.append(load_video(folder / edit["file"], sound=False).frames)

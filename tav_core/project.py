@@ -146,8 +146,7 @@ class Project:
 
     def show(self, fps: float, sound: Sound | None):
         """Strip, comparison and page of all edits."""
-        videos = [self.video(edit["file"]) for edit in self.edits]
-        told = [f"{edit['number']}. {label}" for edit, label in zip(self.edits, labels(self.edits))]
+        videos, told = [self.video(edit["file"]) for edit in self.edits], self.told()
 
         def with_named(names: Sequence[str]) -> tuple[list[Tensor], list[str]]:
             there = [name for name in names if name in self.summary]
@@ -156,17 +155,30 @@ class Project:
         strip(*with_named(NAMED), self.folder / "strip.png")
         together = side_by_side(*with_named(("source", "reconstruction")))
         save_video(together, self.folder / "comparison.mp4", fps, sound)
+        self.write_page()
+
+    def told(self) -> list[str]:
+        """What the edits are called, with their numbers."""
+        return [f"{edit['number']}. {label}" for edit, label in zip(self.edits, labels(self.edits))]
+
+    def made_by(self, command: str):
+        """Tells of a command that has added to it, in summary and page."""
+        self.summary["commands"] = list(dict.fromkeys([*self.summary.get("commands", []), command]))
+        self.write_page()
+
+    def write_page(self):
+        """The page and the summary."""
         with atomic_path(self.folder / "index.html") as path:
-            path.write_text(self._page(told), encoding="utf-8")
+            path.write_text(self._page(), encoding="utf-8")
         self.write()
 
-    def _page(self, told: Sequence[str]) -> str:
+    def _page(self) -> str:
         summary, own = self.summary, ("number", "file", "figures")
         size = "{}x{}".format(*summary["size"])
         facts = [summary["checkpoint"], f"{summary['frames']} frames of {size}", f"{summary['fps']:g} a second"]
         edits = [{**edit, "label": label, "settings": [(name, as_text(value)) for name, value in edit.items()
                                                        if name not in own and value is not None]}
-                 for label, edit in zip(told, self.edits)]  # fmt: skip
+                 for label, edit in zip(self.told(), self.edits)]  # fmt: skip
         tuning = {}
         if "probe_loss" in summary:
             tuning = {f"probe_loss_{when}": value for when, value in summary["probe_loss"].items()}
@@ -179,6 +191,7 @@ class Project:
             edits=edits,
             grids=summary.get("grids", []),
             tuning=[(name, as_text(value)) for name, value in tuning.items()],
+            commands=summary.get("commands", []),
         )
 
     def show_grid(self, edits: Sequence[dict[str, Any]], fps: float):
@@ -229,7 +242,7 @@ def labels(edits: Sequence[dict[str, Any]], always: Sequence[str] = ()) -> list[
     for edit in edits:
         alike = [other for other in edits if other["prompt"] == edit["prompt"]]
         apart = [name for name in TOLD_APART if name in always or len({repr(each.get(name)) for each in alike}) > 1]
-        settings = ", ".join(_told(name, edit.get(name)) for name in apart)
+        settings = ", ".join(_told(name, edit[name]) for name in apart if edit.get(name) not in (None, ""))
         told.append(f"{settings}: {edit['prompt']}" if settings else edit["prompt"])
     return told
 
@@ -284,4 +297,6 @@ def file_name(number: int, prompt: str) -> str:
 
 def write_json(path: Path, content: dict):
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        # names of files as they are: commands are copied from it
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -53,6 +53,11 @@ def explained(summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def command_of(args: argparse.Namespace, argv: list[str]) -> str:
+    """As one types it."""
+    return f"{args.parser.prog.rsplit(' ', 1)[0]} {shlex.join(argv[1:])}"
+
+
 def record_of(args: argparse.Namespace, argv: list[str], preset: Preset, checkpoint: Checkpoint, clip: Clip) -> dict:
     """What a summary says of the run: the command, its options, versions and fingerprints.
 
@@ -63,7 +68,7 @@ def record_of(args: argparse.Namespace, argv: list[str], preset: Preset, checkpo
     embeddings = [f"{word} ({digest})" for word, digest in checkpoint.embeddings.items()]
     added = {name: of for name, of in (("lora", list(checkpoint.loras)), ("embedding", embeddings)) if of}
     return {
-        "command": f"{args.parser.prog.rsplit(' ', 1)[0]} {shlex.join(argv[1:])}",
+        "command": command_of(args, argv),
         "options": _options(args, preset),
         "versions": versions(),
         "fingerprints": {"checkpoint": base_fingerprint(checkpoint.unet), "clip": hash_tensors([clip.frames]), **added},

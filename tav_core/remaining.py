@@ -19,20 +19,20 @@ CONTROL = 0.33  # of a forward pass of the U-Net, what one of a ControlNet takes
 
 
 def plan_of(job: "EditJob", done: Collection[str] = ()) -> Plan:
-    """The stages of `run_edit`, but for those that are done."""
-    preset = job.preset
+    """The stages of `run_edit`, but for those that are done; "reconstruction" is a part of the last one."""
+    preset, to_draw = job.preset, [] if "reconstruction" in done else [[Edit(job.prompt)]]  # which is an edit as well
     guided = (preset.guidance_scale > 1) * (preset.guidance_end - preset.guidance_start)
     led = sum(each.end - each.start for each in each_of(job.control) if each.strength)
-    sampling = 1.0  # the walk back, without guidance
+    sampling = float(len(to_draw))  # the walk back, without guidance
     together = groups(job.edits, preset, job.knows_subject, preset.edits_at_once or AT_ONCE)
-    for group in [[Edit(job.prompt)], *together]:  # the reconstruction is one as well
+    for group in [*to_draw, *together]:
         held = any(is_held(edit, preset, job.knows_subject) for edit in group)
         beside = 1 if held else group[0].preset_of(preset).attention_injection
         sampling += beside + (1 + guided) * len(group)
         found = sum(subject_steps(len(job.contrasts)) for edit in group if edit.region in FOUND)
         sampling += found / preset.sampling_steps
     sampling += CONTROL * led * (1 + guided) * len(job.edits)
-    samplings = 2 + len(job.edits)
+    samplings = 2 * len(to_draw) + len(job.edits)
     stages = [
         Stage("encode", 1, 0.0),
         Stage("tune", preset.tuning.steps, _TUNING),

@@ -9,7 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
@@ -115,6 +115,9 @@ class Progress:
 
         def handler(number, frame):
             self.stopped = True
+            if not self.quiet:  # a step may take minutes; sys.stderr might be in the middle of a write
+                with suppress(OSError):
+                    os.write(2, b"\nstopping after this step; once more stops at once, without keeping it\n")
             for each in _SIGNALS:
                 signal.signal(each, _interrupt)
 

@@ -1,7 +1,9 @@
 """The command line as a user meets it: real processes on the shipped checkpoint, and commands in this one."""
 
 import argparse
+import html
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -213,6 +215,19 @@ def test_samples_are_added_to_a_folder(tuned, tav, tmp_path):
     assert Image.open(tmp_path / "o" / "grid-3.png").size == (table.shape[2], table.shape[1])
     page = (tmp_path / "o" / "index.html").read_text()
     assert all(edit["file"] in page for edit in summary["edits"])
+
+
+def test_a_project_knows_the_commands_that_made_it(tuned, tav, tmp_path):
+    """In summary and page, each once, to be copied from there: without escapes for names that aren't ASCII."""
+    output = tmp_path / "Müller"
+    for edit in ("a ☆", "<b>", "a ☆"):
+        tav("sample", *tuned, "--edit", edit, "--output", output)
+    summary = (output / "summary.json").read_text("utf-8")
+    given = [["sample", *map(str, tuned), "--edit", edit, "--output", str(output)] for edit in ("a ☆", "<b>")]
+    assert [shlex.split(command)[1:] for command in json.loads(summary)["commands"]] == given
+    assert "'a ☆'" in summary and "Müller" in summary
+    page = (output / "index.html").read_text("utf-8")
+    assert all(html.escape(command) in page.replace("&#39;", "&#x27;") for command in json.loads(summary)["commands"])
 
 
 def test_a_seed_is_of_the_tuning_or_of_random_noise(clip, tav, tmp_path):

@@ -52,6 +52,23 @@ def test_what_fits_and_how_long_it_takes(checkpoint, memory):
     assert abs(taken[0] - sum(taken[1:])) <= 4 and "finding the subject" in lines[-1] and "(8 steps)" in lines[-1]
 
 
+def test_an_edit_that_is_added_to_a_project(checkpoint, memory):
+    """Nothing is tuned or inverted any more, so tuning isn't timed, and the time is that of the edit alone."""
+    memory(50)
+    job = EditJob("a red ball", [Edit("one")], PRESETS["mini"])
+    done = {"encode", "tune", "invert", "reconstruction"}
+    text = "\n".join(examine(checkpoint, job, 3, 64, 32, ignored, done))
+    assert "tuning " not in text.split("a step, the mean of 2:")[1] and "(25 steps)" in text
+    assert "\n1 edit takes about " in text and "reconstruction" not in text
+
+
+def test_it_says_that_steps_are_timed_before_they_are(checkpoint, memory, monkeypatch):
+    memory(50)
+    monkeypatch.setattr("tav_core.doctor.tune", lambda *args, **kwargs: pytest.fail("nothing was said"))
+    job = EditJob("a red ball", [Edit("one")], PRESETS["mini"])
+    assert any(line.startswith("timing 3 steps") for line in examine(checkpoint, job, 3, 64, 32, ignored))
+
+
 def test_a_clip_that_does_not_fit(checkpoint, memory):
     memory(8)
     rows = [line.split() for line in told(checkpoint) if line.split()[0] in MEMORY]

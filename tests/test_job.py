@@ -22,11 +22,12 @@ from tav_core import Edit, EditJob, load_tuned, load_video, lora, pipeline, read
 from tav_core.atomic import atomic_path, sole_user
 from tav_core.errors import Cancelled, TavError
 from tav_core.events import Note, Step
-from tav_core.job import STATE, TUNED_FILES, check_file, check_folder, claimed
+from tav_core.job import STATE, TUNED_FILES, check_file, check_folder, claimed, done_in
 from tav_core.measure import measure_job
 from tav_core.pipeline import check_size
 from tav_core.presets import PRESETS, with_settings
 from tav_core.project import Project, labels
+from tav_core.remaining import plan_of
 from tav_core.visuals import step_strip
 
 PRESET = with_settings(PRESETS["mini"], steps=1, sampling_steps=2, memory="fast")
@@ -231,6 +232,26 @@ def test_loras_of_edits_are_made_part_of_the_weights_once(checkpoint, clip, copi
     refused("loras=.*none.safetensors' does not exist", checkpoint, *clip.frames.shape[:3], call=odd.check_fits)
 
 
+def test_an_edit_from_fresh_noise_is_measured_as_well(checkpoint, clip, copied_project):
+    """Its seed doesn't make it one of random noise, which has no source."""
+    job = edit_job(Edit("one", seed=7), preset=with_settings(PRESET, eta=0.5))
+    assert drawn(job, checkpoint, clip, copied_project) == ["seed 7, eta 0.5: one"]
+    rows, videos, _ = measure_job(copied_project)
+    assert [row.name for row in rows] == ["one", "seed 7, eta 0.5: one"] and len(videos) == 2
+
+
+def test_what_is_left_to_do_in_a_project(checkpoint, clip, project, tmp_path):
+    job = edit_job("two", Edit("three", guidance_scale=1.0))
+    assert done_in(tmp_path / "new", job, checkpoint, clip) == set()
+    done = done_in(project, job, checkpoint, clip)
+    assert done == {"encode", "tune", "invert", "reconstruction"}
+    seen = []
+    run_edit(job, checkpoint, clip, shutil.copytree(project, tmp_path / "made"), callback=seen.append)
+    steps = sum(event.videos for event in seen if isinstance(event, Step) and event.stage == "sample")
+    (stage,) = plan_of(job, done).stages
+    assert (stage.name, stage.steps) == ("sample", steps) and seen[0] == plan_of(job, done)
+
+
 def test_edits_of_one_sentence_in_two_regions_are_two(checkpoint, clip, tmp_path):
     mask = torch.zeros(2, 64, 64)
     mask[:, :32] = 1
@@ -253,12 +274,14 @@ def test_edits_of_one_sentence_in_two_regions_are_two(checkpoint, clip, tmp_path
     ({"preset": with_settings(PRESET, learning_rate=1e-3)}, "learning_rate=0.001 is not the 0.002 of the project"),
     ({"preset": with_settings(PRESET, steps=2)}, "steps=2 is not the 1 of the project"),
     ({"preset": with_settings(PRESET, context_length=5)}, "context_length=5 is not the none of the project"),
+    ({"preset": with_settings(PRESET, seed=7)}, "seed=7 is not the 0 of the project in .*; give eta and edit_seed to"),
     ({"preset": with_settings(PRESET, sampling_steps=3)}, "sampling_steps=3 is not the 2 that .* was inverted with"),
     ({"inflation": {"norm": "frame"}}, "norm='frame' is not the video of the project"),
 ])  # fmt: skip
 def test_another_tuning_is_refused(checkpoint, clip, project, change, told):
-    before = {path: path.stat().st_mtime_ns for path in project.iterdir()}
-    refused(told, replace(edit_job("two"), **change), checkpoint, clip, project, call=run_edit)
+    before, job = {path: path.stat().st_mtime_ns for path in project.iterdir()}, replace(edit_job("two"), **change)
+    refused(told, job, checkpoint, clip, project, call=run_edit)
+    refused(told, project, job, checkpoint, clip, call=done_in)
     assert before == {path: path.stat().st_mtime_ns for path in project.iterdir()}
 
 

@@ -15,7 +15,7 @@ from support.comfyui_server import Refused
 from tav_core import load_video
 from tav_core.mini.demo import CLIP
 from workflows import build, wires
-from workflows.blueprint import NAME
+from workflows.blueprint import DESCRIPTION, NAME
 from workflows.build import WORKFLOWS
 from workflows.graph import SHOWS
 from workflows.parts import DEMO
@@ -259,13 +259,18 @@ def test_a_large_checkpoint_is_all_that_is_missing(page, server, name):
     assert wrong <= {("CheckpointLoaderSimple", "ckpt_name"), ("TAVLoadTunedWeights", "file")}
 
 
-def test_the_blueprint_edits_a_clip(page, server):
-    """As one node between the clip, the checkpoint and Save Video."""
-    (entry,) = (id_ for id_, entry in server.get("/global_subgraphs").items() if entry["name"] == NAME)
+def test_the_blueprint_is_found_and_edits_a_clip(page, server):
+    """By the node search; as one node between the clip, the checkpoint and Save Video."""
+    page.evaluate("() => app.loadGraphData({last_node_id: 0, last_link_id: 0, nodes: [], links: [], version: 0.4})")
+    page.wait_for_timeout(1000)  # newer frontends take no double click before
+    page.mouse.dblclick(1000, 700)
+    page.wait_for_function("() => document.activeElement.tagName == 'INPUT'")
+    page.keyboard.type("one-shot video")
+    expect(page.get_by_text(DESCRIPTION).last).to_be_visible()  # beside the list
+    page.keyboard.press("Enter")
+    page.wait_for_function("name => app.graph.nodes[0]?.title == name", arg=NAME)
     prompt = page.evaluate(
-        """async ([graph, demo]) => {
-            await app.loadGraphData(graph)
-            await new Promise(done => setTimeout(done, 500))
+        """async demo => {
             const add = (kind, values) => {
                 const node = LiteGraph.createNode(kind)
                 app.graph.add(node)
@@ -283,7 +288,7 @@ def test_the_blueprint_edits_a_clip(page, server):
             for (const widget of edit.widgets) if (widget.name in words) widget.value = words[widget.name]
             return (await app.graphToPrompt()).output
         }""",
-        [json.loads(server.get(f"/global_subgraphs/{entry}")["data"]), DEMO],
+        DEMO,
     )
     kinds = {node["class_type"]: node["inputs"] for node in prompt.values()}
     assert kinds["TAVOneShotTune"]["steps"] == kinds["TAVDDIMInversion"]["steps"] == 2

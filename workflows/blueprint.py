@@ -91,7 +91,8 @@ def blueprint(definitions: dict[str, dict]) -> dict:
     return {
         "id": identity("workflow"), "revision": 0, "last_node_id": len(nodes) + 1, "last_link_id": 0,
         "nodes": [outer(inputs, slots, len(nodes) + 1, subgraph["id"])], "links": [], "groups": [],
-        "definitions": {"subgraphs": [subgraph]}, "config": {}, "extra": {"frontendVersion": "1.32.9"}, "version": 0.4,
+        "definitions": {"subgraphs": [subgraph]}, "config": {},
+        "extra": {"frontendVersion": "1.32.9", "BlueprintDescription": DESCRIPTION}, "version": 0.4,
     }  # fmt: skip
 
 
