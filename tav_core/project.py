@@ -87,8 +87,10 @@ class Project:
             known: what the project has, by name.
         """
         if known.get(name, value) != value:
-            told = f"not the {as_text(known[name])}" if shown is value else "another one than that"
-            raise TavError(of, shown, f"is {told} of the project in {self.folder}", remedy)
+            own = as_text(known[name])
+            told = f"not the {own} of" if shown is value else "another one than that of"
+            told = "given, and there is none in" if shown is value and own == "none" else told
+            raise TavError(of, shown, f"is {told} the project in {self.folder}", remedy)
 
     def find(self, settings: dict[str, Any]) -> dict[str, Any] | None:
         """The edit with these settings, if there is one."""
