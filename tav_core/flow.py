@@ -1,6 +1,7 @@
 """Optical flow: where each place of a frame is found in another one, and what is known there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -46,30 +47,54 @@ def at(values: np.ndarray, places: np.ndarray) -> np.ndarray:
     return cv2.remap(values, places, None, cv2.INTER_LINEAR)
 
 
-def told_by_neighbours(masks: Tensor, frames: Tensor) -> np.ndarray:
-    """What masks of other frames say of a frame: where two or more of the three before and the three behind it have
-    what moved there from it, or will.
+@dataclass(frozen=True)
+class Neighbour:
+    """Where places of a frame are in another one, up to three before or behind it, in every `step`-th pixel.
 
-    A neighbour has a say where the flow leads to it and back, to the same colour: so a mask goes with its thing, and
-    ends where that is hidden or has left the picture.
-
-    Args:
-        masks: of 0 and 1, `f h w`.
-        frames: uint8 `f h w 3`.
-
-    Returns:
-        bool `f h w`.
+    Attributes:
+        here, there: numbers of the frames.
+        target: `h w (x y)` in pixels of the other frame.
+        seen: bool `h w`: where the flow leads to it and back, to the same colour.
     """
+
+    here: int
+    there: int
+    step: int
+    target: np.ndarray
+    seen: np.ndarray
+
+
+def neighbours(frames: Tensor) -> list[Neighbour]:
+    """All of the frames of a clip, uint8 `f h w 3`."""
     step = max(1, min(frames.shape[1:3]) // SIDE)
     small = [np.ascontiguousarray(frame[::step, ::step]) for frame in frames.numpy()]
-    known = [np.ascontiguousarray(mask[::step, ::step], np.float32) for mask in masks.numpy()]
-    votes, flow = np.zeros((len(small), *known[0].shape), np.uint8), dis_flow()
+    found, flow = [], dis_flow()
     for i in range(len(small)):
         for j in range(i + 1, min(i + REACH + 1, len(small))):
             ways = flow(small[i], small[j]), flow(small[j], small[i])
             for (here, there), way in zip(((i, j), (j, i)), (ways, ways[::-1])):
                 target, seen = followed(*way)
                 differ = np.abs(at(small[there], target).astype(np.float32) - small[here]).mean(-1)
-                votes[here] += seen & (differ < ALIKE) & (at(known[there], target) > 0.5)
-    told = (votes >= VOTES).repeat(step, 1).repeat(step, 2)
-    return told[:, : masks.shape[1], : masks.shape[2]]
+                found.append(Neighbour(here, there, step, target, seen & (differ < ALIKE)))
+    return found
+
+
+def told_by_neighbours(masks: Tensor, of: Sequence[Neighbour]) -> np.ndarray:
+    """What masks of other frames say of a frame: where two or more of the three before and the three behind it have
+    what moved there from it, or will: so a mask goes with its thing, and ends where that is hidden or has left the
+    picture.
+
+    Args:
+        masks: of 0 and 1, `f h w`.
+        of: the `neighbours` of the frames.
+
+    Returns:
+        bool `f h w`.
+    """
+    f, h, w = masks.shape
+    step = of[0].step if of else 1
+    known = [np.ascontiguousarray(mask[::step, ::step], np.float32) for mask in masks.numpy()]
+    votes = np.zeros((f, *known[0].shape), np.uint8)
+    for each in of:
+        votes[each.here] += each.seen & (at(known[each.there], each.target) > 0.5)
+    return (votes >= VOTES).repeat(step, 1).repeat(step, 2)[:, :h, :w]

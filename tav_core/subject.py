@@ -25,7 +25,7 @@ from .condition import Condition, VideoModel, predict
 from .ddim import ddim_invert
 from .errors import TavError
 from .events import Callback, Step, ignored
-from .flow import told_by_neighbours
+from .flow import neighbours, told_by_neighbours
 from .frames import as_frames
 from .limits import check
 
@@ -213,8 +213,9 @@ def outlined(mask: Tensor, frames: Tensor) -> Tensor:
         return rearrange(coarse, "f 1 h w -> 1 1 f h w")
     core, near = 1 - _grown(1 - coarse, scale), _grown(coarse, scale * 3 // 2)
     inside = _cut(coarse, near, core, frames)
+    around = neighbours(frames)
     for _ in range(ROUNDS):
-        told = torch.from_numpy(told_by_neighbours(inside[:, 0], frames))[:, None].float()
+        told = torch.from_numpy(told_by_neighbours(inside[:, 0], around))[:, None].float()
         inside = _cut(torch.maximum(coarse, told), torch.maximum(near, told), core, frames)
     return rearrange(torch.stack([_closed(frame, scale**2) for frame in inside]), "f 1 h w -> 1 1 f h w")
 
@@ -283,7 +284,8 @@ def filled_out(mask: Tensor, beyond: float = 0.0) -> Tensor:
 
 
 def _grown(mask: Tensor, margin: int) -> Tensor:  # f 1 h w
-    return F.max_pool2d(mask, 2 * margin + 1, 1, margin)
+    side = 2 * margin + 1  # rows first, then columns, which is the same, and quick
+    return F.max_pool2d(F.max_pool2d(mask, (1, side), 1, (0, margin)), (side, 1), 1, (margin, 0))
 
 
 def softened(mask: Tensor, softness: int) -> Tensor:

@@ -23,7 +23,7 @@ from tav_core import (
 )
 from tav_core.attention import FrameContext
 from tav_core.checkpoint_parts import CONFIGS
-from tav_core.flow import told_by_neighbours
+from tav_core.flow import neighbours, told_by_neighbours
 from tav_core.metrics import mask_iou, missed
 from tav_core.mini import world
 from tav_core.mini.clips import BenchmarkClip
@@ -161,10 +161,10 @@ def test_what_is_hidden_or_gone_is_not_told():
     for video, there in ((gone, truth[2] * 0), (hidden, truth[2] * (torch.arange(128) < 64)), (frames, truth[2])):
         masks = truth.clone()
         masks[2] = 0  # nothing was found in this frame
-        told = torch.from_numpy(told_by_neighbours(masks, video))[2].float()
+        told = torch.from_numpy(told_by_neighbours(masks, neighbours(video)))[2].float()
         more, less = ((a > b).sum() / truth[2].sum() for a, b in ((told, there), (there, told)))
         assert more < 0.02 and less < 0.2, (more, less)
-    assert not told_by_neighbours(truth[:2], frames[:2]).any()  # one neighbour alone says nothing
+    assert not told_by_neighbours(truth[:2], neighbours(frames[:2])).any()  # one neighbour alone says nothing
 
 
 def test_holes_of_the_subject_stay_and_those_of_the_mask_go():
