@@ -273,7 +273,7 @@ def test_edits_of_one_sentence_in_two_regions_are_two(checkpoint, clip, tmp_path
     ({"prompt": "a blue ball"}, "prompt='a blue ball' is not the a red ball of the project in .*; choose another path"),
     ({"preset": with_settings(PRESET, learning_rate=1e-3)}, "learning_rate=0.001 is not the 0.002 of the project"),
     ({"preset": with_settings(PRESET, steps=2)}, "steps=2 is not the 1 of the project"),
-    ({"preset": with_settings(PRESET, context_length=5)}, "context_length=5 is given, and there is none in the project"),
+    ({"preset": with_settings(PRESET, context_length=5)}, "context_length=5 is given, and there is none in the"),
     ({"preset": with_settings(PRESET, seed=7)}, "seed=7 is not the 0 of the project in .*; give eta and edit_seed to"),
     ({"preset": with_settings(PRESET, sampling_steps=3)}, "sampling_steps=3 is not the 2 that .* was inverted with"),
     ({"inflation": {"norm": "frame"}}, "norm='frame' is not the video of the project"),
