@@ -175,7 +175,7 @@ def when(there, then):
     """Calls `then` in another thread as soon as `there` is true."""
 
     def wait():
-        until = time.monotonic() + 100
+        until = time.monotonic() + 400
         while not there():
             if time.monotonic() > until:
                 return
@@ -205,7 +205,7 @@ def test_a_batch_survives_a_kill_a_bad_clip_too_little_memory_and_a_stop(clip, f
     bad.write_bytes(clip.read_bytes()[:300])
     names = ["killed", "large", "three", "four", "five"]
     listed = [f"{{video: {clip}, name: {name}}}" for name in names[1:]]
-    killed = f"{{video: {clip}, name: killed, settings: {{steps: 30, save_every: 1}}}}"
+    killed = f"{{video: {clip}, name: killed, settings: {{steps: 100, save_every: 1}}}}"
     path = write_list(tmp_path, killed, f"{{video: {bad}}}", *listed)
     checkpoint = load_checkpoint(folder)
     memory = {"large": "checkpointing"}
@@ -306,7 +306,7 @@ def test_a_machine_that_leaves_takes_no_job_with_it(nodes, clip, folder, tmp_pat
     start("--head", f"--port={port}", "--include-dashboard=false")
     second = start(f"--address={address}")
     out = tmp_path / "out"
-    jobs = [f"{{video: {clip}, name: {name}, settings: {{steps: 30, save_every: 1}}}}" for name in ("a", "b")]
+    jobs = [f"{{video: {clip}, name: {name}, settings: {{steps: 100, save_every: 1}}}}" for name in ("a", "b")]
     jobs.append(f"{{video: {clip}, name: c}}")
     monkeypatch.setattr("tav_core.batch.command.Worker", made_short_of_memory(Worker))
     left = []
