@@ -12,7 +12,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from .checkpoint import Checkpoint, decode_video, encode_prompt, encode_video, l
 from .checkpoint_parts import CONFIGS
 from .condition import Condition
 from .ddim import ddim_invert, ddim_sample
+from .doctor import cpu_name
 from .errors import TavError, field
 from .events import Event, Step
 from .inflation import VideoUNet, inflate
@@ -350,15 +350,6 @@ def shares(workload: Workload, modes: list[Mode], figures: dict[str, dict[str, f
         mode.name: {stage: count / figures[mode.name][stage] / rates[mode.dtype] for stage, count in flops.items()}
         for mode in modes
     }
-
-
-def cpu_name() -> str:
-    """As lscpu tells it; elsewhere what Python knows of it."""
-    lines = (_PROCESS.parent / "cpuinfo").read_text().splitlines() if (_PROCESS.parent / "cpuinfo").exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-        platform.processor() or platform.machine(),
-    )
 
 
 def growth(layout: Layout, mode: Mode, runs: int, device: str, sizes: dict[str, tuple[int, ...]]) -> dict[str, Any]:

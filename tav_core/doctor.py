@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import diffusers
 import psutil
@@ -15,7 +16,6 @@ import transformers
 from torch import nn
 
 from . import __version__, attention_choice, pipeline, sampling
-from .bench import cpu_name
 from .checkpoint import Checkpoint, encode_prompt
 from .condition import Condition
 from .control import each_of
@@ -45,6 +45,16 @@ def versions() -> dict[str, str]:
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def cpu_name() -> str:
+    """As lscpu tells it; elsewhere what Python knows of it."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor() or platform.machine(),
+    )
 
 
 def about_machine(device: torch.device) -> Iterator[str]:

@@ -5,7 +5,7 @@ Beyond the paper. In the first steps of a sampling the edit attends as its sourc
 layout and motion (after Plug-and-Play, arXiv 2211.12572, section 4.1, and FateZero, arXiv 2303.09535, section 3.2); the
 U-Net's part of it is in `attention`. Where the subject is known, the clip's features hold it in its place, an edit of a
 region leaves the rest as the noise reconstructs it, a background that is drawn anew stands as still as the clip's, and
-a subject of another shape is the same one in all frames.
+a subject that is drawn anew is the same one in all frames.
 """
 
 from collections.abc import Callable, Sequence

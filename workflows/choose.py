@@ -117,4 +117,4 @@ The small CLIP that ships with the pack knows the mini world alone, and its scor
     measured = w.add("TAVMeasure", images=frames, source=start.clip.images, **figures)
     w.add("PreviewAny", title="Figures", source=measured.table)
     w.add("SaveImage", title="Along the frames", images=measured.plot, filename_prefix=f"{name}-plot")
-    result(w, name, start.clip, [start.clip.images, frames], ["source", EDITS["colour"]], {"edit": frames})
+    result(w, name, start.clip, [start.clip.images, frames], ["source", EDITS["colour"]], {"edit": frames}, number=7)

@@ -114,16 +114,22 @@ def decoded(w: Workflow, samples, vae) -> Node:
     return w.add("VAEDecode", samples=samples, vae=vae)
 
 
-def result(w: Workflow, name: str, clip: Node, clips: list, labels: list[str], edits: dict[str, Node | tuple]):
-    """Compares IMAGE batches and saves the video, then each of the edits, by its name, as a video of its own."""
-    w.group("6  Compare and save", "pale_blue", 400)
+def result(
+    w: Workflow, name: str, clip: Node, clips: list, labels: list[str], edits: dict[str, Node | tuple], number: int = 6
+):
+    """Compares IMAGE batches and saves the video, then each of the edits, by its name, as a video of its own.
+
+    Args:
+        number: of the first of these two steps.
+    """
+    w.group(f"{number}  Compare and save", "pale_blue", 400)
     images = {f"images_{i}": images for i, images in enumerate(clips, 1)}
     compare = w.add("TAVCompare", labels="\n".join(labels), **images)
     saved(w, compare.video, clip, name)
     w.group("Frames", "pale_blue", below=True)
     w.add("PreviewImage", title="Frames", images=compare.strip)
     for i, (edit, frames) in enumerate(edits.items()):
-        w.group(f"7  Saved alone: {edit}", "pale_blue", below=i % 2 == 1)
+        w.group(f"{number + 1}  Saved alone: {edit}", "pale_blue", below=i % 2 == 1)
         saved(w, frames, clip, f"{name}-{edit.replace(' ', '-')}")
 
 
