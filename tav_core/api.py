@@ -16,8 +16,8 @@ from .lora import load_lora
 from .memory import Device
 from .noise import InvertedNoise, read_noise, save_noise
 from .pipeline import Source, find_subject, invert, prepare, reconstruct, tune_on
-from .presets import PRESETS, Edit, Preset, with_settings
-from .sampling import sample, sample_edits
+from .presets import PRESETS, Preset, with_settings
+from .sampling import Edit, sample, sample_edits
 from .sound import Sound
 from .subject import subject_mask, word_mask, word_places
 from .take import Take

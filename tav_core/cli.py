@@ -36,9 +36,9 @@ from .export import save_pipeline
 from .lora import with_loras
 from .measure import MODELS, REPORT, Measured, Models, as_table, mask_of, measure, measure_job, write_report
 from .noise import InvertedNoise, read_noise, save_noise
-from .presets import Edit
 from .project import SHOWN, SUMMARY, Project, file_name, write_json
 from .record import FAIR, GOOD, command_of, explained, record_of
+from .sampling import Edit
 from .sentences import check_sentence
 from .steps import STEP_STRIP, file_of_step
 from .subject import subject_steps
@@ -119,7 +119,7 @@ def _doctor(args):
     width, height = given.size(args, checkpoint)
     if args.context_length is not None:
         check_context_length(args.context_length, args.frames)
-    _examine(args, checkpoint, job.EditJob("a clip", [job.Edit("an edit")], preset), args.frames, width, height)
+    _examine(args, checkpoint, job.EditJob("a clip", [Edit("an edit")], preset), args.frames, width, height)
 
 
 def _examine(

@@ -19,7 +19,7 @@ from .errors import TavError
 from .injection import REGIONS
 from .limits import check
 from .pictures import pictures
-from .presets import Edit
+from .sampling import Edit
 
 TGVE, OWN = "LOVEU-TGVE-2023_Dataset.csv", "clips.yaml"  # the file that tells which kind of dataset a folder is
 _NAME, _PROMPT = "Video name", "Our GT caption"

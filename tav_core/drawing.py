@@ -17,8 +17,9 @@ from .inflation import VideoUNet
 from .injection import FOUND
 from .memory import MARGIN, free_memory, is_out_of_memory, release, sampling_memory
 from .noise import InvertedNoise
-from .presets import Edit, Preset
+from .presets import Preset
 from .project import Project, changeable, labels
+from .sampling import Edit
 from .tuning_state import hash_tensors
 
 AT_ONCE = 4  # edits at most, where nobody says how many: a quarter off, of the third that any number could take off

@@ -36,8 +36,9 @@ from .noise import read_noise
 from .page import page
 from .pictures import IMAGES, is_animated
 from .pipeline import places_of
-from .presets import Edit, Preset, with_settings
+from .presets import Preset, with_settings
 from .project import changeable, write_json
+from .sampling import Edit
 from .subject import SOFTNESS
 from .video import Clip, load_video
 from .windows import ContextWindows

@@ -25,7 +25,8 @@ from .measure import MODELS, Models, load_models, mask_of
 from .noise import InvertedNoise
 from .pictures import IMAGES, is_animated
 from .precision import DTYPES
-from .presets import Edit, Preset
+from .presets import Preset
+from .sampling import Edit
 from .sentences import seems_weighted
 from .sound import Sound
 from .subject import SOFTNESS

@@ -28,9 +28,10 @@ from .memory import offloaded
 from .metrics import psnr
 from .noise import InvertedNoise, read_noise, save_noise
 from .precision import DTYPES
-from .presets import Edit, Preset
+from .presets import Preset
 from .project import NAMED, NOISE, SHOWN, SUMMARY, Project, file_name, labels
 from .remaining import plan_of
+from .sampling import Edit
 from .sentences import check_sentence
 from .steps import STEP_STRIP, edits_of_step, file_of_step
 from .subject import SOFTNESS

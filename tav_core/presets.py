@@ -1,4 +1,4 @@
-"""Presets: the settings of a whole edit, from tuning to sampling; and edits with settings of their own."""
+"""Presets: the settings of a whole edit, from tuning to sampling."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -66,27 +66,6 @@ PRESETS = {
         caption_as_negative=0.25,
     ),
 }
-
-
-@dataclass(frozen=True)
-class Edit:
-    """An edited sentence, what of the clip it may change (see `EditPlaces.of`), and settings of its own.
-
-    Attributes:
-        guidance_scale, attention_injection: instead of those of the preset.
-        seed: of the fresh noise that an eta asks for, instead of that of the tuning.
-    """
-
-    prompt: str
-    region: str = "everything"
-    guidance_scale: float | None = None
-    attention_injection: float | None = None
-    seed: int | None = None
-
-    def preset_of(self, preset: Preset) -> Preset:
-        """The preset with its own settings."""
-        own = dict(guidance_scale=self.guidance_scale, attention_injection=self.attention_injection)
-        return with_settings(preset, **own)
 
 
 def default_preset(checkpoint_name: str) -> str:

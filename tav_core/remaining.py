@@ -8,7 +8,7 @@ from .control import each_of
 from .drawing import AT_ONCE, groups, is_held
 from .events import Plan, Stage, Step
 from .injection import FOUND
-from .presets import Edit
+from .sampling import Edit
 from .subject import subject_steps
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
 """Sampling edits: clips of other sentences, from the noise that a clip was inverted to (Tune-A-Video, section 3.3)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,10 +17,31 @@ from .frames import as_frames
 from .inflation import VideoUNet
 from .injection import FOUND, ROOM, EditPlaces, SourceWalk
 from .pipeline import check_edit, check_text, inversion_text, windowed
-from .presets import Edit, Preset
+from .presets import Preset, with_settings
 from .sentences import along, check_sentence, keyframes
 from .subject import SOFTNESS, grown, outlined, pooled, put_back, softened, subject_mask
 from .windows import WindowedUNet
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An edited sentence, what of the clip it may change (see `EditPlaces.of`), and settings of its own.
+
+    Attributes:
+        guidance_scale, attention_injection: instead of those of the preset.
+        seed: of the fresh noise that an eta asks for, instead of that of the tuning.
+    """
+
+    prompt: str
+    region: str = "everything"
+    guidance_scale: float | None = None
+    attention_injection: float | None = None
+    seed: int | None = None
+
+    def preset_of(self, preset: Preset) -> Preset:
+        """The preset with its own settings."""
+        own = dict(guidance_scale=self.guidance_scale, attention_injection=self.attention_injection)
+        return with_settings(preset, **own)
 
 
 def sample(

@@ -53,10 +53,10 @@ def specs(count: int, folder: Path, steps: int, frames: int = 2, size: int = 32)
     from tav_core.batch.jobs import facts_of, spec_of
     from tav_core.checkpoint import load_checkpoint
     from tav_core.dataset import Entry
-    from tav_core.drawing import Edit
     from tav_core.evaluation import ClipJob, Frames, job_of
     from tav_core.mini import world
     from tav_core.presets import PRESETS, with_settings
+    from tav_core.sampling import Edit
     from tav_core.video import save_video
 
     facts = facts_of(load_checkpoint("mini"))

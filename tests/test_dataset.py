@@ -9,8 +9,8 @@ from support.datasets import TGVE_ROWS, make_tgve, write_table
 from support.errors import refused
 from tav_core.dataset import chosen, read_dataset
 from tav_core.evaluation import jobs_of
-from tav_core.job import Edit
 from tav_core.presets import PRESETS, with_settings
+from tav_core.sampling import Edit
 
 PAPER = PRESETS["paper"]
 

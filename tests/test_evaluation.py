@@ -29,11 +29,11 @@ from tav_core.evaluation import (
     write_evaluation,
 )
 from tav_core.events import DDIMStep, Note
-from tav_core.job import Edit
 from tav_core.measure import MODELS, Measured, Models
 from tav_core.metrics import psnr
 from tav_core.noise import read_noise
 from tav_core.presets import PRESETS, with_settings
+from tav_core.sampling import Edit
 from tav_core.video import load_video
 
 PRESET = with_settings(PRESETS["paper"], steps=1, sampling_steps=1, memory="fast")

@@ -17,8 +17,9 @@ from ..checkpoint import Checkpoint
 from ..dataset import SEVERAL, Entry, in_words, read_clips, read_yaml
 from ..errors import TavError
 from ..evaluation import ClipJob, Frames, job_of, mattering
-from ..presets import Edit, Preset, with_settings
+from ..presets import Preset, with_settings
 from ..project import SWEPT
+from ..sampling import Edit
 from ..tuned_weights import base_fingerprint
 from ..tuning import TuneConfig
 from ..video import FITS

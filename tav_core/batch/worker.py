@@ -25,11 +25,11 @@ from ..job import EditJob, claimed, run_edit
 from ..measure import MODELS, as_json, load_models, measure
 from ..memory import is_out_of_memory, release
 from ..noise import read_noise
-from ..presets import Edit
 from ..project import NOISE, SUMMARY, changeable, write_json
 from ..recompute import MEMORY
 from ..record import explained
 from ..remaining import Remaining
+from ..sampling import Edit
 from ..tuned_weights import base_fingerprint
 from ..video import load_video
 from .jobs import comparable, job_of_spec, of_tuning
