@@ -1,8 +1,7 @@
 """Sampling edits: clips of other sentences, from the noise that a clip was inverted to (Tune-A-Video, section 3.3)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -136,11 +135,13 @@ def sample_edits(
     source_frames = None if source_frames is None else as_frames(source_frames, "source_frames")
     for each in (controls := each_of(control)):
         each.check(unet, frames, *(checkpoint.downscale * side for side in noise.shape[3:]))
+    finder = _Finder(checkpoint, windowed(unet, preset), contrasts, preset.tuning.seed, class_labels, callback)
     walk = source = None
     negative = _along(checkpoint, negative_prompt, frames)
     if source_prompt is not None:
         negative = torch.lerp(negative, encode_prompt(checkpoint, source_prompt), preset.caption_as_negative)
-        places = _places_of(checkpoint, unet, edits, subject, contrasts, preset)
+        mask = None if subject is None else pooled(subject, checkpoint.downscale).to(unet.device)
+        places = None if mask is None else _places_of(edits, mask, preset, finder)
         walk = SourceWalk(own[0].attention_injection, places, count)
         labels = class_labels if source_class_labels is None else source_class_labels
         source = Condition(inversion_text(checkpoint, source_prompt, preset), labels)
@@ -165,11 +166,7 @@ def sample_edits(
     if source_frames is None and any(edit.region != "everything" for edit in edits):
         end = Schedule.of(checkpoint.scheduler, preset.sampling_steps).sigmas[-1]
         source_frames = decode_video(checkpoint, walk.latents(end))
-    look = partial(_new_subject, checkpoint, windowed(unet, preset), preset, class_labels, callback)
-    return [
-        _finished(checkpoint, edit, x, subject, contrasts, source_frames, look)
-        for edit, x in zip(edits, latents.split(1))
-    ]
+    return [_finished(edit, x, subject, source_frames, finder) for edit, x in zip(edits, latents.split(1))]
 
 
 def _check_together(presets: Sequence[Preset]):
@@ -189,26 +186,46 @@ def _check_sampled(checkpoint: Checkpoint, edits: Sequence[Edit], negative_promp
     check_sentence(negative_prompt, frames, "negative_prompt", checkpoint.prompt_weights)
 
 
-def _places_of(
-    checkpoint: Checkpoint,
-    unet: VideoUNet,
-    edits: Sequence[Edit],
-    subject: Tensor | None,
-    contrasts: Sequence[str],
-    preset: Preset,
-) -> EditPlaces | None:
-    """Where each edit may change the clip and is led, in latents."""
-    if subject is None:
-        return None
-    mask = pooled(subject, checkpoint.downscale).to(unet.device)
+@dataclass(frozen=True)
+class _Finder:
+    """Finds what edits draw in the subject's place, as the subject of a clip is found: by sentences about others."""
+
+    checkpoint: Checkpoint
+    unet: VideoUNet | WindowedUNet
+    contrasts: Sequence[str]
+    seed: int
+    class_labels: Tensor | None
+    callback: Callback
+
+    def others(self, edit: Edit) -> list[str]:
+        """The contrasts that it can be found by."""
+        return [other for other in self.contrasts if other != edit.prompt] if edit.region in FOUND else []
+
+    def room(self, edit: Edit) -> float:
+        """What a new shape has around the old one, as a share of its size."""
+        return ROOM if self.others(edit) else 0.0
+
+    def __call__(self, edit: Edit, latents: Tensor, video: Tensor, room: Tensor) -> Tensor:
+        """Where it is, `1 1 f h w` of pixels, 0 or 1.
+
+        Args:
+            latents, video: of the edit, `1 c f h w` and uint8 `f h w c`.
+            room: of latents, in which it is looked for, `1 1 f h w`.
+        """
+        checkpoint = self.checkpoint
+        told = Condition(_along(checkpoint, edit.prompt, len(video)), self.class_labels)
+        others = torch.cat([encode_prompt(checkpoint, other) for other in self.others(edit)])
+        mask = subject_mask(
+            self.unet, latents, told, others, checkpoint.scheduler, seed=self.seed, callback=self.callback
+        )
+        return outlined(mask * room, video)
+
+
+def _places_of(edits: Sequence[Edit], mask: Tensor, preset: Preset, finder: _Finder) -> EditPlaces:
+    """Where each edit may change the clip and is led, by the subject's mask of latents, `1 1 f h w`."""
     return EditPlaces.together(
-        [EditPlaces.of(each.region, mask, 1, preset.steady, ROOM if _others(each, contrasts) else 0) for each in edits]
+        [EditPlaces.of(each.region, mask, 1, preset.steady, finder.room(each)) for each in edits]
     )
-
-
-def _others(edit: Edit, contrasts: Sequence[str]) -> list[str]:
-    """The contrasts that tell what is drawn in the subject's place from its surroundings."""
-    return [contrast for contrast in contrasts if contrast != edit.prompt] if edit.region in FOUND else []
 
 
 def _batch(of_each: Sequence[Condition], frames: int) -> Condition:
@@ -217,53 +234,18 @@ def _batch(of_each: Sequence[Condition], frames: int) -> Condition:
 
 
 def _finished(
-    checkpoint: Checkpoint,
-    edit: Edit,
-    latents: Tensor,
-    subject: Tensor | None,
-    contrasts: Sequence[str],
-    source_frames: Tensor | None,
-    look: Callable[[Edit, Tensor, Tensor, Sequence[str], Tensor], Tensor],
+    edit: Edit, latents: Tensor, subject: Tensor | None, source_frames: Tensor | None, finder: _Finder
 ) -> Tensor:
-    """The video of an edit, with the clip's own pixels outside of its region.
-
-    Args:
-        look: finds what is drawn in the subject's place (see `_new_subject`).
-    """
-    video = decode_video(checkpoint, latents)
+    """The video of an edit, with the clip's own pixels outside of its region, and of what is drawn there."""
+    video, scale = decode_video(finder.checkpoint, latents), finder.checkpoint.downscale
     if edit.region == "everything":
         return video
-    scale, others = checkpoint.downscale, _others(edit, contrasts)
-    region = EditPlaces.of(edit.region, subject, scale, room=ROOM if others else 0).changeable
-    if others:
-        room = (pooled(region.cpu(), scale) > 0).float()
-        either = torch.maximum(look(edit, latents, video, others, room), (subject.cpu() > 0).float())
-        region = region.cpu() * softened(grown(either, scale // 4), SOFTNESS)
+    region = EditPlaces.of(edit.region, subject, scale, room=finder.room(edit)).changeable.cpu()
+    if finder.others(edit):
+        found = finder(edit, latents, video, (pooled(region, scale) > 0).float())
+        either = torch.maximum(found, (subject.cpu() > 0).float())
+        region = region * softened(grown(either, scale // 4), SOFTNESS)
     return put_back(video, source_frames, region)
-
-
-def _new_subject(
-    checkpoint: Checkpoint,
-    unet: VideoUNet | WindowedUNet,
-    preset: Preset,
-    class_labels: Tensor | None,
-    callback: Callback,
-    edit: Edit,
-    latents: Tensor,
-    video: Tensor,
-    others: Sequence[str],
-    room: Tensor,
-) -> Tensor:
-    """Where the subject of an edit is, `1 1 f h w` of pixels, 0 or 1: found as that of a clip is.
-
-    Args:
-        others: sentences with other subjects.
-        room: of latents, in which it is looked for, `1 1 f h w`.
-    """
-    told = Condition(_along(checkpoint, edit.prompt, len(video)), class_labels)
-    others, seed = torch.cat([encode_prompt(checkpoint, other) for other in others]), preset.tuning.seed
-    mask = subject_mask(unet, latents, told, others, checkpoint.scheduler, seed=seed, callback=callback)
-    return outlined(mask * room, video)
 
 
 def _along(checkpoint: Checkpoint, prompt: str, frames: int) -> Tensor:
