@@ -115,7 +115,8 @@ def sample_edits(
     generators: Sequence[torch.Generator] | None = None,
     callback: Callback = ignored,
 ) -> list[Tensor]:
-    """Edits of one clip, drawn together, each as `sample` draws it, to rounding: uint8 `f h w c`, in their order.
+    """Edits of one clip, drawn together, each as `sample` draws it, to rounding: uint8 `f h w c`, in their order. (By
+    rounding a pixel at the edge of a new subject that is found may also fall to its other side.)
 
     Where the clip walks back beside an edit (under attention injection, or to hold what stays), it does so once beside
     all: E guided edits are batches of 1 + 2 E videos, not E batches of 3. They take as much more memory.
