@@ -27,14 +27,14 @@ from .mixed_attention import AVAILABLE, mixed_attention
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 _MANY = 1 << 15  # scores; with fewer it hardly matters
 _FEW = 32  # keys, whose scores may be held: they are hardly more than the queries
-_SAMPLE = 1 << 21  # scores of a measurement
+_SAMPLE = 1 << 21, 1 << 24  # scores of a measurement: an eighth of all, but at least and at most so many
 _MARGIN = 1.2  # another than PyTorch's must be so many times as quick
 _TURNS = 3
-_ALONE = (
-    0.85  # of the processor time that its threads could have had, a measurement needs so much to be trusted for good
-)
+_LONG = 2.0  # seconds, after which there are no more turns
+# of the processor time that its threads could have had, a measurement needs so much to be trusted for good
+_ALONE = 0.85
 _DAY = 24 * 60 * 60
-_FORMAT = 2  # of the file
+_FORMAT = 3  # of the file, one more whenever an attention becomes faster
 CHOSEN: dict[str, str] = {}  # by shape, what this process has chosen
 
 
@@ -77,8 +77,10 @@ def cache_file() -> Path:
 
 def _sampled(heads: int, n: int, m: int) -> tuple[int, int]:
     """So many heads and queries are measured; as many heads as threads keep all of them busy."""
-    heads = min(heads, max(torch.get_num_threads(), _SAMPLE // (n * m)))
-    return heads, max(1, min(n, _SAMPLE // (heads * m)))
+    least, most = _SAMPLE
+    scores = min(max(least, heads * n * m // 8), most)
+    heads = min(heads, max(torch.get_num_threads(), scores // (n * m)))
+    return heads, max(1, min(n, scores // (heads * m)))
 
 
 @functools.cache
@@ -146,5 +148,7 @@ def measure(heads: int, n: int, m: int, d: int, dtype: torch.dtype, backward: bo
                 if backward:
                     torch.autograd.grad(out, (q, k, v), out)
                 taken[name] = min(taken.get(name, math.inf), time.perf_counter() - started)
+            if time.perf_counter() - began[0] > _LONG:
+                break
     wall, processor = time.perf_counter() - began[0], time.process_time() - began[1]
     return taken, processor > _ALONE * torch.get_num_threads() * wall

@@ -5,7 +5,8 @@ exponentials and passes over memory than in multiplications. So a block of queri
 scores stay in the cache (after Rabe & Staats, arXiv 2112.05682), and the backward pass computes them again from the
 log-sum-exp (after FlashAttention, arXiv 2205.14135). What makes it quick: the sum of the exponentials comes from the
 same product as the output, by a column of ones beside the values; in the backward pass two more columns subtract the
-log-sum-exp and the inner product of output and gradient; all products run along contiguous memory; exponentials are of
+log-sum-exp and the inner product of output and gradient; the largest score is subtracted only where queries and keys
+are so long that it might be too much for an exponential; all products run along contiguous memory; exponentials are of
 base 2; and all blocks of a call share their buffers.
 
 Whether it is quicker than others depends on the CPU and the width of the heads: see `attention_choice`.
@@ -19,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _LOG2_E = math.log2(math.e)
-_SCORES = 1 << 18  # of a thread in a block: a megabyte, which fits the cache of a core
+_SCORES = 1 << 19  # of a thread in a block: two megabytes, which stay in the caches
+_SAFE = 100.0  # scores of base 2 up to here, and the sums of their exponentials, are far from the ends of float32
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -27,27 +29,16 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _BlockAttention.apply(q, k, v)
 
 
-def _blocks(heads: int, n: int, m: int) -> Iterator[tuple[slice, slice]]:
-    """Heads and queries of each block: as many heads as threads, each with some queries; more where heads have few
-    scores.
-    """
-    queries, together = _extent(heads, n, m)
-    for head in range(0, heads, together):
-        for query in range(0, n, queries):
-            yield slice(head, head + together), slice(query, query + queries)
-
-
 def _extent(heads: int, n: int, m: int) -> tuple[int, int]:
-    """Queries a head and heads of the largest block."""
+    """Heads and queries of the largest block: as many heads as threads, each with some queries; more where heads have
+    few scores.
+    """
     threads = torch.get_num_threads()
-    queries = max(1, min(n, _SCORES // m))
-    return queries, min(heads, max(threads, threads * _SCORES // (n * m)))
+    return min(heads, max(threads, threads * _SCORES // (n * m))), max(1, min(n, _SCORES // m))
 
 
-def _scores(like: Tensor, n: int, m: int) -> Tensor:
-    """A buffer for the scores of any block."""
-    queries, together = _extent(len(like), n, m)
-    return like.new_empty(together * m * queries)
+def _parts(size: int, dim: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(x.split(size, dim) for x in tensors))
 
 
 def _product(a: Tensor, b: Tensor, buffer: Tensor) -> Tensor:  # z m d, z d n -> z m n
@@ -75,12 +66,17 @@ class _BlockAttention(torch.autograd.Function):
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         b, heads, n, d = query.shape
         q, k, v1 = _queries(query), _by_head(key), _with_ones(_by_head(value)).mT.contiguous()  # z d n, z m d, z d+1 m
-        out, largest = q.new_empty(b * heads, d + 1, n), q.new_empty(b * heads, 1, n)
-        buffer = _scores(q, n, k.shape[1])
-        for z, i in _blocks(b * heads, n, k.shape[1]):
-            scores = _product(k[z], q[z, :, i], buffer)
-            largest[z, :, i] = top = scores.amax(1, keepdim=True)
-            out[z, :, i] = v1[z] @ scores.sub_(top).exp2_()
+        out, largest = q.new_empty(b * heads, d + 1, n), q.new_zeros(b * heads, 1, n)
+        safe = q.square().sum(1).amax(1) * k.square().sum(2).amax(1) < _SAFE**2  # by Cauchy and Schwarz; not if NaN
+        together, queries = _extent(b * heads, n, k.shape[1])
+        buffer = q.new_empty(together * k.shape[1] * queries)
+        for q_z, k_z, v1_z, out_z, largest_z, safe_z in _parts(together, 0, q, k, v1, out, largest, safe):
+            shifted = not safe_z.all()
+            for q_i, out_i, largest_i in _parts(queries, 2, q_z, out_z, largest_z):
+                scores = _product(k_z, q_i, buffer)
+                if shifted:
+                    scores.sub_(torch.amax(scores, 1, keepdim=True, out=largest_i))
+                out_i.copy_(v1_z @ scores.exp2_())
         out, total = out[:, :d], out[:, d:]
         out = (out / total).mT.reshape(query.shape).to(query.dtype)
         ctx.save_for_backward(query, key, value, out, largest + total.log2())
@@ -98,13 +94,16 @@ class _BlockAttention(torch.autograd.Function):
         grad1 = torch.cat([grad, -(grad * out).sum(1, keepdim=True)], dim=1)
         k1, v1, kt = _with_ones(k), _with_ones(v), k.mT.contiguous()
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(kt), torch.zeros_like(kt)
-        n, m = q.shape[2], k.shape[1]
-        buffers = _scores(q, n, m), _scores(q, n, m)
-        for z, i in _blocks(len(q), n, m):
-            weights = _product(k1[z], q1[z, :, i], buffers[0]).exp2_()
-            dscores = _product(v1[z], grad1[z, :, i], buffers[1]).mul_(weights)
-            dq[z, :, i] = kt[z] @ dscores
-            dk[z].baddbmm_(q[z, :, i], dscores.mT)
-            dv[z].baddbmm_(grad[z, :, i], weights.mT)
+        together, queries = _extent(len(q), q.shape[2], k.shape[1])
+        buffers = q.new_empty(2, together * k.shape[1] * queries)
+        for k1_z, v1_z, kt_z, dk_z, dv_z, *of_queries in _parts(
+            together, 0, k1, v1, kt, dk, dv, q, q1, grad, grad1, dq
+        ):
+            for q_i, q1_i, grad_i, grad1_i, dq_i in _parts(queries, 2, *of_queries):
+                weights = _product(k1_z, q1_i, buffers[0]).exp2_()
+                dscores = _product(v1_z, grad1_i, buffers[1]).mul_(weights)
+                dq_i.copy_(kt_z @ dscores)
+                dk_z.baddbmm_(q_i, dscores.mT)
+                dv_z.baddbmm_(grad_i, weights.mT)
         grads = dq * d**-0.5, dk / _LOG2_E, dv
         return tuple(x.mT.reshape(like.shape).to(dtype) for x, like in zip(grads, (query, key, value)))

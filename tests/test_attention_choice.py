@@ -1,6 +1,7 @@
 """Attention on a CPU is PyTorch's, or another where a measurement on that CPU says so."""
 
 import json
+import math
 from functools import partial
 from itertools import count
 
@@ -80,7 +81,8 @@ def test_what_was_measured_on_a_busy_machine_is_kept_for_a_day(measured, monkeyp
 
 def test_a_measurement_knows_whether_it_had_the_processor_alone(monkeypatch):
     """Alone, its threads have all the time that passes: here a second between two looks at the clock."""
-    looks = 1 + (1 + choice._TURNS) * len(("torch", "blocks")) * 2
+    monkeypatch.setattr(choice, "_LONG", math.inf)
+    looks = 1 + (1 + choice._TURNS) * (len(("torch", "blocks")) * 2 + 1)
     for share, alone in ((1.0, True), (0.5, False)):
         monkeypatch.setattr(choice.time, "perf_counter", partial(next, count()))
         monkeypatch.setattr(
@@ -105,12 +107,16 @@ def test_each_kind_of_call_is_measured_on_a_part_of_it(measured):
     with torch.no_grad():
         choice.choose_attention(*inputs(**MANY, requires_grad=True))  # as the first
     choice.choose_attention(*inputs(heads=64, n=1024, m=77, d=40))
+    choice.choose_attention(*inputs(heads=512, n=256, m=512, d=16))
+    choice.choose_attention(*inputs(heads=512, n=512, m=4096, d=2))
     heads = torch.get_num_threads()
     assert measured.asked == [
         (heads, 1024, 2048, 8, torch.float32, False),
         (heads, 1024, 2048, 8, torch.float32, True),
         (heads, 1024, 2048, 8, torch.bfloat16, False),
         (26, 1024, 77, 40, torch.float32, False),
+        (64, 256, 512, 16, torch.float32, False),  # an eighth
+        (8, 512, 4096, 2, torch.float32, False),
     ]
 
 
@@ -159,6 +165,15 @@ def test_measuring_leaves_nothing_behind(backward, dtype):
     mixed = {"mixed"} if AVAILABLE and backward and dtype == torch.bfloat16 else set()
     assert seconds.keys() == {"torch", "blocks"} | mixed and min(seconds.values()) > 0
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_long_measurement_ends_after_a_turn(monkeypatch):
+    monkeypatch.setattr(choice, "_LONG", 0.0)
+    called = []
+    monkeypatch.setitem(
+        choice.ATTENTIONS, "torch", lambda *qkv: called.append(1) or F.scaled_dot_product_attention(*qkv)
+    )
+    assert choice.measure(2, 64, 77, 8, torch.float32, False)[0].keys() == {"torch", "blocks"} and len(called) == 1
 
 
 def test_what_is_chosen_computes(measured):

@@ -1,5 +1,7 @@
 """Every attention that a CPU may choose is the attention that everybody computes."""
 
+import math
+
 import pytest
 import torch
 
@@ -47,6 +49,18 @@ def test_blocks_of_any_size(size, n, m, d, dtype, monkeypatch):
 def test_scores_that_exp_cannot_hold():
     q, k, v = torch.full((1, 1, 4, 8), 100.0), torch.randn(1, 1, 9, 8) * 100, torch.randn(1, 1, 9, 8)
     assert torch.allclose(blocks.block_attention(q, k, v), explicit(q, k, v), atol=1e-5)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("score", [99, 101], ids=["as they are", "less their largest"])
+def test_scores_near_the_largest_that_exp_takes_as_they_are(score, sign):
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.rand(1, 2, rows, 4, generator=generator) + 99 for rows in (20, 30))
+    q *= sign * score * 2 / math.log2(math.e) / q.norm(dim=-1, keepdim=True) / k.norm(dim=-1, keepdim=True).max()
+    v, grad = (torch.randn(1, 2, rows, 4, generator=generator) for rows in (30, 20))
+    expected = outputs_and_gradients(explicit, [x.double() for x in (q, k, v)], grad.double())
+    for x, y in zip(outputs_and_gradients(blocks.block_attention, (q, k, v), grad), expected):
+        assert (x - y).norm() <= 1e-4 * y.norm()  # scores so large are known to 1e-5
 
 
 def test_under_autocast_the_result_is_as_precise_as_its_inputs():
