@@ -27,7 +27,7 @@ from .mixed_attention import AVAILABLE, mixed_attention
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 _MANY = 1 << 15  # scores; with fewer it hardly matters
 _FEW = 32  # keys, whose scores may be held: they are hardly more than the queries
-_SAMPLE = 1 << 21, 1 << 24  # scores of a measurement: an eighth of all, but at least and at most so many
+_SAMPLE = 1 << 21, 1 << 24  # scores of a measurement: a quarter of all, but at least and at most so many
 _MARGIN = 1.2  # another than PyTorch's must be so many times as quick
 _TURNS = 3
 _LONG = 2.0  # seconds, after which there are no more turns
@@ -78,7 +78,7 @@ def cache_file() -> Path:
 def _sampled(heads: int, n: int, m: int) -> tuple[int, int]:
     """So many heads and queries are measured; as many heads as threads keep all of them busy."""
     least, most = _SAMPLE
-    scores = min(max(least, heads * n * m // 8), most)
+    scores = min(max(least, heads * n * m // 4), most)
     heads = min(heads, max(torch.get_num_threads(), scores // (n * m)))
     return heads, max(1, min(n, scores // (heads * m)))
 

@@ -115,7 +115,7 @@ def test_each_kind_of_call_is_measured_on_a_part_of_it(measured):
         (heads, 1024, 2048, 8, torch.float32, True),
         (heads, 1024, 2048, 8, torch.bfloat16, False),
         (26, 1024, 77, 40, torch.float32, False),
-        (64, 256, 512, 16, torch.float32, False),  # an eighth
+        (128, 256, 512, 16, torch.float32, False),  # a quarter
         (8, 512, 4096, 2, torch.float32, False),
     ]
 
