@@ -62,6 +62,7 @@ FIGURES = {
 }
 
 
+_HEAD = 24  # letters of a name at the head of a column of the table
 REPORT = ("metrics.csv", "metrics.json", "metrics.html")
 
 
@@ -216,13 +217,17 @@ def by_frame(
 
 
 def as_table(rows: Sequence[Measured]) -> str:
-    """For a terminal: a line a figure, a column a video, in brackets the source's own."""
-    names = _names(rows)
-    cells = [["", *(row.name for row in rows)]]
-    for name in names:
-        cells.append([name, *(_cell(row, name) for row in rows)])
+    """For a terminal: a line a figure, a column a video, in brackets the source's own. Names that are long, as
+    sentences are, stand above it with the numbers of their columns.
+    """
+    heads, above = [row.name for row in rows], []
+    if len(rows) > 1 and max(map(len, heads)) > _HEAD:
+        above = [f"{number}: {name}" for number, name in enumerate(heads, 1)]
+        heads = [str(number) for number in range(1, len(rows) + 1)]
+    cells = [["", *heads], *([name, *(_cell(row, name) for row in rows)] for name in _names(rows))]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells)
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells)
+    return "\n".join([*above, *lines])
 
 
 def _cell(row: Measured, name: str) -> str:

@@ -57,6 +57,15 @@ class Preset:
 PRESETS = {
     # section 4 of the paper and the authors' configuration files
     "paper": Preset(TuneConfig(steps=500, learning_rate=3e-5), sampling_steps=50, guidance_scale=12.5),
+    # the paper's tuning; sampled as Plug-and-Play (arXiv 2211.12572) samples, whose attention follows the source in the
+    # first half of 50 steps under guidance of 7.5, and with a part of negative-prompt inversion (arXiv 2305.16807)
+    "edit": Preset(
+        TuneConfig(steps=500, learning_rate=3e-5),
+        sampling_steps=50,
+        guidance_scale=7.5,
+        attention_injection=0.5,
+        caption_as_negative=0.25,
+    ),
     # found with `python -m tav_core.mini benchmark`: the small checkpoint wants to learn fast; a large one doesn't
     "mini": Preset(
         TuneConfig(steps=200, learning_rate=2e-3, timestep_sampling="stratified"),
@@ -69,7 +78,9 @@ PRESETS = {
 
 
 def default_preset(checkpoint_name: str) -> str:
-    """The name of the preset that suits a checkpoint."""
+    """The name of the preset that a checkpoint gets unless told otherwise: a real one that of the paper, whose results
+    are published.
+    """
     return "mini" if checkpoint_name == "mini" else "paper"
 
 

@@ -144,7 +144,8 @@ def _number(name: str, metavar: str, help: str) -> dict[str, Any]:
 
 # options by the name of their setting
 SETTINGS = {
-    "preset": {"choices": PRESETS, "help": f"mini for the mini checkpoint, else paper. {_presets()}"},
+    "preset": {"choices": PRESETS, "help": "mini for the mini checkpoint, else paper; edit keeps more of the clip than "
+                                           f"paper. {_presets()}"},
     "steps": _number("steps", "N", "tuning steps"),
     "learning_rate": _number("learning_rate", "X", "tuning's learning rate (AdamW)"),
     "seed": _number("seed", "N", "seed of every random draw (0)"),

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,6 +41,10 @@ def test_figures_of_the_edit_and_of_the_source_stand_side_by_side(rows):
     table = measure.as_table([blue, sand]).splitlines()
     assert table[0].split() == ["blue", "<b>", "sand"] and len(table) == 1 + len(blue.figures)
     assert any(line.startswith("flicker") and line.count("(") == 2 for line in table)
+    sentence = "a red ball bouncing on the sand in watercolour style"
+    long = measure.as_table([blue, replace(sand, name=sentence)]).splitlines()
+    assert long[:2] == ["1: blue <b>", f"2: {sentence}"] and long[2].split() == ["1", "2"]
+    assert [line.split() for line in long[3:]] == [line.split() for line in table[1:]]
 
 
 def test_the_report_is_read_by_programs_and_people(rows, tmp_path):
