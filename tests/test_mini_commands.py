@@ -15,11 +15,10 @@ from torch import nn
 
 from tav_core import load_video
 from tav_core.checkpoint import MINI, load_checkpoint, load_controlnet
-from tav_core.mini import cli, preview, world
+from tav_core.mini import cli, preview, train, world
 from tav_core.mini import clips as clips_module
 from tav_core.mini.judge import JUDGE
 from tav_core.mini.preview import LATENT_COLOURS, load_latent_colours
-from tav_core.mini.train import fit
 from tav_core.mini.train_clip import CLIP
 from tav_core.mini.train_lora import LORA
 
@@ -128,9 +127,9 @@ def small_batches(monkeypatch):
 def test_all_stages_are_trained_exported_and_gone_on_with(command, few_colours, small_batches, tmp_path):
     work, output = tmp_path / "work", tmp_path / "output"
     stages = ("vae", "unet", "judge", "controlnet", "lora", "clip")
-    train = ["--work", work, "--output", output, "--renders", 48, "--device", "cpu"]
+    options = ["--work", work, "--output", output, "--renders", 48, "--device", "cpu"]
     steps = [x for stage in stages for x in (f"--{stage}-steps", 2)]
-    command("train", "all", *train, *steps)
+    command("train", "all", *options, *steps)
     assert {stage: step_of(work / f"{stage}.safetensors") for stage in stages} == dict.fromkeys(stages, 2)
 
     checkpoint, shipped = load_checkpoint(output / "checkpoint"), load_checkpoint("mini")
@@ -150,9 +149,9 @@ def test_all_stages_are_trained_exported_and_gone_on_with(command, few_colours, 
         assert all(torch.isfinite(weight).all() for weight in ours.values())
 
     before = load_file(work / "vae.safetensors")
-    command("train", "vae", *train, "--vae-steps", 2)  # is done
+    command("train", "vae", *options, "--vae-steps", 2)  # is done
     assert all(torch.equal(weight, before[name]) for name, weight in load_file(work / "vae.safetensors").items())
-    command("train", "vae", *train, "--vae-steps", 3)
+    command("train", "vae", *options, "--vae-steps", 3)
     assert step_of(work / "vae.safetensors") == 3
 
 
@@ -172,6 +171,13 @@ def test_a_unet_of_another_kind(command, few_colours, small_batches, tmp_path):
     assert "60 is not a multiple of 16" in told and "use 64" in told
 
 
+@pytest.mark.parametrize("cost", [0.5, 30.0])
+def test_training_computes_in_bf16_where_that_is_quicker(cost, monkeypatch):
+    monkeypatch.setattr(train, "half_precision_cost", lambda dtype: cost)
+    with train.autocast(torch.device("cpu")):
+        assert torch.is_autocast_enabled("cpu") is (cost < 1)
+
+
 def test_an_interrupted_training_ends_in_the_same_weights(tmp_path):
     def trained(name: str, halt_at: int | None = None) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
@@ -183,7 +189,7 @@ def test_an_interrupted_training_ends_in_the_same_weights(tmp_path):
             x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
             return (net(x) - x[:, :2]).square().mean()
 
-        fit(net, loss_of_step, tmp_path / name, steps=6, lr=0.1, ema=0.9, save_seconds=0)
+        train.fit(net, loss_of_step, tmp_path / name, steps=6, lr=0.1, ema=0.9, save_seconds=0)
         return load_file(tmp_path / name)
 
     whole = trained("whole.safetensors")
