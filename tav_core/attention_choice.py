@@ -1,10 +1,10 @@
 """Which attention a CPU computes fastest, PyTorch's or one of three others: measured where it runs.
 
 Which of them wins, by up to three times, depends on the CPU, the dtype, the width of the heads and the lengths. So
-every shape is measured once, on a part of its heads and queries, for some milliseconds. What was found is kept in
-PyTorch's cache folder (`cache_file`), so that later runs on the same machine, with as many threads and the same
-PyTorch, compute the very same, to the bit; where it can't be kept, PyTorch's is taken. What was found while other
-programs had the processor says little, and is kept for a day.
+every shape is measured once, on a part of its heads and queries: for milliseconds, or for some seconds where a tuning
+takes many minutes. What was found is kept in PyTorch's cache folder (`cache_file`), so that later runs on the same
+machine, with as many threads and the same PyTorch, compute the very same, to the bit; where it can't be kept, PyTorch's
+is taken. What was found while other programs had the processor says little, and is kept for a day.
 """
 
 import functools
