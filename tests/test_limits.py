@@ -37,6 +37,12 @@ def test_both_ends_are_within(name):
         assert value in (getattr(preset, name, None), getattr(preset.tuning, name, None))
 
 
+def test_weights_that_were_tuned_for_paper_serve_edit_as_well():
+    paper, edit = PRESETS["paper"], PRESETS["edit"]
+    assert edit.tuning == paper.tuning and edit.sampling_steps == paper.sampling_steps
+    assert edit.attention_injection > paper.attention_injection == 0 and edit.guidance_scale < paper.guidance_scale
+
+
 def test_what_must_be_given():
     refused("steps is out of range", call=TuneConfig, steps=None)
     assert TuneConfig(context_length=None).context_length is None
