@@ -62,7 +62,7 @@ FIGURES = {
 }
 
 
-_HEAD = 24  # letters of a name at the head of a column of the table
+_WIDEST_HEAD = 24  # letters of a name at the head of a column of the table
 REPORT = ("metrics.csv", "metrics.json", "metrics.html")
 
 
@@ -221,7 +221,7 @@ def as_table(rows: Sequence[Measured]) -> str:
     sentences are, stand above it with the numbers of their columns.
     """
     heads, above = [row.name for row in rows], []
-    if len(rows) > 1 and max(map(len, heads)) > _HEAD:
+    if len(rows) > 1 and max(map(len, heads)) > _WIDEST_HEAD:
         above = [f"{number}: {name}" for number, name in enumerate(heads, 1)]
         heads = [str(number) for number in range(1, len(rows) + 1)]
     cells = [["", *heads], *([name, *(_cell(row, name) for row in rows)] for name in _names(rows))]

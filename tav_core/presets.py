@@ -54,18 +54,13 @@ class Preset:
             ContextWindows(self.tuning.context_length, self.context_overlap)
 
 
+# section 4 of the paper and the authors' configuration files
+_PAPER = Preset(TuneConfig(steps=500, learning_rate=3e-5), sampling_steps=50, guidance_scale=12.5)
 PRESETS = {
-    # section 4 of the paper and the authors' configuration files
-    "paper": Preset(TuneConfig(steps=500, learning_rate=3e-5), sampling_steps=50, guidance_scale=12.5),
-    # the paper's tuning; sampled as Plug-and-Play (arXiv 2211.12572) samples, whose attention follows the source in the
-    # first half of 50 steps under guidance of 7.5, and with a part of negative-prompt inversion (arXiv 2305.16807)
-    "edit": Preset(
-        TuneConfig(steps=500, learning_rate=3e-5),
-        sampling_steps=50,
-        guidance_scale=7.5,
-        attention_injection=0.5,
-        caption_as_negative=0.25,
-    ),
+    "paper": _PAPER,
+    # attention follows the source in the first half of 50 steps under guidance of 7.5, as in Plug-and-Play (arXiv
+    # 2211.12572); with a part of negative-prompt inversion (arXiv 2305.16807)
+    "edit": replace(_PAPER, guidance_scale=7.5, attention_injection=0.5, caption_as_negative=0.25),
     # found with `python -m tav_core.mini benchmark`: the small checkpoint wants to learn fast; a large one doesn't
     "mini": Preset(
         TuneConfig(steps=200, learning_rate=2e-3, timestep_sampling="stratified"),
