@@ -45,9 +45,12 @@ jobs:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def secret():
-    """Of all clusters of this module; Ray would leave one in the home folder otherwise."""
+def surroundings():
+    """Of all clusters of this module: a secret, which Ray would leave in the home folder otherwise; and workers that
+    don't give way to other programs, as Ray's do, or those of other tests would take all of a small machine.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         yield
@@ -205,7 +208,7 @@ def test_a_batch_survives_a_kill_a_bad_clip_too_little_memory_and_a_stop(clip, f
     bad.write_bytes(clip.read_bytes()[:300])
     names = ["killed", "large", "three", "four", "five"]
     listed = [f"{{video: {clip}, name: {name}}}" for name in names[1:]]
-    killed = f"{{video: {clip}, name: killed, settings: {{steps: 100, save_every: 1}}}}"
+    killed = f"{{video: {clip}, name: killed, settings: {{steps: 40, save_every: 1}}}}"
     path = write_list(tmp_path, killed, f"{{video: {bad}}}", *listed)
     checkpoint = load_checkpoint(folder)
     memory = {"large": "checkpointing"}
@@ -306,7 +309,7 @@ def test_a_machine_that_leaves_takes_no_job_with_it(nodes, clip, folder, tmp_pat
     start("--head", f"--port={port}", "--include-dashboard=false")
     second = start(f"--address={address}")
     out = tmp_path / "out"
-    jobs = [f"{{video: {clip}, name: {name}, settings: {{steps: 100, save_every: 1}}}}" for name in ("a", "b")]
+    jobs = [f"{{video: {clip}, name: {name}, settings: {{steps: 60, save_every: 1}}}}" for name in ("a", "b")]
     jobs.append(f"{{video: {clip}, name: c}}")
     monkeypatch.setattr("tav_core.batch.command.Worker", made_short_of_memory(Worker))
     left = []
