@@ -129,6 +129,7 @@ if __name__ == "__main__":
 
     comfy.options.enable_args_parsing()  # main.py does so too, but enable() reads the arguments before
     import cuda_malloc  # noqa: F401  # main.py does so before it imports torch, which on a GPU takes no allocator later
+
     enable(home)
     if "PRETEND_ACCELERATOR" in os.environ:
         sys.path.append(str(Path(__file__).parents[1]))
