@@ -28,7 +28,7 @@ from ..tav_core.injection import REGIONS, EditPlaces, SourceWalk
 from .common import check_unlimited, hidden_states, schema
 from .errors import plain_errors
 from .inputs import checked, told
-from .native import ANCHOR, SOURCE_ROWS, video_unet
+from .native import ANCHOR, FRAMES, SOURCE_ROWS, WINDOWS, video_unet
 from .sdxl import vector_of
 
 WRAPPER = "model_function_wrapper"
@@ -83,12 +83,13 @@ class Injection:
         Raises:
             TavError: a subject of another number of frames.
         """
-        places = EditPlaces()
+        places, clips = EditPlaces(), clips_in(len(noise), executor.class_obj.model_options["transformer_options"])
         if self.subject is not None:
-            mask = rearrange(at_size(self.subject, noise), "f 1 h w -> 1 1 f h w")
-            places = EditPlaces.of(self.region, mask, margin=1, steady=self.steady)
+            masks = _videos(at_size(self.subject, noise), clips).split(1)
+            of_clip = partial(EditPlaces.of, self.region, margin=1, steady=self.steady)
+            places = EditPlaces.together([of_clip(mask) for mask in masks])
         if denoise_mask is not None and not noise.any():
-            mask = rearrange(noise_mask(denoise_mask, noise), "f 1 h w -> 1 1 f h w")
+            mask = _videos(noise_mask(denoise_mask, noise).expand(len(noise), -1, -1, -1), clips)
             changeable = mask if places.changeable is None else mask * places.changeable
             places, denoise_mask = replace(places, changeable=changeable), None
         self.walk.begin(places)
@@ -110,10 +111,10 @@ class Injection:
                 "Windows of ComfyUI itself, which don't go together"
             )
             raise TavError("MODEL", None, problem, "use Context Windows (Tune-A-Video)")
-        walk, sigma, sigmas = self.walk, timestep[0], options["sample_sigmas"]
+        walk, sigma, sigmas, clips = self.walk, timestep[0], options["sample_sigmas"], clips_in(len(x), options)
         if not walk.walks(sigma, sigmas):
             return executor(model, conds, x, timestep, model_options)
-        source, (leads, anchor) = _frames(walk.source(_video(x), sigma)), walk.leading(sigma, sigmas)
+        source, (leads, anchor) = _frames(walk.source(_videos(x, clips), sigma)), walk.leading(sigma, sigmas)
         parts = {cond["uuid"]: Part.of(cond, x, timestep) for prompts in conds for cond in prompts or []}
         anchor = None if anchor is None else _frames(anchor.to(x)).expand(len(x), -1, -1, -1)
         self.level = Level(source, self.vector(x), leads, anchor, parts, walk.is_new(sigma))
@@ -124,8 +125,8 @@ class Injection:
         if walk.is_new(sigma):
             if x0 is None:  # no call had all of the frames and the MODEL's own weights
                 (x0,) = executor(model, [[self.cond(x)]], source, timestep, model_options)
-            walk.advance(_video(source), _video(x0), sigma)
-        return [y if cond is None else _frames(walk.kept(_video(y), sigmas)) for y, cond in zip(out, conds)]
+            walk.advance(_videos(source, clips), _videos(x0, clips), sigma)
+        return [y if cond is None else _frames(walk.kept(_videos(y, clips), sigmas)) for y, cond in zip(out, conds)]
 
     def cond(self, x: Tensor) -> dict[str, Any]:
         """What the clip was inverted with, for latents `f c h w`, as samplers have it."""
@@ -176,7 +177,8 @@ class Injection:
             c["y"] = torch.cat([vector, c["y"]])
         if c.get("control"):  # the clip itself is under no ControlNet
             c["control"] = {
-                place: [_led_by_none(residual, rows) for residual in entries] for place, entries in c["control"].items()
+                place: [_led_by_none(residual, rows, len(x)) for residual in entries]
+                for place, entries in c["control"].items()
             }
         options = c["transformer_options"]
         uuids = [*(self.uuid for _ in areas), *options["uuids"]]
@@ -261,12 +263,17 @@ def cropped(x: Tensor, area: Area | None) -> Tensor:
     return x[..., top : top + height, left : left + width]
 
 
-def _video(x: Tensor) -> Tensor:
-    return rearrange(x, "f c h w -> 1 c f h w")
+def clips_in(frames: int, options: dict[str, Any]) -> int:
+    """How many clips of the tuned length so many frames are, one behind the other; through windows they are one."""
+    return 1 if WINDOWS in options or frames % options.get(FRAMES, frames) else frames // options.get(FRAMES, frames)
 
 
-def _frames(video: Tensor) -> Tensor:
-    return rearrange(video, "1 c f h w -> f c h w")
+def _videos(x: Tensor, clips: int) -> Tensor:
+    return rearrange(x, "(k f) c h w -> k c f h w", k=clips)
+
+
+def _frames(videos: Tensor) -> Tensor:
+    return rearrange(videos, "k c f h w -> (k f) c h w")
 
 
 def _behind(patch: Callable, rows: int, x: Tensor, extra: dict[str, Any]) -> Tensor:
@@ -274,8 +281,14 @@ def _behind(patch: Callable, rows: int, x: Tensor, extra: dict[str, Any]) -> Ten
     return torch.cat([x[:rows], patch(x[rows:], extra)])
 
 
-def _led_by_none(residual: Tensor | None, rows: int) -> Tensor | None:
-    return None if residual is None else torch.cat([torch.zeros_like(residual[:rows]), residual])
+def _led_by_none(residual: Tensor | None, rows: int, others: int) -> Tensor | None:
+    """A ControlNet's residual for `others`, of which a T2I-Adapter has but one for one hint, behind none for the first
+    rows.
+    """
+    if residual is None:
+        return None
+    residual = residual.expand(others, *residual.shape[1:]) if len(residual) == 1 else residual
+    return torch.cat([residual.new_zeros(rows, *residual.shape[1:]), residual])
 
 
 def at_size(mask: Tensor, latents: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from .native_model import InflatedSDXL, NativeModel, NativePatcher, check_lora, 
 from .patches import patched
 
 PREFIX = "diffusion_model."
+COMPILED = "torch.compile"  # the core's key of wrappers that call a compiled model
 FRAMES = "tav_num_frames"  # in transformer_options: the length of the clip that the MODEL was tuned on
 WINDOWS = "tav_context_windows"  # context_length (0: the tuned one) and context_overlap
 SOURCE_ROWS = "tav_source_rows"  # so many entries of the batch, the first ones, lead the attention of the others
@@ -220,6 +221,8 @@ def inflate_model(model: ModelPatcher, disable_dynamic: bool = False, **options)
         TavError: a model of another family, or an inflated one.
     """
     source = model.model
+    if model.get_wrappers(WrappersMP.APPLY_MODEL, COMPILED):  # which would call the image model in place of the video's
+        raise TavError("MODEL", None, "is compiled, as an image model", "connect what compiles it behind Inflate")
     with torch.inference_mode(False):
         unet = inflate(to_diffusers(model), **options)
         unet_config = {k: v for k, v in source.model_config.unet_config.items() if k != "num_res_blocks"}
@@ -275,8 +278,14 @@ def weights(model: ModelPatcher) -> dict[str, Tensor]:
     Weights without patches are those of the model itself, not copies.
 
     Raises:
-        TavError: a LoRA of another family, one that the core can't apply, or weights that can't be had in full numbers.
+        TavError: a LoRA of another family, one that the core can't apply, or that is no patch (the bypass of newer
+            cores); or weights that can't be had in full numbers.
     """
+    if injected := ", ".join(getattr(model, "injections", {})):
+        remedy = "use nodes that patch its weights, such as Load LoRA"
+        raise TavError(
+            "MODEL", None, f"has layers of another node put in ({injected}), which can't be baked in", remedy
+        )
     baked = {}
     for key, ((weight, convert), *patches) in model.get_key_patches(PREFIX).items():
         name = key.removeprefix(PREFIX)

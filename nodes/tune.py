@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +63,8 @@ from .inputs import checked, told, usable
 from .native import WINDOWS, scheduler_of, trainable_copy, video_unet, with_tuned_weights
 from .sdxl import vector_of
 
-KEPT_STATES = 4  # runs that can be resumed; for SD 1.5 a state takes 0.9 GB
+KEPT_STATES = 4  # runs that can be resumed, at least; for SD 1.5 a state takes 0.9 GB
+KEPT_SHARE = 0.1  # of the free disk, that more of them may take
 PREVIEW_STEPS, PREVIEW_GUIDANCE = 10, 5.0
 
 
@@ -319,7 +321,8 @@ class Reporter:
 
 
 def state_path(base: str, fingerprint: dict, config: TuneConfig) -> Path:
-    """Where the run of that fingerprint keeps its state. The oldest states go.
+    """Where the run of that fingerprint keeps its state. Where there are more than `KEPT_STATES`, and no room for them,
+    the oldest go.
 
     Raises:
         TavError: there can't be such a folder.
@@ -333,13 +336,17 @@ def state_path(base: str, fingerprint: dict, config: TuneConfig) -> Path:
     key = hashlib.sha256(json.dumps([base, fingerprint], sort_keys=True).encode()).hexdigest()[:20]
     path = folder / f"{key}.safetensors"
     if path.exists():
+        path.touch()
         state = read_state(path)[0]
         lost = any(step <= state.step and step not in state.kept for step in config.keep)
         if lost or state.step > config.steps:  # this one needs steps that it has not, or ends earlier
             path = folder / f"{'-'.join(map(str, [key, *sorted(config.keep), config.steps]))}.safetensors"
     others = [folder / name for name in listed(folder)[0] if name.endswith(".safetensors") and name != path.name]
-    for old in sorted(others, key=lambda p: p.stat().st_mtime, reverse=True)[KEPT_STATES - 1 :]:
-        old.unlink()
+    room, taken = KEPT_SHARE * shutil.disk_usage(folder).free, 0
+    for number, old in enumerate(sorted(others, key=lambda p: p.stat().st_mtime, reverse=True), 2):
+        taken += old.stat().st_size
+        if number > KEPT_STATES and taken > room:
+            old.unlink()
     return path
 
 

@@ -175,6 +175,7 @@ def settings_of(
     """
     own, tuning = edit.preset_of(preset), preset.tuning
     windows, of_clip = tuning.context_length is not None, seed is None
+    mask = None if noise.subject is None else hash_tensors([noise.subject.float()])[:12]
     if of_clip and own.eta > 0:
         seed = tuning.seed if edit.seed is None else edit.seed
     return {
@@ -185,7 +186,7 @@ def settings_of(
         "attention_injection": own.attention_injection if of_clip else None,
         "caption_as_negative": own.caption_as_negative if of_clip else None,
         "contrast": " | ".join(noise.contrasts) or None if edit.region in FOUND else None,
-        "subject": noise.subject is not None, "steady": own.steady if noise.subject is not None else None,
+        "subject": noise.subject is not None, "mask": mask, "steady": own.steady if noise.subject is not None else None,
         "context_length": tuning.context_length, "context_overlap": own.context_overlap if windows else None,
         "dtype": tuning.dtype, "noise": hash_tensors([noise.latents.float()])[:12], "frames": noise.latents.shape[2],
         "fps": noise.fps, "sound": noise.sound is not None, "eta": own.eta or None,

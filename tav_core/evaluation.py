@@ -246,8 +246,12 @@ def edit_clip(clip: ClipJob, checkpoint: Checkpoint, output: Path, frames: Frame
     before = read_json(run / _DONE)
     if before and before.get("clip") != _identity(clip):  # nothing of another tuning shall be mixed with this one
         shutil.rmtree(run)
+        before = None
+    if before is None:  # so that whoever goes on with what is unfinished knows what it is of
+        write_json(run / _DONE, {"clip": _identity(clip), "edits": {}, "frames": 0})
     job, video = prepared(clip, frames, callback)
     _, drawn = run_edit(job, checkpoint, video, run, callback=callback)
+    (run / _FIGURES).unlink(missing_ok=True)  # they are of other frames
     for kind, edit in zip(entry.edits, drawn):
         _write_frames(edit, output / "frames" / entry.name / kind)
     edited = {kind: _told_of(edit) for kind, edit in entry.edits.items()}

@@ -96,7 +96,9 @@ class EditJob:
         pipeline.check_contrasts(self.prompt, self.contrasts)
 
     def check_fits(self, checkpoint: Checkpoint, frames: int, height: int, width: int):
-        """Raises a TavError for sentences, hints or LoRAs that don't fit the checkpoint or a clip of that shape."""
+        """Raises a TavError for sentences, a word, hints, LoRAs or options of `inflate` that don't fit the checkpoint
+        or a clip of that shape.
+        """
         texts = [("prompt", self.prompt), ("negative_prompt", self.negative_prompt)]
         texts += [("contrast", each) for each in self.contrasts] + [("edit", edit.prompt) for edit in self.edits]
         for name, text in texts:
@@ -104,6 +106,9 @@ class EditJob:
         for control in each_of(self.control):
             control.check(checkpoint.unet, frames, height, width)
         check_loras(checkpoint, self.loras)
+        pipeline.check_inflation(checkpoint, {**INFLATION, **self.inflation})
+        if self.word:
+            pipeline.places_of(checkpoint, self.prompt, self.word, self.preset)
 
     @property
     def knows_subject(self) -> bool:
@@ -282,8 +287,6 @@ def run_edit(
     check_free(folder, resume)
     run = _Run(Project.at(folder), job, checkpoint, clip, callback)
     run.check_same()
-    if job.word:  # a wrong one should not surface after the tuning
-        pipeline.places_of(checkpoint, job.prompt, job.word, job.preset)
     callback(plan_of(job, run.stages_done()))
     with offloaded(*(control.model for control in each_of(job.control))):  # edits alone need them
         unet, project = run.tuned(resume), run.project
@@ -440,7 +443,7 @@ class _Run:
             save_noise(path, noise, preset)
         if self.job.knows_subject:
             told = self.check_subject()
-            if noise.subject is None:
+            if noise.subject is None or "subject" not in project.summary:  # whoever deletes its video wants another
                 noise = replace(noise, subject=self.subject(unet), contrasts=tuple(self.job.contrasts))
                 save_noise(path, noise, preset)
             if "subject" not in project.summary:

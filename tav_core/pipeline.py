@@ -131,16 +131,21 @@ def video_unet(
         TavError: options of `inflate` that it can't follow.
     """
     options = {"attention": attention, "temporal_causal": temporal_causal, "norm": norm}
+    check_inflation(checkpoint, options)
     if not isinstance(checkpoint.unet, VideoUNet):
         return nn.Module.to(inflate(checkpoint.unet, **options), checkpoint.vae.device)
-    if options != checkpoint.unet.inflation:
-        problem = f"is a Tune-A-Video model, inflated with {checkpoint.unet.inflation}, not with {options}"
-        names = f"{field('attention')}, {field('temporal_causal')} and {field('norm')}"
-        raise TavError("checkpoint", checkpoint.name, problem, f"leave {names} as they are by default")
     unet = copy.deepcopy(checkpoint.unet)
     for parameter in trainable_parameters(unet).values():
         parameter.requires_grad_(True)
     return nn.Module.to(unet, checkpoint.vae.device)
+
+
+def check_inflation(checkpoint: Checkpoint, options: dict[str, Any]):
+    """Raises a TavError for a checkpoint that is a video U-Net already, by other options of `inflate`."""
+    if isinstance(checkpoint.unet, VideoUNet) and options != checkpoint.unet.inflation:
+        problem = f"is a Tune-A-Video model, inflated with {checkpoint.unet.inflation}, not with {options}"
+        names = f"{field('attention')}, {field('temporal_causal')} and {field('norm')}"
+        raise TavError("checkpoint", checkpoint.name, problem, f"leave {names} as they are by default")
 
 
 def untuned_weights(checkpoint: Checkpoint, **inflation) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ NAMED = ("source", "subject", "reconstruction")  # videos that aren't edits
 SWEPT = ("seed", "guidance_scale", "attention_injection")  # settings of an edit that a command takes several values of
 # by what edits of one sentence are told apart
 TOLD_APART = ("region", *SWEPT, "negative_prompt", "caption_as_negative", "guidance_rescale", "guidance_start",
-              "guidance_end", "sampling_steps", "steady", "subject", "contrast", "eta", "context_length",
+              "guidance_end", "sampling_steps", "steady", "subject", "mask", "contrast", "eta", "context_length",
               "context_overlap", "lora", "embedding", "prompt_weights", "controlnet", "hints", "control_strength",
               "control_start", "control_end", "dtype", "noise", "frames", "fps", "sound")  # fmt: skip
 

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -76,13 +77,19 @@ def find_model(of: str, name: str | Path, kind: str, comfyui: str | Path | None 
         _check_comfyui(Path(comfyui))
     if (shipped := SHIPPED.get((kind, str(name)))) or os.path.exists(name):
         return shipped or Path(name)
-    comfyui, found = comfyui or _of_environment(), []
+    comfyui, named = comfyui or _of_environment(), {}
     for root in _roots(Path(comfyui), kind) if comfyui is not None else ():
         for folder, _, files in sorted(os.walk(root, followlinks=True)):
             paths = [Path(folder), *(Path(folder, file) for file in sorted(files) if file.endswith(".safetensors"))]
-            named = {path: path.relative_to(root).as_posix() for path in paths}
-            found += [path for path, full in named.items()
-                      if str(name) in (full, full.removesuffix(".safetensors"), path.name, path.stem)]  # fmt: skip
+            named |= {path: path.relative_to(root).as_posix() for path in paths}
+
+    def matching(part: Callable[[str], str]) -> list[Path]:
+        found = [
+            path for path, full in named.items() if str(name) in (part(full), part(full).removesuffix(".safetensors"))
+        ]
+        return [*{path.resolve(): path for path in found}.values()]  # two lists may have a folder in common
+
+    found = matching(str) or matching(lambda full: full.rsplit("/", 1)[-1])
     if len(found) != 1:
         lists = f"models/{kind} of the ComfyUI in {comfyui}" if comfyui else f"a ComfyUI's lists ({field('comfyui')})"
         problem = f"is several in {lists}" if found else f"is no path that exists, and no name in {lists}"
@@ -121,6 +128,7 @@ def _roots(comfyui: Path, kind: str) -> list[Path]:
     if extra.is_file():
         try:
             for section in (yaml.safe_load(extra.read_text("utf-8")) or {}).values():
+                section = section or {}  # all of whose lines are commented out
                 base = os.path.expandvars(os.path.expanduser(section.get("base_path", "")))
                 lines = section.get(kind, "").splitlines()
                 roots += [comfyui / base / line.strip() for line in lines if line.strip()]

@@ -29,7 +29,8 @@ from tav_core import cli, load_checkpoint, run_edit
 from tav_core.batch.jobs import combination, comparable, expanded, read_jobs, read_sweep, spec_of
 from tav_core.batch.worker import Worker
 from tav_core.errors import TavError
-from tav_core.evaluation import jobs_of
+from tav_core.evaluation import Frames, jobs_of
+from tav_core.measure import MODELS
 from tav_core.mini import world
 from tav_core.presets import PRESETS, with_settings
 from tav_core.video import save_video
@@ -130,6 +131,10 @@ def test_a_sweep_is_a_job_for_each_combination_and_an_edit_where_nothing_is_tune
         "style_guidance_scale-5": 5, "style_guidance_scale-10.5": 10.5}  # fmt: skip
     told = combination(found[1].entry.name, "style_guidance_scale-10.5", sweep)
     assert told == "learning_rate 1e-05, steps 500, guidance_scale 10.5"
+    sweep = read_sweep(["sampling_steps=25,50", "steps=50,200", "attention_injection=0.5,0"], preset)
+    told = {combination(job.entry.name, kind, sweep) for job in expanded(jobs, sweep) for kind in job.entry.edits}
+    assert told == {f"sampling_steps {a}, steps {b}, attention_injection {c:g}"
+                    for a in (25, 50) for b in (50, 200) for c in (0.5, 0)}  # fmt: skip
     for text, why in (
         ("steps", "has no values"),
         ("keep=1,2", "has several values itself"),
@@ -148,6 +153,31 @@ def test_settings_that_change_no_result_make_no_other_job():
         return comparable({"entry": entry, "preset": preset, "inflation": {}, "frames": {}, "checkpoint": {}})
 
     assert compared(edits_at_once=2, memory="low") == compared() != compared(guidance_scale=3.0)
+
+
+@pytest.mark.slow
+def test_settings_put_back_are_measured_of_the_first_video(clip, folder, tmp_path):
+    """And a job that is done anew takes those of a sweep, which lie below it, not with it."""
+    settings = {"checkpoint": str(folder), "output": str(tmp_path), "layout": "project", "device": "cpu", "threads": 1}
+    settings |= dict.fromkeys([*MODELS, "batch", "prediction_type"]) | {"prompt_weights": False}
+    settings |= {"added": {"lora": [], "embedding": []}}
+    worker = Worker(settings)
+    assert "fault" not in (told := worker.hello()), told
+    path, preset = write_list(tmp_path, f"{{video: {clip}, name: a}}"), PRESETS["paper"]
+    swept = tmp_path / "jobs" / "a" / "steps-3" / "job.json"
+    swept.parent.mkdir(parents=True)
+    swept.touch()
+
+    def file_of(**settings):
+        entries = [job.entry for job in read_jobs(path)[0]]
+        ((job,), _) = jobs_of(entries, with_settings(preset, **settings), {}, tmp_path)
+        told = worker.run(spec_of(job, Frames(32, 32), {}) | {"memory": None})
+        assert told["status"] == "done", told
+        return json.loads((tmp_path / "jobs" / "a" / "job.json").read_text())["result"]["edits"][0]["file"]
+
+    first, second = file_of(), file_of(guidance_rescale=0.7)
+    assert first != second and file_of() == first
+    assert file_of(learning_rate=1e-5).startswith("edit-1-") and swept.exists()
 
 
 def test_without_ray_one_sentence_says_what_to_install(tmp_path, clip, tav, monkeypatch):
@@ -195,7 +225,7 @@ def single_run(name: str, path: Path, checkpoint, folder: Path, **changes):
     (job,) = [job for job in read_jobs(path)[0] if job.entry.name == name]
     ((clip,), _) = jobs_of([job.entry], PRESETS["paper"], {}, folder)
     from tav_core.batch.jobs import job_of_spec
-    from tav_core.evaluation import Frames, prepared
+    from tav_core.evaluation import prepared
 
     clip, frames = job_of_spec(spec_of(clip, Frames(32, 32), {}), **changes)
     run_edit(*(lambda job, video: (job, checkpoint, video))(*prepared(clip, frames)), folder / name)

@@ -31,6 +31,14 @@ def test_controlnets_and_adapters_steer_as_on_the_native_model(pack, nets, on):
     assert relative(together, expected.expand(3, -1, -1, -1)) < 1e-4
 
 
+def test_one_hint_of_a_t2i_adapter_and_attention_injection_together(pack):
+    model, adapter, noise = inflated(pack, native()), t2i_adapter(1), clip(3)
+    led = pack.nodes.AttentionInjection.execute(model, prompt(2), 0.5).args[0]
+    one, each = (steered(led, controlled(prompt(1), (adapter, hint, 1.0, 0.0, 1.0)), noise)
+                 for hint in (hints(1), hints(1).expand(3, -1, -1, -1)))  # fmt: skip
+    assert relative(one, each) < 1e-5 < 1e-3 < relative(one, steered(led, (prompt(1), prompt(2)), noise))
+
+
 def test_each_frame_has_its_hint(pack):
     wrapped, net, noise = inflated(pack, native(), norm="frame"), control_net(1), clip(3)
     both = [hints(3), hints(3)]

@@ -162,6 +162,23 @@ def test_what_has_changed_is_done_anew(dataset, checkpoint, tmp_path, run):
     assert not is_done(again, out)
 
 
+def test_an_unfinished_clip_whose_sentence_changed_is_done_anew(dataset, checkpoint, tmp_path, run, monkeypatch):
+    (first, *_), (again, *_), out = jobs(dataset), jobs(dataset, prompt="a ball"), tmp_path / "out"
+    unfinished = out / "runs" / first.name / "tuning-state.safetensors"
+
+    def stopped(job, checkpoint, clip, folder, callback):
+        unfinished.touch()
+        raise TavError("memory", "low", "ran out of memory", "use fewer frames")
+
+    with monkeypatch.context() as once:
+        once.setattr("tav_core.evaluation.run_edit", stopped)
+        assert list(edited([first], checkpoint, out)[1]) == [first.name] and not is_done(first, out)
+    edited([replace(first, entry=replace(first.entry, edits={}))], checkpoint, out)
+    assert unfinished.exists()  # it goes on
+    assert edited([again], checkpoint, out) == ([first.name], {}) and is_done(again, out)
+    assert not unfinished.exists()
+
+
 def test_long_clips_are_seen_in_windows(dataset, checkpoint, tmp_path, run, monkeypatch):
     (first, *_) = jobs(dataset)
     image = next(first.entry.video.iterdir())
@@ -214,6 +231,11 @@ def test_figures_are_measured_once_of_the_written_frames(checkpoint, tmp_path, m
     for others in ({"clip": "mini"}, {"raft": "a.pth"}):
         rows, failed = measure_all(wanted, out, Models(), others)
         assert not rows and failed["stunt"].startswith("ZeroDivisionError")
+    (job,), other = wanted, Edit("a moon", "subject")
+    changed = replace(job, entry=replace(job.entry, edits=job.entry.edits | {"own": other}),
+                      job=replace(job.job, edits=[other, *job.job.edits[1:]]))  # fmt: skip
+    assert edited([changed], checkpoint, out) == (["stunt"], {})
+    assert measure_all([changed], out, Models(), {"clip": "None"})[1]["stunt"].startswith("ZeroDivisionError")  # anew
 
 
 def test_means_of_kinds_and_of_all(tmp_path):

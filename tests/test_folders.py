@@ -177,12 +177,14 @@ def test_the_states_of_tunings_beside_odd_entries(pack, home, monkeypatch):
     make(states / "folder.safetensors")
     (states / "gone.safetensors").symlink_to("nothing")
     for i in range(6):
-        (states / f"{i}.safetensors").touch()
+        (states / f"{i}.safetensors").write_text("ten bytes!")
         os.utime(states / f"{i}.safetensors", (i, i))
-    state_path("base", {}, 5)
-    assert {path.name for path in states.iterdir()} - {"folder.safetensors", "gone.safetensors"} == {
-        f"{i}.safetensors" for i in (3, 4, 5)
-    }
+    for free, kept in ((600, range(6)), (500, range(1, 6)), (0, range(3, 6))):  # a tenth of what is free, or four
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: shutil._ntuple_diskusage(free, 0, free))
+        state_path("base", {}, 5)
+        assert {path.name for path in states.iterdir()} - {"folder.safetensors", "gone.safetensors"} == {
+            f"{i}.safetensors" for i in kept
+        }
     shutil.rmtree(home / "user")
     (home / "user").write_text("")
     with pytest.raises(ValueError, match=r"^folder .*tune_a_video can't be made \(Not a directory\), in which"):

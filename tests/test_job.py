@@ -344,6 +344,29 @@ def test_overwrite_begins_a_project_anew(checkpoint, clip, copied_project):
     assert "tune" in drawn(job, checkpoint, clip, copied_project, overwrite=True)
 
 
+def test_overwrite_removes_nothing_for_what_cannot_be(checkpoint, clip, copied_project):
+    before = sorted(path.name for path in copied_project.iterdir())
+    refused("bal.*is not in", edit_job("two", word="bal"), checkpoint, clip, copied_project, overwrite=True,
+            call=run_edit)  # fmt: skip
+    published = replace(checkpoint, unet=pipeline.video_unet(checkpoint))
+    refused("is a Tune-A-Video model, inflated with", edit_job("two", inflation={"norm": "frame"}), published, clip,
+            copied_project, overwrite=True, call=run_edit)  # fmt: skip
+    assert sorted(path.name for path in copied_project.iterdir()) == before
+
+
+def test_another_mask_makes_another_edit(checkpoint, clip, tmp_path):
+    mask = torch.zeros(2, 64, 64)
+    mask[:, :32] = 1
+    job = edit_job(Edit("one", "subject"), mask=mask, softness=0)
+    drawn(job, checkpoint, clip, tmp_path)
+    (tmp_path / "subject.mp4").unlink()  # so that it can be told anew
+    assert "one" in " ".join(drawn(replace(job, mask=1 - mask), checkpoint, clip, tmp_path))
+    first, second = summary_of(tmp_path)["edits"]
+    assert labels([first, second])[1] == f"mask {second['mask']}: one" and first["mask"] != second["mask"]
+    changed = (load_video(tmp_path / second["file"]).frames.float() - clip.frames.float()).abs()
+    assert changed[:, :16].mean() < 8 < changed[:, 48:].mean()
+
+
 def test_a_rate_that_cannot_be_written_is_seen_first(checkpoint, clip, tmp_path):
     refused("fps=0.001 is out of range", edit_job("one"), checkpoint, replace(clip, fps=1e-3), tmp_path, call=run_edit)
     assert not list(tmp_path.iterdir())

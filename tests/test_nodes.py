@@ -149,6 +149,29 @@ def test_subject_and_region_are_those_of_the_core(pack, mini, region):
         nodes.AttentionInjection.execute(mini.inflated, mini.encode(caption), 0.5, "subject")
 
 
+@pytest.mark.parametrize("region", ["subject", "everything"])
+def test_clips_of_one_latent_are_led_apart(pack, mini, region):
+    nodes, native = pack.nodes, pack.nodes.native
+    caption, edits = mini.encode("a red ball"), [mini.encode(f"a {kind} star") for kind in ("blue", "yellow")]
+    tuned = mini.inflated.clone()
+    tuned.model_options["transformer_options"] = {**tuned.model_options["transformer_options"], native.FRAMES: 4}
+    first = nodes.DDIMInversion.execute(mini.inflated, mini.latent, caption, 3, "ddim_uniform", False).args[0][
+        "samples"
+    ]
+    mask = torch.zeros(4, 128, 128)
+    mask[:, 32:96, 32:96] = 1
+
+    def edited(samples, masks, edit):
+        model = nodes.AttentionInjection.execute(tuned, caption, 0.7, region, True, masks).args[0]
+        arguments = (edit, mini.encode(""), {"samples": samples}, 3, 5.0, "ddim_uniform", 0.0, False, 0)
+        return nodes.VideoSampler.execute(model, *arguments).args[0]["samples"]
+
+    clips, masks = (first, first.flip(-1)), (mask, mask.roll(16, -1))
+    alone = torch.cat([edited(*of_clip, edits[0]) for of_clip in zip(clips, masks)])
+    together = edited(torch.cat(clips), torch.cat(masks), edits[0])
+    assert (together - alone).abs().max() < 1e-3 < 0.1 < (alone[:4] - alone[4:]).abs().max()
+
+
 def test_the_mask_of_a_word_is_that_of_the_core(pack, mini):
     caption = "a red ball is sliding on the grass"
     clip = pack.nodes.LoadCheckpoint.execute("mini").args[1]

@@ -35,6 +35,21 @@ def test_each_kind_of_patch_does_what_it_does_on_the_native_model(models, patch)
     assert relative(sample(models[1], steps=2), models[2]) < 1e-4  # and nothing of it stays
 
 
+def test_what_inflation_would_lose_is_refused(pack):
+    from comfy.patcher_extension import PatcherInjection
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    compiled, bypassed = native().clone(), native().clone()
+    set_torch_compile_wrapper(compiled, backend="eager")
+    with pytest.raises(ValueError, match="MODEL is compiled, as an image model; connect what compiles it behind"):
+        inflated(pack, compiled)
+    bypassed.set_injections("bypass_lora", [PatcherInjection(lambda patcher: None, lambda patcher: None)])
+    with pytest.raises(
+        ValueError, match=r"MODEL has layers of another node put in \(bypass_lora\), .*; use nodes that"
+    ):
+        inflated(pack, bypassed)
+
+
 def hypernetwork(model, folder, monkeypatch):
     import folder_paths
     from comfy_extras.nodes_hypernetwork import HypernetworkLoader

@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from support import ROOT
-from support.comfyui_server import FRAMES, SIZE, SOURCE, STEPS, Graph, Interrupted, fails, pictures
+from support.comfyui_server import EDIT, FRAMES, SIZE, SOURCE, STEPS, Graph, Interrupted, fails, pictures
 from tav_core import load_video
+from workflows import queue_folder
 
 NODES = {
     "TAVLoadVideo": "Load Video (Tune-A-Video)",
@@ -416,6 +417,28 @@ def test_a_long_clip_through_context_windows(server, info):
     expected = latents(server, outputs, ours)
     assert expected.shape == (8, 4, SIZE // 8, SIZE // 8) and expected.std() > 0.1
     assert (latents(server, outputs, stock) - expected).abs().max() < 1e-4
+
+
+def test_what_clips_of_a_folder_save_has_names_of_its_own():
+    saved = {"1": {"class_type": "TAVSaveTunedWeights", "inputs": {"name": "mine", "prompt": SOURCE}},
+             "2": {"class_type": "TAVSaveInvertedNoise", "inputs": {"name": ["1", 0]}},
+             "3": {"class_type": "LoadImage", "inputs": {"name": "a"}}}  # fmt: skip
+    graph = queue_folder.graph_for(saved, "a.mp4", "a", {"1.prompt": EDIT})
+    assert [node["inputs"]["name"] for node in graph.values()] == ["mine-a", ["1", 0], "a"]
+    assert graph["1"]["inputs"]["prompt"] == EDIT and saved["1"]["inputs"]["name"] == "mine"
+
+
+def test_a_clip_that_is_taken_out_of_the_queue_is_not_waited_for(server, info):
+    graph = Graph(info)
+    graph("SaveImage", images=graph("TAVLoadVideo", file="clip.mp4", count=2, width=32, height=32)[0])
+    busy = Graph(info).source()
+    busy("PreviewAny", source=busy.tune(steps=1000, seed=9)[3])
+    running, taken = server.queue(busy), server.queue(graph)
+    server.until(lambda message: message["type"] == "progress")  # one that hasn't begun can't be interrupted
+    server.post("/queue", {"delete": [taken]})
+    assert queue_folder.result(server.url, taken) == "failed: it was taken out of the queue"
+    server.interrupt()
+    assert queue_folder.result(server.url, running) == "failed: it was cancelled"
 
 
 def test_a_graph_is_queued_for_every_clip_of_a_folder(server, info, tmp_path):

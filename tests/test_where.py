@@ -5,7 +5,7 @@ from huggingface_hub import constants
 
 from support.errors import refused
 from tav_core.checkpoint import load_checkpoint
-from tav_core.where import MINI, find_checkpoint
+from tav_core.where import MINI, find_checkpoint, find_model
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +50,25 @@ def test_other_folders_of_a_comfyui(comfyui):
     paths.write_text("other: [")
     refused("extra_model_paths.yaml' can't be read", "old.safetensors", comfyui, call=find_checkpoint)
     refused("is no ComfyUI", "old.safetensors", comfyui / "models", call=find_checkpoint)
+
+
+def test_names_of_other_models(comfyui):
+    loras = comfyui / "models" / "loras"
+    for file in (loras / "style.safetensors", loras / "old" / "style.safetensors", loras / "old" / "neon.safetensors"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    (comfyui / "extra_model_paths.yaml").write_text(f"comfyui:\n  base_path: {comfyui}\n  loras: models/loras\nb:\n")
+
+    def found(name):
+        return find_model("lora", name, "loras", comfyui)
+
+    assert found("style.safetensors") == found("style") == loras / "style.safetensors"  # a whole name comes first
+    assert found("neon") == found("old/neon.safetensors") == loras / "old" / "neon.safetensors"  # two lists have it
+    (loras / "neon").mkdir()
+    (loras / "new").mkdir()
+    (loras / "new" / "sky.safetensors").touch()
+    (loras / "old" / "sky.safetensors").touch()
+    refused("sky' is several in", "sky", call=found)
 
 
 def test_the_cache_of_the_hub(cache, folder):

@@ -20,6 +20,7 @@ import uuid
 from pathlib import Path
 
 LOADERS = ("TAVLoadVideo", "LoadVideo")  # this pack's and ComfyUI's own, both with an input `file`
+SAVERS = ("TAVSaveTunedWeights", "TAVSaveInvertedNoise")  # whose input `name` is of a file; others have a prefix
 SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".gif")
 
 
@@ -44,9 +45,9 @@ def graph_for(graph: dict, clip: str, stem: str, row: dict[str, str]) -> dict:
     for node in graph.values():
         if node["class_type"] in LOADERS:
             node["inputs"]["file"] = clip
-        prefix = node["inputs"].get("filename_prefix")
-        if isinstance(prefix, str):
-            node["inputs"]["filename_prefix"] = f"{prefix}-{stem}"
+        named = "name" if node["class_type"] in SAVERS else "filename_prefix"
+        if isinstance(name := node["inputs"].get(named), str):
+            node["inputs"][named] = f"{name}-{stem}"
     for column, text in row.items():
         if text:
             number, _, name = column.partition(".")
@@ -70,11 +71,16 @@ def sentences_of(path: Path | None, graph: dict) -> dict[str, dict[str, str]]:
 def result(server: str, number: str) -> str:
     """Waits until a prompt is done: what it saved, or why it failed."""
     while not (history := ask(f"{server}/history/{number}")):
+        queued = [entry[1] for entries in ask(f"{server}/queue").values() for entry in entries]
+        if number not in queued and not ask(f"{server}/history/{number}"):
+            return "failed: it was taken out of the queue"
         time.sleep(1)
     status, outputs = history[number]["status"], history[number]["outputs"]
     for kind, data in status["messages"]:
         if kind == "execution_error":
             return f"failed: {data['exception_message'].strip()}"
+        if kind == "execution_interrupted":
+            return "failed: it was cancelled"
     files = [entry for of in outputs.values() for entries in of.values() if isinstance(entries, list)
              for entry in entries if isinstance(entry, dict) and entry.get("type") == "output"]  # fmt: skip
     return ", ".join(f"{entry['subfolder']}/{entry['filename']}".lstrip("/") for entry in files) or "nothing was saved"

@@ -211,13 +211,14 @@ def _called(name: str, swept: dict[str, Any], between: str) -> str:
 
 def combination(name: str, kind: str, sweep: dict[str, list[Any]]) -> str:
     """What of a sweep an edit is: "learning_rate 1e-05, steps 200"."""
-    told = []
-    for setting, values in sweep.items():
-        of = kind if setting in _OF_EDITS else name
-        # the longest, as 1 stands in 10 as well
-        found = [value for value in values if re.search(rf"(^|[/_]){setting}-{re.escape(str(value))}($|_)", of)]
-        told += [f"{setting} {value}" for value in found[:1]]
-    return ", ".join(told)
+    told = {}
+    for of, of_edits, between in ((name, False, "/"), (kind, True, "_")):
+        settings = {setting: values for setting, values in sweep.items() if (setting in _OF_EDITS) == of_edits}
+        for values in product(*settings.values()):
+            swept = dict(zip(settings, values))
+            if of.endswith(_called("", swept, between)):
+                told |= swept
+    return ", ".join(f"{setting} {told[setting]}" for setting in sweep if setting in told)
 
 
 # ------------------------------------------------------------------------------------------------- plain data

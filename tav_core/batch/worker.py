@@ -7,7 +7,7 @@ import platform
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import load_checkpoint
+from ..drawing import settings_of
 from ..errors import Cancelled, OutOfMemory, TavError
 from ..evaluation import edit_clip, prepared, read_json, told_of
 from ..events import Callback, Event, Note, Plan, Reading, Step, TuningStep
@@ -25,7 +26,7 @@ from ..job import EditJob, claimed, run_edit
 from ..measure import MODELS, as_json, load_models, measure
 from ..memory import is_out_of_memory, release
 from ..noise import read_noise
-from ..project import NOISE, SUMMARY, changeable, write_json
+from ..project import NOISE, SUMMARY, Project, changeable, write_json
 from ..recompute import MEMORY
 from ..record import explained
 from ..remaining import Remaining
@@ -190,14 +191,14 @@ class Worker:
 
     def _measured(self, summary: dict, edits: dict[str, Edit], job: EditJob, folder: Path) -> list[dict[str, Any]]:
         """The figures of a job's edits, of its files, beside the clip's own."""
-        noise, rows = read_noise(folder / NOISE), []
+        noise, project, rows = read_noise(folder / NOISE), Project(folder, summary), []
         self.now |= {"stage": "measuring"}
         device = torch.device(self.settings["device"])
         try:
             self.models.to(device)
             for kind, edit in edits.items():
                 self._check()
-                drawn = _find(summary["edits"], edit, job)
+                drawn = project.find(settings_of(edit, self.checkpoint, job.preset, noise, job.negative_prompt))
                 video = load_video(folder / drawn["file"], sound=False).frames
                 mask = changeable(edit.region, noise)
                 row = measure(kind, video, noise.frames, edit.prompt, job.prompt, mask, self.models)
@@ -208,20 +209,13 @@ class Worker:
 
 
 def _empty(folder: Path):
-    """But for what keeps others out of it."""
+    """But for what keeps others out of it, and other jobs, as those of a sweep are."""
     for path in folder.iterdir():
         if path.is_dir():
-            shutil.rmtree(path)
+            if next(path.rglob(JOB), None) is None:
+                shutil.rmtree(path)
         elif path.name != ".lock":
             path.unlink()
-
-
-def _find(edits: Sequence[dict[str, Any]], edit: Edit, job: EditJob) -> dict[str, Any]:
-    """What a summary tells of an edit that was drawn a moment ago."""
-    own = edit.preset_of(job.preset)
-    wanted = {"prompt": edit.prompt, "region": edit.region, "guidance_scale": own.guidance_scale,
-              "attention_injection": own.attention_injection, "negative_prompt": job.negative_prompt}  # fmt: skip
-    return next(each for each in reversed(edits) if all(each[name] == value for name, value in wanted.items()))
 
 
 def _share(remaining: Remaining) -> float:
