@@ -22,13 +22,14 @@ from comfy_api.latest import io
 from einops import rearrange
 from torch import Tensor
 
-from ..tav_core import TavError
+from ..tav_core import TavError, VideoUNet
 from ..tav_core.errors import field
 from ..tav_core.injection import REGIONS, EditPlaces, SourceWalk
 from .common import check_unlimited, hidden_states, schema
 from .errors import plain_errors
 from .inputs import checked, told
 from .native import ANCHOR, FRAMES, SOURCE_ROWS, WINDOWS, video_unet
+from .native_model import check_windows_of_the_core
 from .sdxl import vector_of
 
 WRAPPER = "model_function_wrapper"
@@ -310,7 +311,8 @@ def noise_mask(mask: Tensor, latents: Tensor) -> Tensor:
 
 
 def with_checked_masks(sample: Callable) -> Callable:
-    """`CFGGuider.sample`, in which an `Injection` refuses noise masks of another number of frames.
+    """`CFGGuider.sample`, in which an `Injection` refuses noise masks of another number of frames, and an inflated
+    MODEL hints that are lost in windows.
 
     The core repeats or cuts them, in newer cores before any wrapper of the MODEL is called: here alone they can be
     counted.
@@ -320,6 +322,8 @@ def with_checked_masks(sample: Callable) -> Callable:
     def checked(guider, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
         if denoise_mask is not None and has_injection(guider.model_patcher) and not noise.any():
             _check_count("noise_mask", denoise_mask[..., 0, 0].numel(), len(latent_image))
+        if isinstance(guider.model_patcher.model.diffusion_model, VideoUNet):
+            check_windows_of_the_core(guider, len(latent_image))
         return sample(guider, noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
 
     return checked

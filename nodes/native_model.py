@@ -6,11 +6,13 @@ import textwrap
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import comfy.controlnet
 import comfy.model_base
 import comfy.model_patcher
+import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
@@ -26,6 +28,22 @@ def check_hints(net: comfy.controlnet.ControlBase, frames: int):
         problem = f"has {hints} hints, LATENT has {frames} frames"
         remedy = f"give it 1 image for all frames, or {frames}"
         raise TavError("ControlNet" if name else "ControlNet or T2I-Adapter", name, problem, remedy)
+
+
+def check_windows_of_the_core(guider: comfy.samplers.CFGGuider, frames: int):
+    """Raises a TavError for a hint for each frame under ComfyUI's own Context Windows, which would give each window the
+    first ones.
+    """
+    handler = guider.model_options.get("context_handler")
+    if handler is None or frames <= getattr(handler, "context_length", frames):
+        return
+    for cond in chain(*guider.original_conds.values()):
+        net = cond.get("control")
+        while net is not None:
+            if len(net.cond_hint_original) > 1:
+                problem = "has a hint for each frame, which Context Windows of ComfyUI itself don't take along"
+                raise TavError("ControlNet", getattr(net, "name", None), problem, "use Context Windows (Tune-A-Video)")
+            net = net.previous_controlnet
 
 
 def check_place(noise: Tensor, area: tuple[int, ...] | None = None, mask: Tensor | None = None, **_):

@@ -438,6 +438,17 @@ def test_windows_of_the_core(tuned_on_4):
         predicted(core_windows(tuned, 3), x)
 
 
+def test_windows_of_the_core_and_hints(tuned_on_4):
+    windowed, net = core_windows(tuned_on_4[0], 4), control_net(1)
+    for hint, frames in ((hints(), 5), (hints(4), 4)):  # one for all; no more frames than a window has
+        told = controlled(prompt(1), (net, hint, 1.0, 0.0, 1.0))
+        assert torch.isfinite(
+            steered(windowed, told, clip(frames))
+        ).all()  # the older core wants as many levels as frames
+    with pytest.raises(ValueError, match=r"ControlNet has a hint for each frame, .*; use Context Windows \(Tune"):
+        steered(windowed, controlled(prompt(1), (net, hints(5), 1.0, 0.0, 1.0)), clip(5))
+
+
 def test_windows_of_the_core_and_attention_injection(pack, tuned_on_4):
     led = pack.nodes.AttentionInjection.execute(tuned_on_4[0], prompt(1), 0.5).args[0]
     assert torch.isfinite(sample(core_windows(led, 8), 4, steps=1)).all()  # all in one
