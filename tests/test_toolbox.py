@@ -202,7 +202,8 @@ def test_models_by_the_names_of_a_comfyui(tmp_path):
     canny = models / "controlnet" / "1.5" / "canny_fp16.safetensors"
     assert find_model("controlnet", "canny_fp16", "controlnet", tmp_path) == canny
     assert find_model("lora", "mini-neon", "loras").is_file() and find_model("x", "mini", "controlnet").is_dir()
-    (models / "loras" / "soft.safetensors").touch()
+    (models / "loras" / "other").mkdir()
+    (models / "loras" / "other" / "soft.safetensors").touch()
     refused("'soft' is several in models/loras of the ComfyUI in", "lora", "soft", "loras", tmp_path,
             call=find_model)  # fmt: skip
     refused("is no path that exists, and no name in models/embeddings", "embedding", "odd", "embeddings", tmp_path,
