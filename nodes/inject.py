@@ -29,7 +29,7 @@ from .common import check_unlimited, hidden_states, schema
 from .errors import plain_errors
 from .inputs import checked, told
 from .native import ANCHOR, FRAMES, SOURCE_ROWS, WINDOWS, video_unet
-from .native_model import check_windows_of_the_core
+from .native_model import check_hints_in_windows
 from .sdxl import vector_of
 
 WRAPPER = "model_function_wrapper"
@@ -266,7 +266,8 @@ def cropped(x: Tensor, area: Area | None) -> Tensor:
 
 def clips_in(frames: int, options: dict[str, Any]) -> int:
     """How many clips of the tuned length so many frames are, one behind the other; through windows they are one."""
-    return 1 if WINDOWS in options or frames % options.get(FRAMES, frames) else frames // options.get(FRAMES, frames)
+    tuned = options.get(FRAMES, frames)
+    return 1 if WINDOWS in options or frames % tuned else frames // tuned
 
 
 def _videos(x: Tensor, clips: int) -> Tensor:
@@ -310,7 +311,7 @@ def noise_mask(mask: Tensor, latents: Tensor) -> Tensor:
     return mask[:, :1]
 
 
-def with_checked_masks(sample: Callable) -> Callable:
+def with_counted_inputs(sample: Callable) -> Callable:
     """`CFGGuider.sample`, in which an `Injection` refuses noise masks of another number of frames, and an inflated
     MODEL hints that are lost in windows.
 
@@ -323,13 +324,13 @@ def with_checked_masks(sample: Callable) -> Callable:
         if denoise_mask is not None and has_injection(guider.model_patcher) and not noise.any():
             _check_count("noise_mask", denoise_mask[..., 0, 0].numel(), len(latent_image))
         if isinstance(guider.model_patcher.model.diffusion_model, VideoUNet):
-            check_windows_of_the_core(guider, len(latent_image))
+            check_hints_in_windows(guider, len(latent_image))
         return sample(guider, noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
 
     return checked
 
 
-comfy.samplers.CFGGuider.sample = with_checked_masks(comfy.samplers.CFGGuider.sample)
+comfy.samplers.CFGGuider.sample = with_counted_inputs(comfy.samplers.CFGGuider.sample)
 
 
 def _check_count(name: str, masks: int, frames: int):

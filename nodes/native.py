@@ -256,19 +256,31 @@ def to_diffusers(model: ModelPatcher) -> UNet2DConditionModel:
     if isinstance(unet, VideoUNet):
         raise TavError("MODEL", None, "is inflated already", "connect it to One-Shot Tune or a sampler as it is")
     if isinstance(unet, NativeUNet):
-        return _filled(unet.config, weights(model))
+        return _filled(unet.config, baked_weights(model))
     if not isinstance(unet, UNetModel):
         kind = type(model.model).__name__
         raise TavError(
             "MODEL", None, f"is of another family ({kind})", "give a Stable Diffusion 1.x, 2.x or SDXL checkpoint"
         )
     layout = unet_layout(model.model, unet)
-    native = weights(model)
+    native = baked_weights(model)
     names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
     names = {
         name: key for name, key in names.items() if not name.startswith("add_embedding.")
     }  # class_embedding is the same
     return _filled(layout, {name: native[key] for name, key in names.items() if key in native})
+
+
+def baked_weights(model: ModelPatcher) -> dict[str, Tensor]:
+    """Its `weights` for a U-Net of their own.
+
+    Raises:
+        TavError: what `weights` raises, and a LoRA of newer cores' bypass loaders, which is in no weight.
+    """
+    if injected := ", ".join(getattr(model, "injections", {})):
+        problem = f"has layers of another node put in ({injected}), which can't be baked in"
+        raise TavError("MODEL", None, problem, "use nodes that patch its weights, such as Load LoRA")
+    return weights(model)
 
 
 @torch.no_grad()  # the tensors of a LoRA may be those of an inference mode, which autograd doesn't take
@@ -278,14 +290,8 @@ def weights(model: ModelPatcher) -> dict[str, Tensor]:
     Weights without patches are those of the model itself, not copies.
 
     Raises:
-        TavError: a LoRA of another family, one that the core can't apply, or that is no patch (the bypass of newer
-            cores); or weights that can't be had in full numbers.
+        TavError: a LoRA of another family, one that the core can't apply, or weights that can't be had in full numbers.
     """
-    if injected := ", ".join(getattr(model, "injections", {})):
-        remedy = "use nodes that patch its weights, such as Load LoRA"
-        raise TavError(
-            "MODEL", None, f"has layers of another node put in ({injected}), which can't be baked in", remedy
-        )
     baked = {}
     for key, ((weight, convert), *patches) in model.get_key_patches(PREFIX).items():
         name = key.removeprefix(PREFIX)
@@ -318,7 +324,7 @@ def _filled(config: Mapping[str, Any], state: Mapping[str, Tensor], **options) -
 def trainable_copy(model: ModelPatcher) -> VideoUNet:
     """A plain video U-Net with the weights of an inflated MODEL, on the CPU, ready for `tav_core.tune`."""
     unet = video_unet(model)
-    return _filled(unet.config, weights(model), **unet.inflation)
+    return _filled(unet.config, baked_weights(model), **unet.inflation)
 
 
 def video_unet(model: ModelPatcher) -> NativeVideoUNet:

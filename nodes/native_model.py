@@ -30,7 +30,7 @@ def check_hints(net: comfy.controlnet.ControlBase, frames: int):
         raise TavError("ControlNet" if name else "ControlNet or T2I-Adapter", name, problem, remedy)
 
 
-def check_windows_of_the_core(guider: comfy.samplers.CFGGuider, frames: int):
+def check_hints_in_windows(guider: comfy.samplers.CFGGuider, frames: int):
     """Raises a TavError for a hint for each frame under ComfyUI's own Context Windows, which would give each window the
     first ones.
     """

@@ -46,7 +46,7 @@ from .windows import ContextWindows
 WINDOW = 32  # frames: longer clips are seen in windows of so many, where nothing else is said
 REPORT = ("metrics.csv", "summary.csv", "metrics.json", "metrics.html")
 SETTINGS = "settings.json"
-_DONE, _FIGURES, _ERROR = "frames.json", "figures.json", "error.txt"  # beside what `run_edit` writes
+_NOTED, _FIGURES, _ERROR = "frames.json", "figures.json", "error.txt"  # beside what `run_edit` writes
 # what folders of earlier versions, which hadn't these settings, were made with
 _ONCE = {"eta": 0.0, "guidance_rescale": 0.0, "guidance_start": 0.0, "guidance_end": 1.0,
          "lora": [], "prompt_weights": False}  # fmt: skip
@@ -217,7 +217,7 @@ def told_of(error: Exception, run: Path) -> str:
 
 def is_done(clip: ClipJob, output: Path) -> bool:
     """Whether all edits of a clip are there, made of it as it is wanted now."""
-    before = read_json(output / "runs" / clip.name / _DONE)
+    before = read_json(output / "runs" / clip.name / _NOTED)
     if not before or before.get("clip") != _identity(clip):
         return False
     same = all(before["edits"].get(kind) == _told_of(edit) for kind, edit in clip.entry.edits.items())
@@ -243,19 +243,18 @@ def edit_clip(clip: ClipJob, checkpoint: Checkpoint, output: Path, frames: Frame
         TavError, Cancelled: see `run_edit`.
     """
     run, entry = output / "runs" / clip.name, clip.entry
-    before = read_json(run / _DONE)
-    if before and before.get("clip") != _identity(clip):  # nothing of another tuning shall be mixed with this one
-        shutil.rmtree(run)
-        before = None
-    if before is None:  # so that whoever goes on with what is unfinished knows what it is of
-        write_json(run / _DONE, {"clip": _identity(clip), "edits": {}, "frames": 0})
+    before = read_json(run / _NOTED)
+    if before is None or before.get("clip") != _identity(clip):
+        if before is not None:
+            shutil.rmtree(run)  # nothing of another tuning shall be mixed with this one
+        # so that whoever goes on with what is unfinished knows what it is of
+        write_json(run / _NOTED, {"clip": _identity(clip), "edits": {}, "frames": 0})
     job, video = prepared(clip, frames, callback)
     _, drawn = run_edit(job, checkpoint, video, run, callback=callback)
-    (run / _FIGURES).unlink(missing_ok=True)  # they are of other frames
     for kind, edit in zip(entry.edits, drawn):
         _write_frames(edit, output / "frames" / entry.name / kind)
     edited = {kind: _told_of(edit) for kind, edit in entry.edits.items()}
-    write_json(run / _DONE, {"clip": _identity(clip), "edits": edited, "frames": len(video.frames)})
+    write_json(run / _NOTED, {"clip": _identity(clip), "edits": edited, "frames": len(video.frames)})
 
 
 def prepared(clip: ClipJob, frames: Frames, callback: Callback = ignored) -> tuple[EditJob, Clip]:
@@ -315,11 +314,14 @@ def measure_all(
         path = output / "runs" / clip.name / _FIGURES
         try:
             before = read_json(path)
-            known = before["videos"] if before and _NO_MODELS | before["models"] == names else {}
-            own = {kind: of_json(row) for kind, row in known.items() if kind in clip.entry.edits}
+            # figures of an earlier version don't say what edits they are of
+            known = before["videos"] if before and "edits" in before and _NO_MODELS | before["models"] == names else {}
+            wanted = {kind: _told_of(edit) for kind, edit in clip.entry.edits.items()}
+            own = {kind: of_json(row) for kind, row in known.items() if before["edits"].get(kind) == wanted.get(kind)}
             for measured in _measured(clip, own, output, models, callback):
                 own[measured.name.rsplit("/", 1)[1]] = measured
-                write_json(path, {"models": names, "videos": {kind: as_json(row) for kind, row in own.items()}})
+                videos = {kind: as_json(row) for kind, row in own.items()}
+                write_json(path, {"models": names, "edits": wanted, "videos": videos})
             rows += [own[kind] for kind in clip.entry.edits]
         except Cancelled:
             raise

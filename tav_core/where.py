@@ -77,16 +77,14 @@ def find_model(of: str, name: str | Path, kind: str, comfyui: str | Path | None 
         _check_comfyui(Path(comfyui))
     if (shipped := SHIPPED.get((kind, str(name)))) or os.path.exists(name):
         return shipped or Path(name)
-    comfyui, named = comfyui or _of_environment(), {}
+    comfyui, named = comfyui or _of_environment(), []
     for root in _roots(Path(comfyui), kind) if comfyui is not None else ():
         for folder, _, files in sorted(os.walk(root, followlinks=True)):
             paths = [Path(folder), *(Path(folder, file) for file in sorted(files) if file.endswith(".safetensors"))]
-            named |= {path: path.relative_to(root).as_posix() for path in paths}
+            named += [(path, path.relative_to(root).as_posix()) for path in paths]
 
     def matching(part: Callable[[str], str]) -> list[Path]:
-        found = [
-            path for path, full in named.items() if str(name) in (part(full), part(full).removesuffix(".safetensors"))
-        ]
+        found = [path for path, full in named if str(name) in (part(full), part(full).removesuffix(".safetensors"))]
         return [*{path.resolve(): path for path in found}.values()]  # two lists may have a folder in common
 
     found = matching(str) or matching(lambda full: full.rsplit("/", 1)[-1])

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -180,7 +181,7 @@ def test_the_states_of_tunings_beside_odd_entries(pack, home, monkeypatch):
         (states / f"{i}.safetensors").write_text("ten bytes!")
         os.utime(states / f"{i}.safetensors", (i, i))
     for free, kept in ((600, range(6)), (500, range(1, 6)), (0, range(3, 6))):  # a tenth of what is free, or four
-        monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: shutil._ntuple_diskusage(free, 0, free))
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
         state_path("base", {}, 5)
         assert {path.name for path in states.iterdir()} - {"folder.safetensors", "gone.safetensors"} == {
             f"{i}.safetensors" for i in kept

@@ -44,10 +44,14 @@ def test_what_inflation_would_lose_is_refused(pack):
     with pytest.raises(ValueError, match="MODEL is compiled, as an image model; connect what compiles it behind"):
         inflated(pack, compiled)
     bypassed.set_injections("bypass_lora", [PatcherInjection(lambda patcher: None, lambda patcher: None)])
-    with pytest.raises(
-        ValueError, match=r"MODEL has layers of another node put in \(bypass_lora\), .*; use nodes that"
-    ):
+    told = r"MODEL has layers of another node put in \(bypass_lora\), .*; use nodes that"
+    with pytest.raises(ValueError, match=told):
         inflated(pack, bypassed)
+    behind = inflated(pack, native())
+    behind.set_injections("bypass_lora", bypassed.injections["bypass_lora"])
+    with pytest.raises(ValueError, match=told):  # a tuning wouldn't see it
+        pack.nodes.native.trainable_copy(behind)
+    assert pack.nodes.native.trainable_weights(behind)  # which tell what noise was inverted with
 
 
 def hypernetwork(model, folder, monkeypatch):
